@@ -1,0 +1,6 @@
+"""Learning rules: what can stand where `loss.backward()` stood."""
+
+from netwright.rules.exact.backprop import Backprop
+from netwright.rules.rule import Rule
+
+__all__ = ["Backprop", "Rule"]

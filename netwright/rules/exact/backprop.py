@@ -1,0 +1,44 @@
+from collections.abc import Callable
+from typing import Any
+
+from torch import Generator, Tensor, nn
+
+from netwright.losses import cross_entropy
+from netwright.rules.rule import Rule, check_labels
+from netwright.stages import Stages, call
+
+
+class Backprop(Rule):
+    """Train with the exact gradient of the loss, which every other rule is measured against.
+
+    g = dL/dw by reverse accumulation through the whole network.
+
+    Any network does: it need not be a chain of stages.
+
+    Shapes: x as the network takes it; y as the loss takes it.
+
+    Paper: Rumelhart, Hinton, Williams, 1986, Learning Representations by Back-Propagating Errors.
+
+    >>> import torch
+    >>> network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> rule = Backprop(network)
+    >>> rule(torch.randn(2, 4), torch.tensor([0, 2])).requires_grad
+    False
+    >>> network[0].weight.grad.shape
+    torch.Size([8, 4])
+    """
+
+    def __init__(self, network: nn.Module | Stages, example: Any = None, *,
+                 loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+                 generator: Generator | None = None) -> None:
+        super().__init__(network, generator=generator)
+        self.loss = loss
+
+    def forward(self, x: Any, y: Tensor) -> Tensor:
+        """Add dL/dw to `.grad`; return the detached loss."""
+        logits = call(self.network, x)
+        if self.loss is cross_entropy:
+            check_labels(y, logits.shape[-1])
+        loss = self.loss(logits, y)
+        loss.backward()
+        return loss.detach()
