@@ -39,6 +39,7 @@ class Stage:
         self.name, self.modules, self._run = name, modules, run
 
     def __call__(self, h: Any, context: Any) -> Tensor:
+        """Return what the next stage takes."""
         return self._run(h, context)
 
     def parameters(self) -> list[Parameter]:
@@ -75,6 +76,7 @@ class Stages:
         return None
 
     def __call__(self, x: Any) -> Tensor:
+        """Return what the model returns for `x`."""
         context, h = self.context(x), x
         for stage in self:
             h = stage(h, context)
