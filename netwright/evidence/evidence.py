@@ -107,9 +107,10 @@ def run(name: str, scale: Scale = "desk", results: Path = RESULTS) -> dict[str, 
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}.json"
     temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=1)
+    temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
-    return report
+    return json.loads(text)
 
 
 def recorded(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
