@@ -1,0 +1,218 @@
+"""The command line: `netwright compare | fit | stages | papers | evidence`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from netwright.errors import NetwrightError, UnknownName
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False,
+                  help="Change how a network is built, trained and run; measure each change.")
+evidence_app = typer.Typer(rich_markup_mode=None,
+                           help="What was measured of the papers' claims.")
+app.add_typer(evidence_app, name="evidence")
+
+
+# Typer brings its own copy of click in newer releases: the errors of either are found this way.
+UsageError, ClickException = typer.BadParameter.__mro__[1:3]
+
+
+def main() -> None:
+    """Run the command line; bad input gets one line and exit status 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except ClickException as error:
+        status = _refuse(error.format_message())  # type: ignore[attr-defined]
+    except (typer.Abort, KeyboardInterrupt):
+        status = _refuse("stopped; run the same command again to go on where it stopped", 130)
+    except (NetwrightError, ValueError, OSError, ImportError) as error:
+        status = _refuse(str(error) or type(error).__name__)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refuse(message: str, status: int = 2) -> int:
+    print("netwright: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def compare(
+    tasks: Annotated[list[str] | None, typer.Argument(
+        metavar="[TASK]...", help="Built-in tasks, or files that define one; "
+        "digits-mlp and digits-cnn by default.")] = None,
+    task: Annotated[list[str] | None, typer.Option(
+        "--task", "-t", help="The same as TASK; may be repeated.")] = None,
+    change: Annotated[list[str] | None, typer.Option(
+        "--change", "-c", help="A rule to compare; may be repeated.")] = None,
+    all_rules: Annotated[bool, typer.Option(help="Compare every rule.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Final runs of each change.")] = 3,
+    trials: Annotated[int | None, typer.Option(min=1, help="Tuning runs of each change.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each run.")] = None,
+    storage: Annotated[str | None, typer.Option(
+        help="An Optuna storage URL, shared by many machines; one SQLite file by default.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
+    report: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
+    quiet: Annotated[bool, typer.Option(help="Show no progress.")] = False,
+) -> None:
+    """Train a task's network under several changes, and report what each costs and gives."""
+    from rich.console import Console
+
+    from netwright import compare as run
+    from netwright import report as reports
+    from netwright import rules
+    named = [*(tasks or []), *(task or [])]
+    changes: Any = change
+    if all_rules:
+        changes = [name for name in rules.__all__ if name != "Rule"]
+    options = {"trials": trials, "epochs": epochs, "storage": storage, "workers": workers}
+    given = {key: value for key, value in options.items() if value is not None}
+    found = run(named or None, changes, seeds=seeds, progress=not quiet, **given)
+    Console().print(reports.table(found))
+    reports.html(found, report)
+    print(f"The page is {report}.")
+
+
+@app.command()
+def fit(
+    task: Annotated[str, typer.Argument(help="A built-in task, or a file that defines one.")],
+    rule: Annotated[str, typer.Option(help="The learning rule.")] = "Backprop",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Adam's learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Where everything random starts.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(
+        help="A folder to keep checkpoints in; a run that was stopped goes on from it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the learning curve, as HTML.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="A folder for TensorBoard.")] = None,
+    quiet: Annotated[bool, typer.Option(help="Show no progress.")] = False,
+) -> None:
+    """Train a task's network under one rule."""
+    from netwright.tasks import train
+    history = train(task, rule, epochs=epochs, learning_rate=learning_rate, seed=seed,
+                    checkpoint=checkpoint, tensorboard=tensorboard, progress=not quiet)
+    print(history)
+    if plot:
+        history.plot(plot)
+        print(f"The learning curve is {plot}.")
+
+
+@app.command()
+def stages(
+    network: Annotated[str, typer.Argument(
+        metavar="NETWORK", help="A built-in task, a file that defines one, or package.module:name "
+        "of a module or of what builds one.")],
+    shape: Annotated[str | None, typer.Option(
+        help="The shape of an example input of module:name, such as 1,3,32,32.")] = None,
+    cut: Annotated[list[str] | None, typer.Option(
+        help="Where a stage begins, by a module's name; may be repeated.")] = None,
+) -> None:
+    """Show the chain of stages that a network is."""
+
+
+@app.command()
+def papers(
+    words: Annotated[list[str] | None, typer.Argument(
+        metavar="[WORDS]...", help="Words that an entry must hold.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    missing: Annotated[bool, typer.Option(help="Only what is not implemented.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Search the catalogue of papers."""
+    from netwright.papers import FAMILIES, find
+    found = find(" ".join(words or []), family=family, missing=missing)
+    if as_json:
+        import json
+        from dataclasses import asdict
+        print(json.dumps([asdict(entry) for entry in found], indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+    if not found:
+        print("No paper fits; try fewer words.")
+        return
+    if len(found) == 1:
+        _describe(found[0])
+        return
+    table = Table("id", "paper", "family", "here", box=None, header_style="bold", pad_edge=False)
+    for entry in found:
+        table.add_row(entry.id, Text(entry.title), FAMILIES[entry.family],
+                      Text(", ".join([*entry.names, *entry.evidence])))
+    Console().print(table)
+    done = sum(bool(entry.names) for entry in found)
+    print(f"{len(found)} papers, {done} implemented.")
+
+
+def _describe(entry: Any) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from netwright.papers import FAMILIES
+    lines = {"family": FAMILIES[entry.family], "does": entry.gist, "claims": entry.claim,
+             "experiment": entry.experiment, "names": ", ".join(entry.names) or "none yet",
+             "evidence": ", ".join(entry.evidence) or "none yet"}
+    console = Console()
+    console.print(f"[bold]{escape(entry.title)}[/] ({entry.id})", highlight=False)
+    for key, value in lines.items():
+        console.print(f"[dim]{key}[/] {escape(value)}", highlight=False)
+
+
+@evidence_app.command("list")
+def evidence_list(as_json: Json = False) -> None:
+    """List the experiments, with what they found."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from netwright import evidence
+    results = evidence.recorded()
+    if as_json:
+        import json
+        print(json.dumps(results, indent=1))
+        return
+    table = Table("name", "paper", "claim", "verdict", box=None, header_style="bold",
+                  pad_edge=False)
+    for name, experiment in evidence.experiments().items():
+        verdict = results[name]["verdict"] if name in results else "not run"
+        table.add_row(name, experiment.paper, Text(experiment.claim), verdict)
+    Console().print(table)
+
+
+@evidence_app.command("run")
+def evidence_run(
+    name: Annotated[str, typer.Argument(help="An experiment of `netwright evidence list`.")],
+    scale: Annotated[str, typer.Option(help="desk (minutes on two cores) or full.")] = "desk",
+    results: Annotated[Path | None, typer.Option(
+        help="The folder that the result is written to; the package's own by default.")] = None,
+) -> None:
+    """Run an experiment again and record what it finds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from netwright import evidence
+    from netwright.evidence.evidence import RESULTS, Scale
+    scales: dict[str, Scale] = {"desk": "desk", "full": "full"}
+    if scale not in scales:
+        raise UnknownName("scale", scale, scales)
+    found = evidence.experiment(name)
+    console = Console()
+    with console.status(f"{found.claim}"):
+        report = evidence.run(name, scales[scale], results or RESULTS)
+    table = Table("measured", "mean", "deviation", "seeds", box=None, header_style="bold",
+                  pad_edge=False)
+    for figure, spread in report["summary"].items():
+        table.add_row(figure, f"{spread['mean']:.4g}", f"{spread['deviation']:.2g}",
+                      str(spread["seeds"]))
+    console.print(table)
+    print(f"{report['verdict']}: {report['claim']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from netwright import cli
+
+
+def run(*arguments, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["netwright", *arguments])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.fixture
+def netwright(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: run(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+
+
+TASK = """
+import torch
+from torch import nn
+import netwright as nw
+
+x = torch.randn(120, 6, generator=torch.Generator().manual_seed(0))
+y = (x[:, 0] > 0).long()
+task = nw.Task("halves", lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2)),
+               data=nw.data.Split(x[:90], y[:90], x[90:], y[90:]), epochs=2, batch_size=30)
+"""
+
+
+def test_help_names_every_command(netwright):
+    status, out, _ = netwright()
+    assert status == 0
+    for command in ("compare", "fit", "stages", "papers", "evidence"):
+        assert command in out
+        assert netwright(command, "--help")[0] == 0
+
+
+def test_papers(netwright):
+    status, out, _ = netwright("papers", "finercut", "--json")
+    assert status == 0
+    assert [entry["id"] for entry in json.loads(out)] == ["000-012"]
+    assert "FinerCut" in netwright("papers", "finercut")[1]
+    assert "No paper fits" in netwright("papers", "xyzzy")[1]
+    status, out, _ = netwright("papers", "--family", "rule", "--missing", "--json")
+    assert status == 0
+    assert all(not entry["names"] and entry["family"] == "rule" for entry in json.loads(out))
+
+
+def test_evidence_list_shows_the_verdicts(netwright):
+    status, out, _ = netwright("evidence", "list", "--json")
+    assert status == 0
+    assert len(json.loads(out)) >= 7
+    assert "shown" in netwright("evidence", "list")[1]
+
+
+def test_stages_of_a_task_a_file_and_a_module(netwright, tmp_path):
+    assert "conv" in netwright("stages", "digits-cnn")[1].lower()
+    (tmp_path / "own.py").write_text(TASK)
+    status, out, _ = netwright("stages", "own.py")
+    assert status == 0
+    assert "Linear" in out
+    status, out, _ = netwright("stages", "torch.nn:TransformerEncoderLayer", "--shape", "1,4,8")
+    assert status == 2  # it needs arguments, and the line says which
+
+
+def test_fit_and_resume(netwright, tmp_path):
+    (tmp_path / "own.py").write_text(TASK)
+    arguments = ("fit", "own.py", "--rule", "MonoForward", "--epochs", "2", "--checkpoint", "kept",
+                 "--plot", "curve.html", "--quiet")
+    status, _, err = netwright(*arguments)
+    assert status == 0, err
+    assert (tmp_path / "curve.html").stat().st_size > 1000
+    assert any((tmp_path / "kept").iterdir())
+    assert netwright(*arguments)[0] == 0
+
+
+def test_compare_on_a_task_of_ones_own(netwright, tmp_path):
+    (tmp_path / "own.py").write_text(TASK)
+    status, out, err = netwright("compare", "own.py", "-c", "Backprop", "-c", "MonoForward",
+                                 "--seeds", "2", "--trials", "1", "--workers", "1", "--quiet")
+    assert status == 0, err
+    assert "MonoForward" in out
+    assert "halves" in (tmp_path / "report.html").read_text()
+
+
+BAD = {
+    "an unknown command": (["compar"], "compar"),
+    "an unknown option": (["papers", "--famly", "rule"], "--famly"),
+    "a number out of range": (["compare", "--seeds", "0"], "--seeds"),
+    "an unknown task": (["compare", "digits-mpl"], "digits-mlp"),
+    "an unknown change": (["compare", "digits-mlp", "-c", "MonoForwad"], "MonoForward"),
+    "a file that does not exist": (["compare", "nowhere.py"], "nowhere.py"),
+    "an unknown family": (["papers", "--family", "rulez"], "rule"),
+    "an unknown evidence": (["evidence", "run", "nothing"], "nothing"),
+    "an unknown scale": (["evidence", "run", "nothing", "--scale", "huge"], "huge"),
+    "an unknown rule": (["fit", "digits-mlp", "--rule", "Backdrop"], "Backprop"),
+    "an unreachable storage": (["compare", "digits-mlp", "-c", "Backprop", "--storage",
+                                "postgresql://nobody@127.0.0.1:1/none"], "127.0.0.1"),
+    "a network that is nowhere": (["stages", "torch.nn:Linaer"], "Linaer"),
+    "a shape that is none": (["stages", "torch.nn:Identity", "--shape", "1,x"], "--shape"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD.values(), ids=list(BAD))
+def test_bad_input_gets_one_line_and_status_2(netwright, arguments, said):
+    status, _, err = netwright(*arguments)
+    assert status == 2
+    assert said in err
+    assert err.startswith("netwright: ")
+    assert err.count("\n") == 1
+
+
+def test_a_task_file_that_raises_is_named_with_its_line(netwright, tmp_path):
+    (tmp_path / "own.py").write_text("x = 1\nraise RuntimeError('no luck')\n")
+    status, _, err = netwright("compare", "own.py")
+    assert status == 2
+    assert "own.py" in err
+    assert "no luck" in err
+    assert "line 2" in err
+
+
+def test_missing_data_says_what_was_looked_for(netwright, monkeypatch):
+    monkeypatch.delenv("NETWRIGHT_DATA", raising=False)
+    status, _, err = netwright("compare", "mnist-mlp", "-c", "Backprop")
+    assert status == 2
+    assert "NETWRIGHT_DATA" in err
+
+
+def test_the_module_runs_as_a_program():
+    found = subprocess.run([sys.executable, "-m", "netwright.cli", "papers", "finercut"],
+                           capture_output=True, text=True)
+    assert found.returncode == 0
+    assert "FinerCut" in found.stdout
