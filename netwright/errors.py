@@ -24,6 +24,10 @@ class MissingData(NetwrightError, FileNotFoundError):
     """A data set's files are not where they were looked for."""
 
 
+class MissingExtra(NetwrightError, ImportError):
+    """A library that one of netwright's extras brings is not installed."""
+
+
 class CorruptCheckpoint(NetwrightError, ValueError):
     """A checkpoint is damaged, truncated, or belongs to another run."""
 

@@ -1,0 +1,41 @@
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+
+def cnn(channels: int, size: Sequence[int], classes: int, *, widths: Sequence[int] = (16, 32),
+        kernel: int = 3, activation: Callable[[], nn.Module] = nn.ReLU,
+        norm: bool = False) -> nn.Sequential:
+    """Return a convolutional network that halves every axis after each convolution.
+
+    `size` is an image's (height, width), or (length,) for signals; `norm` adds batch
+    normalisation after each convolution.
+
+    Shapes: x (batch, channels, *size); out (batch, classes).
+
+    Raises:
+        ValueError: `size` has not one or two axes, or is too small to be halved so often.
+
+    >>> import torch
+    >>> cnn(1, (8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
+    >>> cnn(1, (40,), 10)(torch.zeros(2, 1, 40)).shape
+    torch.Size([2, 10])
+    """
+    if len(size) not in (1, 2):
+        raise ValueError(f"size must be (length,) or (height, width), got {tuple(size)}")
+    if min(size) < 2 ** len(widths):
+        raise ValueError(f"size must be at least {2 ** len(widths)} on each axis to be halved "
+                         f"{len(widths)} times, got {tuple(size)}; give fewer widths")
+    one = len(size) == 1
+    convolution, pool = (nn.Conv1d, nn.MaxPool1d) if one else (nn.Conv2d, nn.MaxPool2d)
+    batch_norm = nn.BatchNorm1d if one else nn.BatchNorm2d
+    layers: list[nn.Module] = []
+    pixels = 1
+    for axis in size:
+        pixels *= axis // 2 ** len(widths)
+    for before, after in zip([channels, *widths], widths, strict=False):
+        layers.append(convolution(before, after, kernel, padding=kernel // 2))
+        layers += [batch_norm(after)] if norm else []
+        layers += [activation(), pool(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * pixels, classes))

@@ -1,0 +1,26 @@
+from torch import nn
+
+from netwright.errors import MissingExtra
+
+
+def gcn(features: int, classes: int, *, width: int = 16, depth: int = 2,
+        dropout: float = 0.5) -> nn.Module:
+    """Return PyTorch Geometric's graph convolutional network.
+
+    Shapes: x ((nodes, features), (2, edges)); out (nodes, classes).
+
+    Raises:
+        MissingExtra: PyTorch Geometric is not installed.
+
+    Paper: Kipf, Welling, 2017, Semi-Supervised Classification with Graph Convolutional Networks.
+
+    >>> network = gcn(34, 2)
+    >>> type(network).__name__
+    'GCN'
+    """
+    try:
+        from torch_geometric.nn import GCN
+    except ImportError as error:
+        raise MissingExtra("a GCN needs PyTorch Geometric, which is not installed "
+                           f"({error}); pip install 'netwright[graphs]'") from error
+    return GCN(features, width, num_layers=depth, out_channels=classes, dropout=dropout)
