@@ -1,0 +1,131 @@
+"""Derivatives along directions, by forward-mode differentiation, with nothing kept for backward."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from netwright.modes import same_random_state
+
+Buffers = Mapping[str, Tensor]
+RandomState = tuple[Tensor, list[Tensor]]
+
+
+def random_state() -> RandomState:
+    """Return PyTorch's global random states, of the CPU and of each accelerator in use."""
+    return (torch.get_rng_state(),
+            torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
+
+
+@contextmanager
+def replaying(state: RandomState) -> Iterator[None]:
+    """Draw in the body what was drawn after `state`; leave the global state as it was."""
+    with same_random_state():
+        torch.set_rng_state(state[0])
+        if state[1]:
+            torch.cuda.set_rng_state_all(state[1])
+        yield
+
+
+class DirectionalDerivative:
+    """A function of a network and its derivatives in many directions, as if it had run once.
+
+    `function(buffers, *primals)` runs the network on those buffers. All its runs see the same
+    buffers and draw the same random numbers. The first run is what the network and the global
+    random state keep, unless `state` is given: then every run starts from that state, and
+    nothing is kept.
+
+    `vectorised` says whether a run takes many directions at once; it turns False when the
+    network turns out not to allow that (a module reads values of tensors, for instance).
+    """
+
+    def __init__(self, network: nn.Module, function: Callable[..., Tensor], *,
+                 vectorised: bool = True, state: RandomState | None = None) -> None:
+        self.function, self.vectorised, self.state = function, vectorised, state
+        self.buffers = dict(network.named_buffers())
+        self.before = {name: buffer.clone() for name, buffer in self.buffers.items()}
+
+    def __call__(self, primals: Sequence[Tensor],
+                 directions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the value (*size) and its derivatives (n, *size) in the n `directions`.
+
+        Shapes: primals[i] (*size_i); directions[i] (n, *size_i).
+        """
+        if self.vectorised and len(directions[0]) > 1:
+            start = random_state()
+            try:
+                return self._run(self._at_once, primals, directions)
+            except RuntimeError:
+                # What vmap cannot do is done one direction at a time; an error of the network's
+                # own comes up there again.
+                self.vectorised = False
+                torch.set_rng_state(start[0])
+                if start[1]:
+                    torch.cuda.set_rng_state_all(start[1])
+        results = [self._run(self._single, primals, [v[i] for v in directions])
+                   for i in range(len(directions[0]))]
+        return results[0][0], torch.stack([derivative for _, derivative in results])
+
+    def _run(self, evaluate: Callable[..., tuple[Tensor, Tensor, Buffers]],
+             primals: Sequence[Tensor], directions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        # The fused attention kernels have no forward-mode derivative.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            if self.state is not None:
+                with replaying(self.state):
+                    return evaluate(primals, directions)[:2]
+            state = random_state()
+            value, derivative, buffers = evaluate(primals, directions)
+            for name, buffer in self.buffers.items():
+                buffer.copy_(buffers[name])
+            self.state = state
+            return value, derivative
+
+    def _with_buffers(self, *primals: Tensor) -> tuple[Tensor, Buffers]:
+        # Cloned in here, since a transformed function may only change what it has made itself.
+        buffers = {name: value.clone() for name, value in self.before.items()}
+        return self.function(buffers, *primals), buffers
+
+    def _single(self, primals: Sequence[Tensor],
+                directions: Sequence[Tensor]) -> tuple[Tensor, Tensor, Buffers]:
+        try:
+            with forward_ad.dual_level():
+                duals = [forward_ad.make_dual(p, v) for p, v in zip(primals, directions,
+                                                                    strict=True)]
+                output, buffers = self._with_buffers(*duals)
+                value, derivative = forward_ad.unpack_dual(output)
+                if derivative is None:  # the value does not depend on what was perturbed
+                    derivative = torch.zeros_like(value)
+                buffers = {name: forward_ad.unpack_dual(b).primal for name, b in buffers.items()}
+        except NotImplementedError as error:
+            raise TypeError("network must have forward-mode derivatives, and one of its "
+                            f"operations has none ({str(error).splitlines()[0]}); replace that "
+                            "operation, or give its autograd.Function a jvp") from error
+        return value, derivative, buffers
+
+    def _at_once(self, primals: Sequence[Tensor],
+                 directions: Sequence[Tensor]) -> tuple[Tensor, Tensor, Buffers]:
+        def along(*v: Tensor) -> Any:
+            return jvp(self._with_buffers, tuple(primals), v, has_aux=True)
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            once_each_once: Any = (None, 0, None)
+            return vmap(along, out_dims=once_each_once, randomness="same")(*directions)
+
+
+def draw(distribution: str, shape: Sequence[int], like: Tensor,
+         generator: Generator | None) -> Tensor:
+    """Return numbers of mean 0 and variance 1, `"normal"` or `"rademacher"` (-1 or 1)."""
+    device = like.device if generator is None else generator.device
+    if distribution == "normal":
+        drawn = torch.randn(*shape, generator=generator, device=device, dtype=like.dtype)
+    else:
+        bits = torch.randint(2, shape, generator=generator, device=device)
+        drawn = (2 * bits - 1).to(like.dtype)
+    return drawn.to(like.device)
