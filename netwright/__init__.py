@@ -1,9 +1,9 @@
 """netwright: change how a PyTorch network is built, trained and run, and measure each change."""
 
-from netwright import data, rules
+from netwright import data, measure, rules
 from netwright.history import History
 from netwright.stages import Stages, stages
 from netwright.training import fit
 
-__all__ = ["History", "Stages", "data", "fit", "rules", "stages"]
+__all__ = ["History", "Stages", "data", "fit", "measure", "rules", "stages"]
 __version__ = "0.1.0"
