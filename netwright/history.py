@@ -14,8 +14,8 @@ class Epoch:
     """What one epoch gave.
 
     `epoch` counts from 1. `seconds` are those spent training since the first epoch began, without
-    validation and checkpoints. `loss` is the training loss's mean over the epoch's samples,
-    `metric` the validation's, NaN where there is no validation.
+    validation and checkpoints. `loss` is the training loss's mean over the epoch's samples.
+    `metric` is NaN where there is no validation, `learning_rate` where there is no optimizer.
     """
 
     epoch: int
@@ -95,13 +95,17 @@ class History:
     def from_json(cls, text: str) -> "History":
         """Read what `to_json` returned."""
         stored = json.loads(text)
-        epochs = [Epoch(**{**epoch, "metric": math.nan if epoch["metric"] is None else
-                           epoch["metric"]}) for epoch in stored.pop("epochs")]
+        epochs = [Epoch(epoch["epoch"], *(math.nan if epoch[name] is None else epoch[name]
+                                          for name in _FIGURES)) for epoch in stored.pop("epochs")]
         return cls(epochs, **stored)
+
+
+_FIGURES = ("seconds", "loss", "metric", "learning_rate")
 
 
 def _plain(stored: dict) -> dict:
     for epoch in stored["epochs"]:
-        if math.isnan(epoch["metric"]):
-            epoch["metric"] = None  # JSON knows no NaN
+        for name in _FIGURES:
+            if math.isnan(epoch[name]):
+                epoch[name] = None  # JSON knows no NaN
     return stored

@@ -1,0 +1,56 @@
+import time
+from typing import Any
+
+REFRESH = 0.2  # seconds between redraws, so that drawing costs a training nothing that shows
+
+
+class Bar:
+    """A training's progress in the terminal: epoch, loss, metric, time left.
+
+    Nothing is shown where the output is not a terminal.
+    """
+
+    def __init__(self, epochs: int, batches: int | None, metric: str) -> None:
+        self._epochs, self._batches, self._metric = epochs, batches, metric
+        self._epoch, self._score, self._due = 0, "", 0.0
+        self._progress: Any = None
+
+    def start(self) -> None:
+        """Begin to show."""
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        console = Console(stderr=True)
+        if not (console.is_terminal or console.is_jupyter):
+            return
+        self._progress = Progress(TextColumn("{task.description}"), BarColumn(),
+                                  TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(),
+                                  TextColumn("{task.fields[figures]}"), console=console,
+                                  auto_refresh=False)
+        self._task = self._progress.add_task(f"epoch 1/{self._epochs}", figures="",
+                                             total=self._epochs * (self._batches or 1))
+        self._progress.start()
+
+    def stop(self) -> None:
+        """Leave the last state in the terminal."""
+        if self._progress is not None:
+            self._progress.refresh()
+            self._progress.stop()
+
+    def step(self, epoch: int, batch: int, loss: float) -> None:
+        """Show a step of `epoch`, counted from 0, if the last redraw is long enough ago."""
+        if self._progress is None or time.perf_counter() < self._due:
+            return
+        done = epoch * (self._batches or 1) + (batch if self._batches else 0)
+        self._show(f"epoch {epoch + 1}/{self._epochs}", done, loss)
+
+    def epoch(self, epoch: int, loss: float, score: float) -> None:
+        """Show the end of `epoch`, counted from 0."""
+        if self._progress is None:
+            return
+        self._score = "" if score != score else f"  {self._metric} {score:.4g}"
+        self._show(f"epoch {epoch + 1}/{self._epochs}", (epoch + 1) * (self._batches or 1), loss)
+
+    def _show(self, description: str, done: int, loss: float) -> None:
+        self._progress.update(self._task, description=description, completed=done, refresh=True,
+                              figures=f"loss {loss:.4g}{self._score}")
+        self._due = time.perf_counter() + REFRESH
