@@ -6,6 +6,7 @@ from torch.nn import Parameter
 
 from netwright.errors import CannotStage
 from netwright.losses import cross_entropy
+from netwright.measure._batch import check_batch
 from netwright.measure._untouched import untouched
 from netwright.modes import training
 from netwright.rules.rule import Rule
@@ -27,6 +28,9 @@ def alignment(rule: Rule, batch: tuple[Any, Tensor]) -> dict[str, float]:
     where it trains copies or heads of its own: then there is nothing to compare. A network that
     cannot be staged counts as one stage, called `network`.
 
+    Raises:
+        ValueError: `batch` is not a pair.
+
     >>> from torch import nn
     >>> from netwright.rules import Backprop
     >>> network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -34,8 +38,11 @@ def alignment(rule: Rule, batch: tuple[Any, Tensor]) -> dict[str, float]:
     >>> {stage: round(cosine, 3) for stage, cosine in found.items()}
     {'0': 1.0, '2': 1.0}
     """
+    check_batch(batch)
     x, y = batch
     trained = [p for p in rule.network.parameters() if p.requires_grad]
+    if not trained:
+        return {}
     with untouched(rule), training(rule):
         before = [p.detach().clone() for p in trained] if rule.updates_weights else []
         rule(x, y)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from netwright.losses import cross_entropy
+from netwright.measure._batch import check_batch
 from netwright.measure._memory import Ledger, Saved, peaks, size
 from netwright.measure._untouched import untouched
 from netwright.modes import evaluating, training
@@ -71,9 +72,7 @@ def cost(rule_or_model: nn.Module | Stages, batch: tuple[Any, Any], *,
     >>> model[0].weight.grad is None
     True
     """
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ValueError(f"batch must be the pair (x, y), got {_describe(batch)}; "
-                         "pass y=None as (x, None) for a model's forward pass alone")
+    check_batch(batch)
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and "
                          f"{warmup}")
@@ -171,11 +170,3 @@ def _allocated(step: Callable[[], None]) -> int:
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def _describe(batch: Any) -> str:
-    if isinstance(batch, Tensor):
-        return f"a tensor of shape {tuple(batch.shape)}"
-    if isinstance(batch, (tuple, list)):
-        return f"a {type(batch).__name__} of {len(batch)}"
-    return type(batch).__name__
