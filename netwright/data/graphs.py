@@ -147,5 +147,5 @@ def _reconstruct(kind: type, shape: tuple[int, ...], dtype: Any) -> numpy.ndarra
     return numpy.ndarray.__new__(kind, shape, dtype)
 
 
-def _rebuild(kind: type, base: type, state: Any) -> Any:
+def _rebuild(kind: Any, base: type, state: Any) -> Any:
     return kind.__new__(kind)

@@ -1,0 +1,117 @@
+"""What a running comparison shows: which change, which seed or trial, how much time is left."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+    from rich.live import Live
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How one change on one task stands.
+
+    `seconds` are those of each finished run; `running` holds (what, epoch, epochs) of each run
+    that somebody is at.
+    """
+
+    task: str
+    change: str
+    ended: int
+    total: int
+    seconds: Sequence[float]
+    running: Sequence[tuple[str, int, int]]
+    failure: str = ""
+
+
+class Display:
+    """Shows the standing of a comparison on standard error, live where that is a terminal."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+        self._start = time.monotonic()
+        self._ended: set[tuple[str, str]] | None = None
+        self._live: Live | None = None
+        self._console: Console | None = None
+
+    def __enter__(self) -> "Display":
+        if self.shown:
+            from rich.console import Console
+            from rich.live import Live
+            self._console = Console(stderr=True)
+            if self._console.is_terminal:
+                self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+                self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+        if self._console is not None:
+            self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
+
+    def show(self, standing: Sequence[Progress]) -> None:
+        """Show how things stand now."""
+        if self._console is None:
+            return
+        ended = {(p.task, p.change) for p in standing if p.ended == p.total}
+        fresh = ended - self._ended if self._ended is not None else set()
+        self._ended = ended
+        for p in standing:
+            if (p.task, p.change) in fresh:
+                mark, style = ("failed: " + p.failure, "red") if p.failure else ("done", "green")
+                self._console.print(f"{p.task} · {p.change}: {mark}", style=style,
+                                    highlight=False, soft_wrap=True)
+        if self._live is not None:
+            self._live.update(self._table(standing))
+
+    def _table(self, standing: Sequence[Progress]) -> "Group":
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+        ended, total = sum(p.ended for p in standing), sum(p.total for p in standing)
+        spent = time.monotonic() - self._start
+        head = Table.grid(padding=(0, 1))
+        head.add_row(ProgressBar(total=total, completed=ended, width=32),
+                     Text(f"{ended} of {total} runs"), Text(f"{_clock(spent)} so far"),
+                     Text(f"{left(standing)}"))
+        lines = [Text(f"  {p.task} · {p.change} · {what}, epoch {epoch} of {epochs}")
+                 for p in standing for what, epoch, epochs in p.running]
+        return Group(head, *lines)
+
+
+def left(standing: Sequence[Progress]) -> str:
+    """Return about how much time is left, in words.
+
+    What a run will take is the mean of the change's own runs, else that of its task's, else of
+    all; as many runs go on at once as now.
+
+    >>> left([Progress("digits", "Backprop", 2, 7, [3.0, 3.0], [("trial 2", 1, 9)])])
+    'about 0:15 left'
+    >>> left([Progress("digits", "Backprop", 0, 7, [], [])])
+    'time left not known yet'
+    """
+    everything = [s for p in standing for s in p.seconds]
+    if not everything:
+        return "time left not known yet"
+    needed = 0.0
+    for p in standing:
+        near = [s for other in standing if other.task == p.task for s in other.seconds]
+        needed += (p.total - p.ended) * statistics.fmean(p.seconds or near or everything)
+    at_once = max(1, sum(len(p.running) for p in standing))
+    return f"about {_clock(needed / at_once)} left"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"

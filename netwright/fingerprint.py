@@ -1,0 +1,119 @@
+"""Digests that change where what they stand for changes: functions, settings, tensors."""
+
+import hashlib
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+
+def fingerprint(*things: Any) -> str:
+    """Return 12 hexadecimal digits that depend on values, and on the source code of functions.
+
+    A function counts with what it refers to in its own module, and with the values it encloses;
+    a class with its methods and those of its bases. Comments and layout do not count.
+
+    >>> fingerprint(len, 1) == fingerprint(len, 1), fingerprint(len, 1) == fingerprint(len, 2)
+    (True, False)
+    """
+    digest = hashlib.sha256()
+    for text in _parts(list(things), set()):
+        digest.update(text if isinstance(text, bytes) else text.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _parts(thing: Any, seen: set[int]) -> Iterator[str | bytes]:
+    if thing is None or isinstance(thing, (str, bytes, int, float, bool, complex, Path)):
+        yield repr(thing)
+        return
+    if id(thing) in seen:
+        yield "again"
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        flat = thing.detach().cpu().contiguous().flatten()
+        yield f"tensor {thing.dtype} {tuple(thing.shape)}"
+        yield flat.view(torch.uint8).numpy().tobytes()
+    elif isinstance(thing, numpy.ndarray):
+        yield f"array {thing.dtype} {thing.shape}"
+        yield thing.tobytes()
+    elif isinstance(thing, partial):
+        yield "partial"
+        yield from _parts([thing.func, thing.args, thing.keywords], seen)
+    elif isinstance(thing, Mapping):
+        yield "mapping"
+        yield from _parts([list(pair) for pair in thing.items()], seen)
+    elif isinstance(thing, (list, tuple, set, frozenset)):
+        yield f"{type(thing).__name__} {len(thing)}"
+        for entry in sorted(thing, key=repr) if isinstance(thing, (set, frozenset)) else thing:
+            yield from _parts(entry, seen)
+    elif isinstance(thing, FunctionType):
+        yield from _function(thing, seen)
+    elif isinstance(thing, type):
+        yield from _class(thing, seen)
+    elif isinstance(thing, nn.Module):
+        yield _described(thing)
+        yield from _parts([type(thing), dict(thing.state_dict())], seen)
+    elif inspect.ismethod(thing):
+        yield from _parts([thing.__self__, thing.__func__], seen)
+    elif inspect.isbuiltin(thing) or inspect.ismodule(thing):
+        yield f"{type(thing).__name__} {thing.__name__}"
+    elif hasattr(thing, "__dict__"):
+        yield from _parts([type(thing), vars(thing)], seen)
+    else:
+        yield f"{type(thing).__qualname__} {_described(thing)}"
+
+
+def _function(function: FunctionType, seen: set[int]) -> Iterator[str | bytes]:
+    yield f"function {function.__module__}.{function.__qualname__}"
+    yield from _code(function.__code__)
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    yield from _parts([function.__defaults__, function.__kwdefaults__, cells], seen)
+    for name in sorted(_names(function.__code__)):
+        value = function.__globals__.get(name)
+        near = getattr(value, "__module__", function.__module__) == function.__module__
+        if value is not None and near and not inspect.ismodule(value):
+            yield name
+            yield from _parts(value, seen)
+
+
+def _class(kind: type, seen: set[int]) -> Iterator[str | bytes]:
+    yield f"class {kind.__module__}.{kind.__qualname__}"
+    if kind.__module__.split(".")[0] not in ("builtins", "torch", "torch_geometric"):
+        yield from _parts([base for base in kind.__bases__ if base is not object], seen)
+        for name, value in sorted(vars(kind).items()):
+            value = getattr(value, "__func__", value)
+            if isinstance(value, (FunctionType, str, int, float, tuple, list, dict)) \
+                    and name not in ("__doc__", "__module__", "__qualname__",
+                                     "__annotations__", "__static_attributes__", "__firstlineno__"):
+                yield name
+                yield from _parts(value, seen)
+
+
+def _code(code: CodeType) -> Iterator[str | bytes]:
+    yield code.co_code
+    yield repr(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code(constant)
+        elif isinstance(constant, frozenset):
+            yield repr(sorted(constant, key=repr))  # its order differs between processes
+        else:
+            yield repr(constant)
+
+
+def _described(thing: Any) -> str:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)
