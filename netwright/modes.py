@@ -4,12 +4,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+RandomState = tuple[Tensor, list[Tensor]]
 
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Hold every module of `network` in eval mode, then give each its own mode back."""
+    """Hold every module of `network` in eval mode, then give each its own mode back.
+
+    >>> network = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    >>> with evaluating(network):
+    ...     network[1].training
+    False
+    >>> network[1].training
+    True
+    """
     with _mode(network, training=False):
         yield
 
@@ -32,26 +42,60 @@ def _mode(network: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = mode
 
 
+def random_state() -> RandomState:
+    """Return PyTorch's global random states: the CPU's and, once CUDA is in use, every device's."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), cuda
+
+
+def set_random_state(state: RandomState) -> None:
+    """Set PyTorch's global random states to what `random_state` returned."""
+    cpu, cuda = state
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+
+
 @contextmanager
 def same_random_state() -> Iterator[None]:
-    """Undo whatever the body draws from PyTorch's global random states."""
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    """Undo whatever the body draws from PyTorch's global random states.
+
+    >>> with same_random_state():
+    ...     first = torch.rand(3)
+    >>> torch.equal(first, torch.rand(3))
+    True
+    """
+    state = random_state()
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        set_random_state(state)
 
 
 @contextmanager
 def same_buffers(network: nn.Module) -> Iterator[None]:
     """Undo what the body does to the buffers of `network`, such as running statistics."""
-    before = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    before = [(module, name, buffer, None if buffer is None else buffer.detach().clone())
+              for module in network.modules() for name, buffer in module._buffers.items()]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+        for module, name, buffer, value in before:
+            module._buffers[name] = buffer
+            if buffer is not None and value is not None:
+                # .data, so that a graph that has saved the buffer does not see a new version of it
+                buffer.data.copy_(value)
+
+
+@contextmanager
+def rehearsing(network: nn.Module) -> Iterator[None]:
+    """Let the body run `network` without a trace: no graph, no random draw, no changed buffer."""
+    cached = torch.is_autocast_cache_enabled()
+    # weights that autocast casts here are cast without a graph and must not be kept for later
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with (torch.inference_mode(False), torch.no_grad(), same_random_state(),
+              same_buffers(network)):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)

@@ -1,0 +1,307 @@
+"""A chain of modules that feed one another inside a model whose own forward calls them.
+
+The first stage runs the model's own forward with the later members replaced by stubs, which
+write down the arguments that they are given and pass the signal on; the last stage runs it again
+with what came before replaced, so that whatever the model does before its members and after them
+is the model's own code. In between a member is called with the arguments that were written down.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from netwright.errors import CannotStage
+from netwright.modes import random_state, rehearsing, set_random_state
+from netwright.stages._structure import Path, at, replace, tensors
+from netwright.stages._watch import Call, link, version
+from netwright.stages.stage import Context, Stage, apply, tensor_of
+
+
+class _Stop(BaseException):
+    """Leaves the model's forward where the stage ends; no `except Exception` holds it up."""
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Stands for the argument at `path` in what a member returns."""
+
+    path: Path
+
+
+class _Signal:
+    """Stands for the signal in what a member takes or returns."""
+
+    def __deepcopy__(self, memo: Any) -> "_Signal":
+        return self
+
+
+SIGNAL = _Signal()
+
+
+@dataclass(eq=False)
+class Member:
+    """One call of a module of the chain.
+
+    `slot` leads to the signal in its arguments, `path` to the signal in what it returns,
+    `response` is what it returns, with placeholders for the signal and the arguments.
+    """
+
+    module: nn.Module
+    name: str
+    slot: Path
+    path: Path
+    response: Any
+
+    def respond(self, signal: Any, arguments: Any) -> Any:
+        """Return what the member would, with `signal` as its result."""
+        if isinstance(self.response, _Signal):
+            return signal
+        return replace(self.response, lambda v: signal if isinstance(v, _Signal) else
+                       at(arguments, v.path) if isinstance(v, _Given) else v)
+
+
+class MemberContext(Context):
+    """What the stubs wrote down: the later members' arguments and the entry's outputs."""
+
+    def __init__(self, x: Any, *, live: bool = False) -> None:
+        super().__init__(x, live=live)
+        self.arguments: list[Any] | None = None
+        self.entry: dict[nn.Module, list[Any]] = {}
+
+
+class MemberStage(Stage):
+    """The stage that runs one group of a chain's members."""
+
+    def __init__(self, name: str, modules: list[nn.Module], chain: "MemberChain", i: int,
+                 loose: list[Parameter]) -> None:
+        super().__init__(name, modules, loose)
+        self.chain, self.i = chain, i
+
+    def __call__(self, h: Any, context: MemberContext) -> Tensor:
+        """Return what the next stage takes."""
+        if self.i == 0:
+            return self.chain.first(h, context)
+        if context.arguments is None:
+            with rehearsing(self.chain.model):
+                self.chain.first(context.x, context)
+        if self.i == len(self.chain.groups) - 1:
+            return self.chain.last(h, context)
+        return self.chain.middle(self.i, h, context)
+
+
+class MemberChain:
+    """Members in groups, a group a stage, and how the model's own forward runs around them."""
+
+    def __init__(self, model: nn.Module, members: list[Member], groups: list[range],
+                 entry: list[tuple[nn.Module, int]], options: dict[str, Any],
+                 clone_entry: bool) -> None:
+        self.model, self.members, self.groups = model, members, groups
+        self.entry, self.options, self.clone_entry = entry, options, clone_entry
+
+    def first(self, x: Any, context: MemberContext) -> Tensor:
+        """Run what comes before the members and the first group; write down what follows."""
+        if len(self.groups) == 1:
+            return tensor_of(apply(self.model, x, **self.options))
+        start = self.groups[0].stop
+        fill = context.live or context.arguments is None
+        written: list[Any] = []
+        signal: Any = None
+
+        def stub(k: int, arguments: Any, run: Callable[..., Any]) -> Any:
+            nonlocal signal
+            member = self.members[k]
+            if k < start:
+                return run(*arguments[0], **arguments[1])
+            if k == start:
+                signal = at(arguments, member.slot)
+                if not fill:
+                    raise _Stop
+            elif at(arguments, member.slot) is not signal:
+                raise CannotStage(f"{member.name} did not take what {self.members[k - 1].name} "
+                                  "returned, as it did for the example")
+            written.append(replace(arguments, lambda v: SIGNAL if v is signal else context.keep(v)))
+            if k + 1 == len(self.members):
+                raise _Stop
+            return member.respond(signal, arguments)
+
+        entry: dict[nn.Module, list[Any]] = {}
+        with self._stubs(stub, range(start)), self._recorded(entry if fill else None, context):
+            self._run(x)
+        if fill:
+            context.arguments, context.entry = written, entry
+        return signal
+
+    def middle(self, i: int, h: Tensor, context: MemberContext) -> Tensor:
+        """Run group `i` on `h` with the arguments that were written down."""
+        for k in self.groups[i]:
+            args, kwargs = self._arguments(k, h, context)
+            h = at(self.members[k].module(*args, **kwargs), self.members[k].path)
+        return h
+
+    def last(self, h: Tensor, context: MemberContext) -> Tensor:
+        """Run the last group on `h` and what follows it, drawing what the model would draw."""
+        group, state = self.groups[-1], random_state()
+
+        def stub(k: int, arguments: Any, run: Callable[..., Any]) -> Any:
+            member = self.members[k]
+            if k < group.start:
+                return member.respond(h, arguments)
+            if k == group.start:
+                set_random_state(state)
+            args, kwargs = self._arguments(k, at(arguments, member.slot), context)
+            return run(*args, **kwargs)
+
+        with self._stubs(stub, group), self._replayed(context):
+            return tensor_of(apply(self.model, context.x, **self.options))
+
+    def _arguments(self, k: int, h: Any, context: MemberContext) -> Any:
+        assert context.arguments is not None
+        written = context.arguments[k - self.groups[0].stop]
+        return replace(written, lambda v: h if isinstance(v, _Signal) else v)
+
+    def _run(self, x: Any) -> None:
+        try:
+            apply(self.model, x, **self.options)
+        except _Stop:
+            return
+        raise CannotStage(f"{type(self.model).__name__} did not call {self.members[-1].name}, "
+                          "which it did for the example")
+
+    @contextmanager
+    def _stubs(self, stub: Callable[..., Any], real: range) -> Iterator[None]:
+        """Let `stub` answer each member's call; the hooks of those not in `real` stay silent."""
+        position = 0
+
+        def forward_of(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal position
+                k, position = position, position + 1
+                if k >= len(self.members) or self.members[k].module is not module:
+                    raise CannotStage(f"the members of {type(self.model).__name__} were not "
+                                      "called in the order they had for the example")
+                return stub(k, (args, kwargs), run)
+            return forward
+
+        modules = {member.module for member in self.members}
+        silent = modules - {self.members[k].module for k in real}
+        with _forwards({m: forward_of(m, m.forward) for m in modules}), _silence(silent):
+            yield
+
+    @contextmanager
+    def _recorded(self, entry: dict[nn.Module, list[Any]] | None,
+                  context: Context) -> Iterator[None]:
+        """Write down in `entry` what the modules before the members return."""
+        handles = []
+
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            assert entry is not None
+            entry.setdefault(module, []).append(replace(output, lambda v: context.keep(
+                v.clone() if self.clone_entry and isinstance(v, Tensor) else v)))
+
+        try:
+            if entry is not None:
+                handles = [module.register_forward_hook(record) for module, _ in self.entry]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _replayed(self, context: MemberContext) -> Iterator[None]:
+        """Let the modules before the members return what they returned in the first stage."""
+        def forward_of(module: nn.Module, count: int, run: Callable[..., Any]) -> Any:
+            outputs = iter(context.entry[module][:count])
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                for output in outputs:
+                    if self.clone_entry:
+                        return replace(output, lambda v: v.clone() if isinstance(v, Tensor) else v)
+                    return output
+                return run(*args, **kwargs)
+            return forward
+
+        patched = {m: forward_of(m, count, m.forward) for m, count in self.entry}
+        with _forwards(patched), _silence(patched):
+            yield
+
+
+@contextmanager
+def _forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let each module's calls run its replacement instead of its forward."""
+    before = {module: module.__dict__.get("forward") for module in replacements}
+    try:
+        for module, forward in replacements.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = own
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+@contextmanager
+def _silence(modules: Any) -> Iterator[None]:
+    """Keep the hooks of `modules` from seeing calls that are not real."""
+    hidden = [(module, name, getattr(module, name)) for module in modules for name in _HOOKS
+              if getattr(module, name)]
+    try:
+        for module, name, hooks in hidden:
+            setattr(module, name, type(hooks)())
+        yield
+    finally:
+        for module, name, hooks in hidden:
+            hooks.update(getattr(module, name))  # those that the run itself has added
+            setattr(module, name, hooks)
+
+
+def members_of(path: list[Call], calls: list[Call]) -> list[Member]:
+    """Return the members for a path of linked calls.
+
+    The first member's slot and the last one's path are not used.
+    """
+    links = [link(a, b, calls) for a, b in pairwise(path)]
+    assert None not in links
+    slots = [(), *(slot for _, slot in links)]  # type: ignore[misc]
+    paths = [*(path for path, _ in links), None]  # type: ignore[misc]
+    return [Member(c.module, c.name, slot, way or (), _response(c, way))
+            for c, slot, way in zip(path, slots, paths, strict=True)]
+
+
+def _response(made: Call, path: Path | None) -> Any:
+    given = {id(t): p for p, t in tensors(made.arguments)}
+    signal = None if path is None else at(made.output, path)
+
+    def placeholder(value: Any) -> Any:
+        if value is signal:
+            return SIGNAL
+        if isinstance(value, Tensor):
+            return _Given(given[id(value)]) if id(value) in given else None
+        return value
+
+    return replace(made.output, placeholder)
+
+
+def entry_of(path: list[Call], calls: list[Call]) -> tuple[list[tuple[nn.Module, int]], bool]:
+    """Return the outermost modules that finished before the path began, with their calls counted.
+
+    Also whether one of their outputs was changed in place after it was returned.
+    """
+    start = path[0].start
+    done = [c for c in calls if c.end < start
+            and (c.parent is None or c.parent.end > start)]
+    counts: dict[nn.Module, int] = {}
+    for c in done:
+        counts[c.module] = counts.get(c.module, 0) + 1
+    changed = any(version(t) != c.output_versions[id(t)]
+                  for c in done for _, t in tensors(c.output))
+    return list(counts.items()), changed

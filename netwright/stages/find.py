@@ -1,0 +1,170 @@
+"""Finds the chain of stages in a network."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from netwright.errors import CannotStage, UnknownName
+from netwright.modes import evaluating, rehearsing
+from netwright.stages._chains import (
+    candidates,
+    groups_of,
+    lists,
+    member_stages,
+    through,
+)
+from netwright.stages._graph_networks import graph_stages, is_graph_network
+from netwright.stages._sequential import sequential_stages
+from netwright.stages._transformers import example_for, is_pretrained, options_for
+from netwright.stages._verify import check_example, describe, difference, parameters_reached
+from netwright.stages._watch import Call, watch
+from netwright.stages.stage import Stages
+
+_TRIES = 6
+
+
+def stages(network: nn.Module | Stages, example: Any = None,
+           cuts: Sequence[str] | None = None) -> Stages:
+    """Read `network` as a chain of stages, which share its parameters.
+
+    An `nn.Sequential` begins a new stage at each weighted layer; a Hugging Face model has a stage
+    for each layer of its list of layers, a PyTorch Geometric `BasicGNN` for each convolution. Any
+    other module is watched while it runs on `example`. `cuts` names the modules at which the
+    stages begin, the first of which takes all that comes before it.
+
+    `example` is an input as the network takes it: a tensor, a tuple of arguments or a mapping of
+    keywords. Where it is given, or was needed, the stages have been run beside the network and
+    gave the same, bit for bit.
+
+    Raises:
+        CannotStage: no chain was found, or `cuts` names none, or the network does not take
+            `example`.
+        UnknownName: `cuts` holds a name that no module has.
+
+    >>> network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    >>> stages(network).names
+    ['0', '3']
+    """
+    if isinstance(network, Stages):
+        return network if cuts is None else stages(network.model, example, cuts)
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network must be a module or its Stages, got {type(network).__name__}")
+    names = _checked(network, cuts)
+    if example is not None:
+        check_example(network, example)
+    net = None
+    if type(network).forward is nn.Sequential.forward:
+        net = sequential_stages(network, names)  # type: ignore[arg-type]
+    elif is_graph_network(network):
+        net = graph_stages(network, names)
+    if net is not None:
+        return _confirmed(net, example)
+    if example is None and is_pretrained(network):
+        example = example_for(network)
+        check_example(network, example)
+    if example is None:
+        raise CannotStage(f"{type(network).__name__} is not an nn.Sequential, so its stages are "
+                          "found by watching it run; give an input of it as example=")
+    return _watched(network, example, names)
+
+
+def _checked(network: nn.Module, cuts: Sequence[str] | None) -> list[str] | None:
+    if cuts is None:
+        return None
+    known = dict(network.named_modules(remove_duplicate=False))
+    if isinstance(cuts, str) or not cuts:
+        raise CannotStage(f"cuts must be a list of the names of modules, got {cuts!r}; try "
+                          f"cuts={[name for name, _ in network.named_children()]!r}")
+    for name in cuts:
+        if name not in known or not name:
+            raise UnknownName("module of the network", name, [k for k in known if k])
+    if len(set(cuts)) < len(cuts):
+        raise CannotStage(f"cuts={list(cuts)!r} names a module twice; name each once")
+    return list(cuts)
+
+
+def _confirmed(net: Stages, example: Any) -> Stages:
+    wrong = None if example is None else difference(net, example)
+    if wrong:
+        raise CannotStage(f"{type(net.model).__name__} does not do what its stages "
+                          f"{', '.join(net.names)} do: {wrong}")
+    return net
+
+
+def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages:
+    options = options_for(network, example) if is_pretrained(network) else {}
+    with evaluating(network), rehearsing(network):
+        calls, _ = watch(network, example, **options)
+    seen: list[str] = []
+    if cuts is not None:
+        found = through(cuts, calls)
+        if isinstance(found, str):
+            seen.append(found)
+        else:
+            path, starts = found
+            net = _built(network, example, calls, path, starts, cuts, options, seen)
+            if net is not None:
+                return net
+    else:
+        tries = [c.path for c in (lists(calls) if is_pretrained(network) else [])]
+        tries += [c.path for c in candidates(calls)]
+        for path in tries[:_TRIES]:
+            starts = groups_of(path)
+            names = [path[k].name for k in starts]
+            net = _built(network, example, calls, path, starts, names, options, seen)
+            if net is not None:
+                return net
+    raise CannotStage(_advice(network, example, calls, seen))
+
+
+def _built(network: nn.Module, example: Any, calls: list[Call], path: list[Call],
+           starts: list[int], names: list[str], options: dict[str, Any],
+           seen: list[str]) -> Stages | None:
+    net = member_stages(network, calls, path, starts, names, options)
+    wrong = difference(net, example)
+    if wrong:
+        seen.append(f"as the chain {', '.join(names)} {wrong}")
+        return None
+    _share_out(net, example)
+    return net
+
+
+def _share_out(net: Stages, example: Any) -> None:
+    """Give parameters that belong to no stage's modules to those stages that use them."""
+    owned = {id(p) for stage in net for p in stage.parameters()}
+    left = [p for p in net.model.parameters() if id(p) not in owned and p.is_floating_point()]
+    if not left:
+        return
+    before = [(p, p.requires_grad) for p in left]
+    try:
+        for p in left:
+            p.requires_grad_(True)
+        with evaluating(net.model), rehearsing(net.model), torch.enable_grad():
+            context, h = net.context(example, live=True), example
+            for i, stage in enumerate(net):
+                h = stage(h, context)
+                reached = parameters_reached(
+                    [h, getattr(context, "arguments", None)] if i == 0 else h)
+                stage.loose = _among(left, reached)
+                h = h.detach()
+    finally:
+        for p, required in before:
+            p.requires_grad_(required)
+
+
+def _among(parameters: list[Parameter], ids: set[int]) -> list[Parameter]:
+    return [p for p in parameters if id(p) in ids]
+
+
+def _advice(network: nn.Module, example: Any, calls: list[Call], seen: list[str]) -> str:
+    children = [c.name for c in calls[0].children if c.weights]
+    chain = list(dict.fromkeys(children))
+    what = "; ".join(seen) if seen else (
+        f"run on {describe(example)}, it called {', '.join(chain) or 'no module with weights'}, "
+        "and what one of them returned was not what the next one took")
+    return (f"{type(network).__name__} does not read as a chain of stages: {what}. Name where its "
+            f"stages begin, such as cuts={chain!r}, or wrap what happens between two layers in a "
+            "module")
