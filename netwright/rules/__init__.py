@@ -1,6 +1,8 @@
 """Learning rules: what can stand where `loss.backward()` stood."""
 
 from netwright.rules.exact.backprop import Backprop
+from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
+from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.rule import Rule
 
-__all__ = ["Backprop", "Rule"]
+__all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "Rule"]

@@ -1,0 +1,197 @@
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from netwright.losses import cross_entropy
+from netwright.modes import evaluating
+from netwright.rules.feedback.matrices import Matrices, draw
+from netwright.rules.rule import Rule, check_labels
+from netwright.stages import Stages, stages
+
+
+class DirectFeedbackAlignment(Rule):
+    """Train every stage with a random projection of the output error of its own.
+
+    e = dL/dlogits;  dL/dh_i := e B_i in hidden stages, e in the last;  B_i ~ N(0, 1/classes).
+    share: B_i = the first prod(size_i) columns of one B ~ N(0, 1/its columns), as Launay has it.
+    sign_symmetric: B_i = |B_i| sign(W_last ... W_(i+1)), where those are all linear layers.
+    kolen_pollack: dL/dB_i := e^T h_i, the update that W_last would have if it read h_i.
+
+    Within a stage the derivatives are exact; between stages nothing flows. Where the leading axes
+    of h_i are those of the logits (tokens, nodes), each of their positions receives the
+    projection of its own error; else all of a sample's error is projected to all of its h_i.
+    An h_i with shorter axes than the example's takes the part of B_i that it has.
+
+    With `kolen_pollack`, W_last - B of the last hidden stage shrinks by the optimizer's weight
+    decay and by nothing else, so give the optimizer one that is decoupled (SGD's, AdamW's).
+
+    Shapes: logits (*lead, classes); h_i (*lead, *size_i); e as logits;
+    B_i (classes, *size_i), or (prod(logits[0]), *size_i) where only the batch axis is shared.
+
+    Raises:
+        ValueError: no example; logits without a class axis; a stage that does not keep the batch
+            axis; `sign_symmetric` where a stage is not one linear layer; `share` with feedback
+            that is not random.
+
+    Papers: Nøkland, 2016, Direct Feedback Alignment Provides Learning in Deep Neural Networks.
+    Launay, Poli, Boniface, Krzakala, 2020, Direct Feedback Alignment Scales to Modern Deep
+    Learning Tasks and Architectures. Webster, Choi, Ahn, 2020, Learning the Connections in Direct
+    Feedback Alignment.
+
+    >>> network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> rule = DirectFeedbackAlignment(network, example=torch.randn(2, 4))
+    >>> rule(torch.randn(2, 4), torch.tensor([0, 2])).shape
+    torch.Size([])
+    >>> rule.feedback["0"].shape
+    torch.Size([3, 8])
+    """
+
+    def __init__(self, network: nn.Module | Stages, example: Any = None, *,
+                 feedback: Literal["random", "sign_symmetric", "kolen_pollack"] = "random",
+                 share: bool = False,
+                 loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+                 generator: Generator | None = None) -> None:
+        super().__init__(network, generator=generator)
+        if feedback not in ("random", "sign_symmetric", "kolen_pollack"):
+            raise ValueError("feedback must be 'random', 'sign_symmetric' or 'kolen_pollack', "
+                             f"got {feedback!r}")
+        if share and feedback != "random":
+            raise ValueError(f"share=True keeps one fixed matrix, got feedback={feedback!r}; "
+                             "use share=False")
+        if example is None:
+            raise ValueError("example must be an input of the network, got None; the feedback "
+                             "matrices take their sizes from it")
+        self.stages, self.loss, self.share = stages(network, example), loss, share
+        self.feedback = Matrices(learned=feedback == "kolen_pollack")
+        with evaluating(self.network), torch.no_grad():
+            *hidden, logits = self._outputs(example)
+        if logits.ndim < 2:
+            raise ValueError("network must return (batch, classes) or (batch, *, classes), got "
+                             f"{tuple(logits.shape)}; keep the batch axis and a class axis")
+        self._draw(hidden, logits)
+        self._linears = self._linears_after_first() if feedback == "sign_symmetric" else []
+
+    def forward(self, x: Any, y: Tensor) -> Tensor:
+        """Add the update of direct feedback alignment to `.grad`; return the detached loss."""
+        outputs = self._outputs(x)
+        logits = outputs.pop()
+        output = logits.detach().requires_grad_()
+        if self.loss is cross_entropy:
+            check_labels(y, output.shape[-1])
+        loss = self.loss(output, y)
+        (error,) = torch.autograd.grad(loss, output)
+        for hidden, h in zip(self._hidden, outputs, strict=True):
+            hidden.check(h, error)
+        products = self._products()
+        projected: dict[int, Tensor] = {}
+        if logits.requires_grad:  # a frozen stage has nothing to learn
+            logits.backward(error)
+        for name, lead, rows, size in reversed(self._hidden):
+            h = outputs.pop()  # what stage i stored for its backward pass is freed before i - 1
+            if not h.requires_grad:
+                continue
+            flat = error.flatten(0, lead - 1).flatten(1)
+            if self.share:
+                if lead not in projected:
+                    projected[lead] = flat @ self.feedback[str(rows)].to(flat.dtype)
+                signal = projected[lead][:, :h.shape[lead:].numel()]
+            else:
+                B = self.feedback[name]
+                if B.requires_grad:
+                    update = flat.T @ h.detach().flatten(0, lead - 1).flatten(1).to(flat.dtype)
+                    _accumulate(B, update.view(rows, *h.shape[lead:]))
+                B = B.detach()[_part(h.shape[lead:], size)].flatten(1)
+                if products:
+                    B = B.copysign(products[name])
+                signal = flat @ B.to(flat.dtype)
+            h.backward(signal.view(h.shape).to(h.dtype))
+        return loss.detach()
+
+    def _outputs(self, x: Any) -> list[Tensor]:
+        context, h, outputs = self.stages.context(x), x, []
+        for stage in self.stages:
+            outputs.append(stage(h, context))
+            h = outputs[-1].detach()
+        return outputs
+
+    def _draw(self, hidden: list[Tensor], logits: Tensor) -> None:
+        classes, widths = logits.shape[-1], dict[int, int]()
+        self._hidden: list[_Hidden] = []
+        for name, h in zip(self.stages.names, hidden, strict=False):
+            together = h.shape[:logits.ndim - 1] == logits.shape[:-1]
+            lead = logits.ndim - 1 if together else 1
+            if h.shape[:lead] != logits.shape[:lead]:
+                raise ValueError(
+                    f"stage {name!r} must keep the batch axis of the logits "
+                    f"{tuple(logits.shape)}, got {tuple(h.shape)}; cut the stages elsewhere, or "
+                    "use FeedbackAlignment")
+            size, rows = h.shape[lead:], logits.shape[lead:].numel()
+            self._hidden.append(_Hidden(name, lead, rows, size))
+            widths[rows] = max(widths.get(rows, 0), size.numel())
+            if not self.share:
+                self.feedback.add(name, draw((rows, *size), classes ** -0.5, logits,
+                                             self.generator))
+        if self.share:
+            for rows, width in widths.items():
+                self.feedback.add(str(rows), draw((rows, width), width ** -0.5, logits,
+                                                  self.generator))
+
+    def _linears_after_first(self) -> list[nn.Linear]:
+        owners = {id(m.weight): m for m in self.network.modules() if isinstance(m, nn.Linear)}
+        linears = []
+        for (_, lead, _, size), stage in zip(self._hidden, list(self.stages)[1:], strict=True):
+            weights = [p for p in stage.parameters() if p.ndim > 1]
+            if len(weights) != 1 or id(weights[0]) not in owners or (lead > 1 and len(size) > 1) \
+                    or weights[0].shape[1] != size.numel():
+                raise ValueError(
+                    "feedback='sign_symmetric' needs one linear layer in each stage after the "
+                    f"first, got stage {stage.name!r} with weights of "
+                    f"{[tuple(p.shape) for p in weights]}; use 'random' or 'kolen_pollack'")
+            linears.append(owners[id(weights[0])])
+        return linears
+
+    @torch.no_grad()
+    def _products(self) -> dict[str, Tensor]:
+        products: dict[str, Tensor] = {}
+        if self._linears:
+            product = self._linears[-1].weight
+            for hidden, linear in zip(self._hidden[::-1], [None, *self._linears[-2::-1]],
+                                      strict=True):
+                product = product if linear is None else product @ linear.weight
+                products[hidden.name] = product
+        return products
+
+
+class _Hidden(NamedTuple):
+    """A hidden stage: its name, how many axes it shares with the logits, and the shape of B."""
+
+    name: str
+    lead: int
+    rows: int
+    size: torch.Size
+
+    def check(self, h: Tensor, error: Tensor) -> None:
+        """Raise ValueError unless B serves `h` and `error`."""
+        lead, size = h.shape[:self.lead], h.shape[self.lead:]
+        if (lead != error.shape[:self.lead] or error.shape[self.lead:].numel() != self.rows
+                or (size != self.size and (len(size) != len(self.size) or any(
+                    new > drawn for new, drawn in zip(size, self.size, strict=True))))):
+            raise ValueError(
+                f"x must give stage {self.name!r} an output of {('batch',) * self.lead} and at "
+                f"most {tuple(self.size)}, as the example did, got {tuple(h.shape)} beside logits "
+                f"of {tuple(error.shape)}; build the rule with an example like it")
+
+
+def _part(size: torch.Size, drawn: torch.Size) -> tuple[slice, ...]:
+    return () if size == drawn else (slice(None), *(slice(n) for n in size))
+
+
+def _accumulate(B: Tensor, update: Tensor) -> None:
+    update = update.to(B.dtype)
+    if B.grad is None and update.shape == B.shape:
+        B.grad = update
+        return
+    B.grad = torch.zeros_like(B) if B.grad is None else B.grad
+    B.grad[_part(update.shape[1:], B.shape[1:])] += update

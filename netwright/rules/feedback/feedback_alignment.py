@@ -1,0 +1,233 @@
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional
+from torch.nn.parameter import Parameter, UninitializedParameter
+
+from netwright.losses import cross_entropy
+from netwright.rules.feedback.matrices import Matrices, draw
+from netwright.rules.rule import Rule, check_labels
+from netwright.stages import Stages, call
+
+
+class FeedbackAlignment(Rule):
+    """Train with matrices of their own, instead of the weights, carrying the error backwards.
+
+    y = W x + b;  dL/dx := B^T dL/dy;  dL/dW = dL/dy x^T;  B ~ N(0, 1/outputs), fixed.
+    sign_symmetric: B = |B| sign(W).  kolen_pollack: B takes W's update, dL/dB := dL/dW.
+
+    Holds for linear and (transposed) convolutional layers, Hugging Face's `Conv1D` and PyTorch
+    Geometric's `Linear` included, wherever they stand in the network; layers that share a weight
+    share its B. All else keeps its own derivative: norms, activations, attention's products,
+    message passing. So do the weighted modules whose names are in `exact`, which compute with
+    their weights themselves: recurrent layers, `nn.MultiheadAttention`, subclasses of a layer
+    with a forward of their own. Any network does: it need not be a chain of stages.
+
+    With `kolen_pollack`, W - B shrinks by the optimizer's weight decay and by nothing else, so
+    give the optimizer one that is decoupled (SGD's, AdamW's).
+
+    Shapes: x as the network takes it; y as the loss takes it; B as W.
+
+    Raises:
+        ValueError: the network has no layer that B can serve, or one without weights yet.
+
+    Papers: Lillicrap, Cownden, Tweed, Akerman, 2016, Random Synaptic Feedback Weights Support
+    Error Backpropagation for Deep Learning. Liao, Leibo, Poggio, 2016, How Important Is Weight
+    Symmetry in Backpropagation? Akrout, Wilson, Humphreys, Lillicrap, Tweed, 2019, Deep Learning
+    without Weight Transport.
+
+    >>> network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> rule = FeedbackAlignment(network)
+    >>> rule(torch.randn(2, 4), torch.tensor([0, 2])).shape
+    torch.Size([])
+    >>> rule.feedback["2"].shape
+    torch.Size([3, 8])
+    """
+
+    def __init__(self, network: nn.Module | Stages, example: Any = None, *,
+                 feedback: Literal["random", "sign_symmetric", "kolen_pollack"] = "random",
+                 loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+                 generator: Generator | None = None) -> None:
+        super().__init__(network, generator=generator)
+        if feedback not in ("random", "sign_symmetric", "kolen_pollack"):
+            raise ValueError("feedback must be 'random', 'sign_symmetric' or 'kolen_pollack', "
+                             f"got {feedback!r}")
+        self.loss, self.signed = loss, feedback == "sign_symmetric"
+        self.feedback = Matrices(learned=feedback == "kolen_pollack")
+        self.exact: list[str] = []
+        self._layers: list[tuple[nn.Module, str, Callable[..., Tensor]]] = []
+        self._find_layers()
+
+    def forward(self, x: Any, y: Tensor) -> Tensor:
+        """Add the update of feedback alignment to `.grad`; return the detached loss."""
+        with self._feeding_back():  # around the backward pass too: checkpoints run forward there
+            logits = call(self.network, x)
+            if self.loss is cross_entropy:
+                check_labels(y, logits.shape[-1])
+            loss = self.loss(logits, y)
+            if loss.requires_grad:
+                loss.backward()
+        return loss.detach()
+
+    def _find_layers(self) -> None:
+        names: dict[int, str] = {}
+        inside = {id(m) for parent in self.network.modules()
+                  if isinstance(parent, nn.MultiheadAttention) for m in parent.children()}
+        for name, module in self.network.named_modules():
+            weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+            forward = None if id(module) in inside else _forward_of(module)
+            if forward is None:
+                if weights and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                    self.exact.append(name)
+                continue
+            key = id(module.weight) if isinstance(module.weight, Parameter) else id(module)
+            if key not in names:
+                names[key] = name
+                self.feedback.add(name, _drawn(name, module, self.generator))
+            self._layers.append((module, names[key], forward))
+        if not self._layers:
+            raise ValueError(f"network must hold a linear or convolutional layer, got "
+                             f"{type(self.network).__name__} without one; use Backprop")
+
+    @contextmanager
+    def _feeding_back(self) -> Iterator[None]:
+        replaced = []
+        try:
+            for module, name, forward in self._layers:
+                replaced.append((module, module.__dict__.get("forward")))
+                module.__dict__["forward"] = partial(forward, module, self.feedback[name],
+                                                     self.signed)
+            yield
+        finally:
+            for module, before in replaced:
+                del module.__dict__["forward"]
+                if before is not None:
+                    module.__dict__["forward"] = before
+
+
+class _Linear(Function):
+    """x W^T + b, whose input receives dL/dy B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor,
+                signed: bool) -> Tensor:
+        ctx.save_for_backward(x, feedback, weight if signed else None)
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, feedback, signs = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_feedback, _ = ctx.needs_input_grad
+        if signs is not None:
+            feedback = torch.copysign(feedback, signs)
+        dx = gradient @ feedback.to(gradient.dtype) if of_x else None
+        flat = gradient.flatten(0, -2)
+        dw = flat.T @ x.flatten(0, -2).to(gradient.dtype) if of_weight else None
+        db = flat.sum(0) if of_bias else None
+        return dx, dw, db, dw if of_feedback else None, None
+
+
+class _Convolution(Function):
+    """A convolution with W and b, whose input receives the gradient of one with B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor,
+                signed: bool, run: Callable[..., Tensor], how: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, feedback, weight if signed else None)
+        ctx.how, ctx.outputs = how, None if bias is None else list(bias.shape)
+        return run(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, feedback, signs = ctx.saved_tensors
+        of_feedback = ctx.needs_input_grad[3]
+        if signs is not None:
+            feedback = torch.copysign(feedback, signs)
+        dx, dw, db = torch.ops.aten.convolution_backward(
+            gradient, x.to(gradient.dtype), feedback.to(gradient.dtype), ctx.outputs, *ctx.how,
+            ctx.needs_input_grad[:3])
+        return dx, dw, db, dw if of_feedback else None, None, None, None
+
+
+def _linear(module: Any, feedback: Tensor, signed: bool, x: Tensor) -> Tensor:
+    if not x.requires_grad:  # the first layer sends nothing back
+        return functional.linear(x, module.weight, module.bias)
+    return _Linear.apply(x, module.weight, module.bias, feedback, signed)
+
+
+def _transposed_linear(module: Any, feedback: Tensor, signed: bool, x: Tensor) -> Tensor:
+    if not x.requires_grad:
+        return type(module).forward(module, x)
+    return _Linear.apply(x, module.weight.T, module.bias, feedback.T, signed)
+
+
+def _convolution(module: Any, feedback: Tensor, signed: bool, x: Tensor) -> Tensor:
+    if not x.requires_grad:
+        return type(module).forward(module, x)
+    rank = len(module.kernel_size)
+    padding, pads = module.padding, module._reversed_padding_repeated_twice
+    if padding == "valid":
+        padding = (0,) * rank
+    elif padding == "same" or module.padding_mode != "zeros":
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, padding = functional.pad(x, pads, mode=mode), (0,) * rank
+    run = partial(_CONVOLUTIONS[rank], stride=module.stride, padding=padding,
+                  dilation=module.dilation, groups=module.groups)
+    how = (module.stride, padding, module.dilation, False, (0,) * rank, module.groups)
+    return _convolve(module, feedback, signed, x, run, how)
+
+
+def _transposed_convolution(module: Any, feedback: Tensor, signed: bool, x: Tensor,
+                            output_size: list[int] | None = None) -> Tensor:
+    if not x.requires_grad:
+        return type(module).forward(module, x, output_size)
+    rank = len(module.kernel_size)
+    extra = module._output_padding(x, output_size, module.stride, module.padding,
+                                   module.kernel_size, rank, module.dilation)
+    run = partial(_TRANSPOSED[rank], stride=module.stride, padding=module.padding,
+                  output_padding=extra, dilation=module.dilation, groups=module.groups)
+    how = (module.stride, module.padding, module.dilation, True, extra, module.groups)
+    return _convolve(module, feedback, signed, x, run, how)
+
+
+def _convolve(module: Any, feedback: Tensor, signed: bool, x: Tensor,
+              run: Callable[..., Tensor], how: tuple[Any, ...]) -> Tensor:
+    single = x.ndim == len(module.kernel_size) + 1  # one sample without a batch axis
+    y = _Convolution.apply(x.unsqueeze(0) if single else x, module.weight, module.bias, feedback,
+                           signed, run, how)
+    return y.squeeze(0) if single else y
+
+
+_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+_TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d,
+               3: functional.conv_transpose3d}
+_FORWARDS = {nn.Linear.forward: _linear,
+             nn.Conv1d.forward: _convolution, nn.Conv2d.forward: _convolution,
+             nn.Conv3d.forward: _convolution,
+             nn.ConvTranspose1d.forward: _transposed_convolution,
+             nn.ConvTranspose2d.forward: _transposed_convolution,
+             nn.ConvTranspose3d.forward: _transposed_convolution}
+_BY_NAME = {("transformers.pytorch_utils", "Conv1D"): _transposed_linear,
+            ("torch_geometric.nn.dense.linear", "Linear"): _linear}
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
+    # a subclass with a forward of its own may do anything with the weight: it keeps that
+    kind = type(module)
+    return _FORWARDS.get(kind.forward) or _BY_NAME.get((kind.__module__, kind.__name__))
+
+
+def _drawn(name: str, module: Any, generator: Generator | None) -> Tensor:
+    weight = module.weight
+    if isinstance(weight, UninitializedParameter):
+        raise ValueError(f"network must have all its weights, got none yet in {name!r}; run it "
+                         "once on an example first")
+    # W's inputs: on axis 0 of `Conv1D` and transposed convolutions, on axis 1 of the others
+    swapped = _forward_of(module) in (_transposed_linear, _transposed_convolution)
+    inputs = weight.shape[0] if swapped else weight.shape[1] * getattr(module, "groups", 1)
+    return draw(weight.shape, (inputs / weight.numel()) ** 0.5, weight, generator)
