@@ -1,8 +1,17 @@
 """Learning rules: what can stand where `loss.backward()` stood."""
 
+from netwright.rules.denoising.noprop import NoProp
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
+from netwright.rules.forward.forward_gradient import ForwardGradient
 from netwright.rules.rule import Rule
 
-__all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "Rule"]
+__all__ = [
+    "Backprop",
+    "DirectFeedbackAlignment",
+    "FeedbackAlignment",
+    "ForwardGradient",
+    "NoProp",
+    "Rule",
+]

@@ -33,6 +33,22 @@ def replaying(state: RandomState) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _plain_kernels(network: nn.Module) -> Iterator[None]:
+    """Avoid the fused kernels, of attention and of transformers' experts, which have no jvp."""
+    found: list[Any] = [getattr(module, "config", None) for module in network.modules()]
+    configs = {id(c): c for c in found if hasattr(c, "_experts_implementation")}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._experts_implementation = "eager"
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation = before[key]
+
+
 class DirectionalDerivative:
     """A function of a network and its derivatives in many directions, as if it had run once.
 
@@ -47,7 +63,8 @@ class DirectionalDerivative:
 
     def __init__(self, network: nn.Module, function: Callable[..., Tensor], *,
                  vectorised: bool = True, state: RandomState | None = None) -> None:
-        self.function, self.vectorised, self.state = function, vectorised, state
+        self.network, self.function = network, function
+        self.vectorised, self.state = vectorised, state
         self.buffers = dict(network.named_buffers())
         self.before = {name: buffer.clone() for name, buffer in self.buffers.items()}
 
@@ -74,8 +91,7 @@ class DirectionalDerivative:
 
     def _run(self, evaluate: Callable[..., tuple[Tensor, Tensor, Buffers]],
              primals: Sequence[Tensor], directions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        # The fused attention kernels have no forward-mode derivative.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), _plain_kernels(self.network):
             if self.state is not None:
                 with replaying(self.state):
                     return evaluate(primals, directions)[:2]
