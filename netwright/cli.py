@@ -85,7 +85,8 @@ def fit(
     task: Annotated[str, typer.Argument(help="A built-in task, or a file that defines one.")],
     rule: Annotated[str, typer.Option(help="The learning rule.")] = "Backprop",
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
-    learning_rate: Annotated[float, typer.Option("--lr", help="Adam's learning rate.")] = 1e-3,
+    learning_rate: Annotated[float | None, typer.Option(
+        "--lr", help="The learning rate; the task's own by default.")] = None,
     seed: Annotated[int, typer.Option(help="Where everything random starts.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(
         help="A folder to keep checkpoints in; a run that was stopped goes on from it.")] = None,
@@ -94,13 +95,36 @@ def fit(
     quiet: Annotated[bool, typer.Option(help="Show no progress.")] = False,
 ) -> None:
     """Train a task's network under one rule."""
-    from netwright.tasks import train
-    history = train(task, rule, epochs=epochs, learning_rate=learning_rate, seed=seed,
-                    checkpoint=checkpoint, tensorboard=tensorboard, progress=not quiet)
-    print(history)
+    import torch
+
+    from netwright import fit as run
+    from netwright.changes import changes
+    found = _task(task)
+    torch.manual_seed(seed)
+    trained = changes([rule])[0].build(found.network(), found, {})
+    rate = found.learning_rate if learning_rate is None else learning_rate
+    parts = found.parts(seed)
+    history = run(trained, parts.train, epochs=epochs or found.epochs,
+                  optimizer=lambda parameters: found.optimize(parameters, rate),
+                  validation=parts.test, metric=found.score,
+                  higher_is_better=found.maximize, checkpoint=checkpoint,
+                  tensorboard=tensorboard, progress=not quiet)
+    print(f"{found.metric_name} on the test set: {history.epochs[-1].metric:.4g} "
+          f"after {len(history)} epochs")
     if plot:
         history.plot(plot)
         print(f"The learning curve is {plot}.")
+
+
+def _task(name: str) -> Any:
+    from netwright.tasks import TASKS, load_tasks, task
+    if name in TASKS or not name.endswith(".py"):
+        return task(name)
+    found = load_tasks(name)
+    if len(found) > 1:
+        raise ValueError(f"{name} defines {len(found)} tasks, {', '.join(t.name for t in found)}; "
+                         "keep one in the file")
+    return found[0]
 
 
 @app.command()
@@ -114,6 +138,56 @@ def stages(
         help="Where a stage begins, by a module's name; may be repeated.")] = None,
 ) -> None:
     """Show the chain of stages that a network is."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from netwright import stages as chain
+    module, example = _network(network, shape)
+    found = chain(module, example, cuts=cut)
+    table = Table("", "stage", "modules", "parameters", "output", box=None, header_style="bold",
+                  pad_edge=False)
+    rows = found.table(example)
+    for i, row in enumerate(rows):
+        shape_of = row["shape"] and "x".join(map(str, row["shape"]))
+        table.add_row(str(i), Text(row["name"]), Text(", ".join(row["modules"])),
+                      f"{row['parameters']:,}", shape_of or "")
+    Console().print(table)
+    total = sum(p.numel() for p in module.parameters())
+    print(f"{len(found)} stages, {total:,} parameters")
+
+
+def _network(name: str, shape: str | None) -> tuple[Any, Any]:
+    """Return the network that a task, a file or package.module:name stands for, and an input."""
+    import importlib
+
+    import torch
+    from torch import nn
+    package, colon, attribute = name.partition(":")
+    if not colon:
+        task = _task(name)
+        return task.network(), task.first
+    sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a user's own package is found
+    holder = importlib.import_module(package)
+    if not hasattr(holder, attribute):
+        raise UnknownName(f"part of {package}", attribute, vars(holder))
+    network = getattr(holder, attribute)
+    if not isinstance(network, nn.Module):
+        try:
+            network = network()
+        except TypeError as error:
+            raise ValueError(f"{name} could not be called without arguments ({error}); give a "
+                             "module, or a function that builds one") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name} must be a module or build one, got {type(network).__name__}")
+    if shape is None:
+        return network, None
+    try:
+        sizes = [int(size) for size in shape.split(",")]
+        return network, torch.zeros(sizes)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError("--shape must be whole numbers with commas between them, such as "
+                         f"1,3,32,32, got {shape}") from error
 
 
 @app.command()
