@@ -1,0 +1,375 @@
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import one_hot, softplus
+
+from netwright.errors import UnknownName
+from netwright.losses import cross_entropy
+from netwright.modes import evaluating, random_state, rehearsing, set_random_state
+from netwright.rules.readout import (
+    Readout,
+    count_classes,
+    first_parameter,
+    mean_of_tokens,
+    padding_mask,
+    widths,
+)
+from netwright.rules.rule import Rule, check_labels
+from netwright.stages import Stages, stages
+
+# The most readouts whose inputs are kept until the scores that they add up to are known; the
+# inputs of more are computed a second time, so that memory does not grow with depth.
+KEPT = 4
+IMAGE = "pixel_values"
+TINY = 1e-6
+
+
+class ForwardForward(Rule):
+    """Train every stage to tell real samples from false ones by the size of its own activity.
+
+    g(h) = sum_j h_j²;  p = sigmoid((g(h) - threshold) / temperature);
+    L_i = -mean log p over positives and log(1 - p) over negatives;
+    stage i descends L_i;  h_i / rms(h_i), cut off from its graph, goes on to stage i + 1.
+
+    A positive sample carries its class as a one-hot label in its first `num_classes` numbers, a
+    negative one another class (`negatives="label_overlay"`), or negatives are what
+    `negatives(x, y)` returns. With `hard_negatives` the other class is drawn in proportion to
+    the network's own prediction, else all are as likely.
+
+    The last stage, unless `classifier=False`, gives class scores and is not trained by goodness:
+    it is a part of the softmax that the paper trains beside the layers. That softmax reads the
+    normalised activity of all hidden stages but the first `skip`, for a neutral label (every
+    class 1/classes; the positive sample itself where `negatives` is a function); the last stage
+    reads the last hidden one, `readouts` the others. It learns by cross-entropy, and nothing
+    of that reaches the hidden stages.
+
+    `predict_by="goodness"` returns for each class the goodness of all hidden stages but the
+    first `skip` with that label overlaid; `"softmax"` returns the softmax's logits, from one
+    pass. With `predict_by="goodness"` and `hard_negatives=False` nothing reads the softmax, and
+    it is not trained.
+
+    No gradient passes from one stage to another, and a stage's activations are freed before the
+    next stage runs. The returned loss is the mean of the L_i. Positives and negatives go through
+    a stage as one batch, which is what its norms see, except where x is a tuple.
+
+    Not in the paper: the input is divided by its rms too, as the author's published program does
+    (`normalise_input`); the temperature is 1 there.
+
+    Args:
+        network: What is trained; it returns class scores, unless `classifier=False`.
+        example: An input, where the stages or their widths cannot be known without one.
+        num_classes: The number of classes; the last stage's width by default.
+        goodness: `"sum"` or `"mean"` of squares; the unit of `threshold` and `temperature`.
+        threshold: The goodness that is as likely real as false; by default the number of
+            features (1 where goodness is the mean), as in the author's program.
+        temperature: What the distance from the threshold is divided by; by default a tenth of
+            the number of features (0.1 where goodness is the mean).
+        negatives: `"label_overlay"`, or a function of (x, y) that returns negative samples.
+        amplitude: The value of a label's one.
+        hard_negatives: Whether labels of negatives follow the network's own predictions.
+        predict_by: `"goodness"` or `"softmax"`, all that there is where `negatives` is a function.
+        skip: How many hidden stages, from the first, predictions leave out; one is always read.
+        classifier: Whether the last stage gives class scores; if not it is a hidden stage too.
+        normalise_input: Whether the network's input is divided by its rms.
+        max_rows: The most samples that a prediction by goodness runs at once.
+        generator: Where negative labels are drawn.
+
+    Shapes: x (batch, *size), or a mapping that holds `pixel_values`, or with a function for
+    `negatives` whatever the network takes; y (batch,), with such a function also (batch, tokens)
+    or None; h_i (batch, *size_i).
+
+    Raises:
+        ValueError: a label cannot be written into x, or an option does not fit the others.
+
+    Paper: Hinton, 2022, The Forward-Forward Algorithm: Some Preliminary Investigations.
+
+    >>> network = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(),
+    ...                         nn.Linear(8, 3))
+    >>> rule = ForwardForward(network)
+    >>> rule(torch.randn(2, 20), torch.tensor([0, 2])).requires_grad
+    False
+    >>> rule.predict(torch.randn(5, 20)).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, network: nn.Module | Stages, example: Any = None, *,
+                 num_classes: int | None = None, goodness: Literal["sum", "mean"] = "sum",
+                 threshold: float | None = None, temperature: float | None = None,
+                 negatives: Literal["label_overlay"] | Callable[[Any, Any], Any] = "label_overlay",
+                 amplitude: float = 1.0, hard_negatives: bool = True,
+                 predict_by: Literal["goodness", "softmax"] | None = None, skip: int = 1,
+                 classifier: bool = True, normalise_input: bool = True, max_rows: int = 4096,
+                 generator: Generator | None = None) -> None:
+        super().__init__(network, generator=generator)
+        self.overlays = not callable(negatives)
+        if predict_by is None:
+            predict_by = "goodness" if self.overlays else "softmax"
+        if negatives != "label_overlay" and self.overlays:
+            raise UnknownName("way of making negatives", str(negatives), ["label_overlay"])
+        if goodness not in ("sum", "mean"):
+            raise UnknownName("goodness", goodness, ["sum", "mean"])
+        if predict_by not in ("goodness", "softmax"):
+            raise UnknownName("way of predicting", predict_by, ["goodness", "softmax"])
+        if predict_by == "goodness" and not self.overlays:
+            raise ValueError("predict_by must be 'softmax' where negatives is a function, since "
+                             "there is no label in x to compare goodness for, got 'goodness'")
+        for name, value in (("temperature", temperature), ("amplitude", amplitude),
+                            ("max_rows", max_rows)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if skip < 0:
+            raise ValueError(f"skip must be 0 or more hidden stages, got {skip}")
+
+        self.stages = stages(network, example)
+        depth = len(self.stages) - classifier
+        if depth < 1:
+            raise ValueError("network must have a hidden stage before its classifier, got one "
+                             "stage; add a layer, or give classifier=False if it gives no scores")
+        sizes, channels_first = widths(self.stages, example)
+        if not classifier and num_classes is None:
+            raise ValueError("num_classes is needed with classifier=False, since no stage has one "
+                             "output a class; give num_classes=")
+        self.num_classes = count_classes(self.stages, num_classes,
+                                         sizes[-1] if classifier else None)
+        self.depth, self.first_read = depth, min(skip, depth - 1)
+        self.goodness, self.threshold, self.temperature = goodness, threshold, temperature
+        self.negatives, self.amplitude = negatives, amplitude
+        self.hard_negatives = hard_negatives and self.overlays
+        self.predict_by, self.classifier = predict_by, classifier
+        self.normalise_input, self.max_rows = normalise_input, max_rows
+        self.softmax_is_read = self.hard_negatives or predict_by == "softmax"
+        read = range(self.first_read, depth - classifier) if self.softmax_is_read else ()
+        self.readouts = nn.ModuleDict({
+            str(i): Readout(self.stages.names[i], sizes[i], self.num_classes, zero=True,
+                            channels_first=channels_first[i], like=first_parameter(self.stages))
+            for i in read})
+
+    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+        """Add each stage's own gradient to `.grad`; return the mean of the stages' losses."""
+        if callable(self.negatives):
+            if y is not None and self.softmax_is_read:
+                check_labels(y, self.num_classes)
+                self._read(x, y)
+            return self._contrast(_joined(x, self.negatives(x, y)), y)
+        if y is None:
+            raise ValueError("y must hold the classes that are written into x, got None; "
+                             "give negatives= to learn without labels")
+        self._check(self._image(x), y)
+        scores = self._read(self._overlaid(x, self._neutral()), y) if self.softmax_is_read else None
+        labels = torch.cat([y, self._other_labels(y, scores)])
+        return self._contrast([self._overlaid(x, one_hot(labels, self.num_classes))], y)
+
+    @torch.no_grad()
+    def predict(self, x: Any) -> Tensor:
+        """Return each class's goodness, or the softmax's logits, in eval mode, without a graph."""
+        with evaluating(self):
+            if self.predict_by == "goodness":
+                return self._goodness_by_class(x)
+            return self._softmax(self._overlaid(x, self._neutral()) if self.overlays else x)
+
+    def _contrast(self, passes: list[Any], y: Tensor | None) -> Tensor:
+        """Train the hidden stages on one pass of both halves, or on positives, then negatives."""
+        hs = [self._input(x) for x in passes]
+        contexts = [self.stages.context(h) for h in hs]
+        losses = []
+        for stage in list(self.stages)[:self.depth]:
+            for k, (x, context) in enumerate(zip(passes, contexts, strict=True)):
+                h = stage(hs[k], context)
+                sign = torch.ones(len(h), device=h.device)
+                sign[len(h) // 2 if len(passes) == 1 else (1 - k) * len(h):] = -1
+                weight = _weights(y, len(h), 3 - len(passes)).to(h.device) / len(passes)
+                loss, hs[k] = self._learn(h, x, sign, weight)
+                losses.append(loss)
+        return torch.stack(losses).sum() / self.depth
+
+    def _learn(self, h: Tensor, x: Any, sign: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one stage's gradient; return its loss and what goes on to the next stage."""
+        activity, square, features = self._square(h, x)
+        unit = features if self.goodness == "sum" else 1.0
+        threshold = unit if self.threshold is None else self.threshold
+        temperature = unit / 10 if self.temperature is None else self.temperature
+        size = square if self.goodness == "sum" else square / features
+        z = sign * (size - threshold) / temperature
+        if h.requires_grad:  # a frozen stage has nothing to learn
+            slope = -2 * weight * sign * torch.sigmoid(-z) / temperature
+            if self.goodness == "mean":
+                slope = slope / features
+            h.backward((activity * slope.unsqueeze(1)).view_as(h).to(h.dtype))
+        return (softplus(-z) * weight).sum(), self._onward(h, square, features)
+
+    def _square(self, h: Tensor, x: Any) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Return the activity (batch, features), its sum of squares and how many features count."""
+        activity, features = h.detach(), float(h[0].numel())
+        mask = padding_mask(x, h)
+        if mask is not None:
+            activity = activity * mask.to(h.dtype).unsqueeze(-1)
+            count: Tensor | float = mask.sum(1).clamp_min(1) * float(h.shape[2])
+        else:
+            count = features
+        activity = activity.reshape(len(h), -1)
+        if activity.dtype in (torch.float16, torch.bfloat16):
+            activity = activity.float()
+        return activity, torch.linalg.vector_norm(activity, dim=1).square(), count
+
+    def _onward(self, h: Tensor, square: Tensor, features: Tensor | float) -> Tensor:
+        rms = (square / features).sqrt().clamp_min(TINY).to(h.dtype)
+        return h.detach() / rms.view(-1, *[1] * (h.ndim - 1))
+
+    def _hidden(self, h: Any, context: Any, x: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield number, sum of squares and normalised activity of each hidden stage."""
+        for i in range(self.depth):
+            with torch.no_grad():
+                h = self.stages[i](h, context)
+                _, square, features = self._square(h, x)
+                h = self._onward(h, square, features)
+            yield i, square, h
+
+    def _readout(self, i: int) -> Readout | None:
+        return cast(Readout, self.readouts[str(i)]) if str(i) in self.readouts else None
+
+    def _read(self, x: Any, y: Tensor) -> Tensor:
+        """Train the softmax on `x`; return its scores."""
+        keep, before = len(self.readouts) <= KEPT, random_state()
+        start = h = self._input(x)
+        context = self.stages.context(start)
+        parts: list[Tensor] = []
+        for i, _, h in self._hidden(start, context, x):
+            if readout := self._readout(i):
+                part = readout(h, y, x)
+                parts.append(part if keep else part.detach())
+        # What autocast cast without a graph must not be taken for the pass that learns.
+        torch.clear_autocast_cache()
+        if self.classifier:
+            parts.append(self.stages[-1](h, context))
+        scores = torch.stack([part.detach() for part in parts]).sum(0).requires_grad_()
+        (error,) = torch.autograd.grad(cross_entropy(scores, y), scores)
+        for part in parts:
+            if part.requires_grad:
+                part.backward(error)
+        if not keep:
+            with rehearsing(self.network):
+                set_random_state(before)
+                for i, _, h in self._hidden(start, context, x):
+                    if readout := self._readout(i):
+                        with torch.enable_grad():
+                            readout(h, y, x).backward(error)
+        return scores.detach()
+
+    def _softmax(self, x: Any) -> Tensor:
+        h = start = self._input(x)
+        context, parts = self.stages.context(start), []
+        for i, _, h in self._hidden(start, context, x):
+            if readout := self._readout(i):
+                parts.append(readout(h))
+        if self.classifier:
+            parts.append(self.stages[-1](h, context))
+        axes = parts[-1].ndim
+        return torch.stack([mean_of_tokens(p, x) if p.ndim > axes else p for p in parts]).sum(0)
+
+    def _goodness_by_class(self, x: Any) -> Tensor:
+        image, found = self._image(x), []
+        for labels in torch.eye(self.num_classes).split(max(1, self.max_rows // len(image))):
+            labelled = self._overlaid(x, labels.repeat_interleave(len(image), 0))
+            h = self._input(labelled)
+            squares = [square for i, square, _ in self._hidden(h, self.stages.context(h), labelled)
+                       if i >= self.first_read]
+            found.append(torch.stack(squares).sum(0).view(len(labels), len(image)).T)
+        return torch.cat(found, 1)
+
+    def _other_labels(self, y: Tensor, scores: Tensor | None) -> Tensor:
+        """Return a class other than `y` for each sample, in proportion to exp(scores)."""
+        device = y.device if self.generator is None else self.generator.device
+        if scores is None:
+            shift = torch.randint(1, self.num_classes, y.shape, generator=self.generator,
+                                  device=device)
+            return (y + shift.to(y.device)) % self.num_classes
+        noise = torch.empty(scores.shape, device=device).exponential_(generator=self.generator)
+        others = scores.float().scatter(1, y.unsqueeze(1), -math.inf)
+        return (others - noise.to(y.device).log()).argmax(1)
+
+    def _neutral(self) -> Tensor:
+        return torch.full((1, self.num_classes), 1 / self.num_classes)
+
+    def _overlaid(self, x: Any, labels: Tensor) -> Any:
+        """Return as many copies of `x` as there are `labels` for, with these written into them."""
+        image = self._image(x)
+        copies = max(1, len(labels) // len(image))
+
+        def copied(value: Tensor) -> Tensor:
+            return value.repeat(copies, *[1] * (value.ndim - 1))
+
+        drawn = copied(image)
+        drawn.view(len(drawn), -1)[:, :self.num_classes] = self.amplitude * labels.to(drawn)
+        if not isinstance(x, Mapping):
+            return drawn
+        return {key: drawn if key == IMAGE else copied(value)
+                if isinstance(value, Tensor) and value.shape[:1] == image.shape[:1] else value
+                for key, value in x.items()}
+
+    def _image(self, x: Any) -> Tensor:
+        """Return the tensor of `x` that labels are written into."""
+        image = x.get(IMAGE) if isinstance(x, Mapping) else x
+        if not isinstance(image, Tensor) or not image.is_floating_point():
+            what = (f"{image.dtype}" if isinstance(image, Tensor)
+                    else f"a mapping of {', '.join(map(str, x))}" if isinstance(x, Mapping)
+                    else f"a {type(x).__name__}")
+            raise ValueError("x must be a floating-point tensor, or a mapping with one as "
+                             f"{IMAGE}, for a label to be written into it, got {what}; give "
+                             "negatives=, a function that makes negative samples of it")
+        if image[:1].numel() < self.num_classes:
+            raise ValueError(f"x must have at least {self.num_classes} numbers a sample for the "
+                             f"label, got {tuple(image.shape)}; give negatives=, a function that "
+                             "makes negative samples, or add empty numbers in front")
+        return image
+
+    def _check(self, image: Tensor, y: Tensor) -> None:
+        if y.shape != image.shape[:1]:
+            raise ValueError(f"y must have one class a sample, ({len(image)},), got "
+                             f"{tuple(y.shape)}; give negatives= for other labels")
+        check_labels(y, self.num_classes)
+        if y.device.type == "cpu" and bool((y < 0).any()):
+            raise ValueError("y must name a class for every sample, since it is written into x, "
+                             f"got {int(y.min())}; leave such samples out of the batch")
+
+    def _input(self, x: Any) -> Any:
+        if not self.normalise_input:
+            return x
+        if isinstance(x, Mapping):
+            return {key: _unit(value) if key == IMAGE else value for key, value in x.items()}
+        return _unit(x) if isinstance(x, Tensor) else (_unit(x[0]), *x[1:])
+
+
+def _unit(value: Any) -> Any:
+    """Return each sample divided by its rms, and what is no sample of real numbers as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
+        return value
+    rows = value.reshape(len(value), -1)
+    rms = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / rows.shape[1] ** 0.5
+    return (rows / rms.clamp_min(TINY)).view_as(value)
+
+
+def _joined(positive: Any, negative: Any) -> list[Any]:
+    """Return positives and negatives as one batch where they can be one, else one by one."""
+    if isinstance(positive, Tensor) and isinstance(negative, Tensor):
+        return [torch.cat([positive, negative])] if _alike(positive, negative) else [
+            positive, negative]
+    if isinstance(positive, Mapping) and isinstance(negative, Mapping) and (
+            set(positive) == set(negative)) and all(_alike(v, negative[k])
+                                                    for k, v in positive.items()):
+        return [{k: torch.cat([v, negative[k]]) for k, v in positive.items()}]
+    return [positive, negative]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim > 0 and a.shape == b.shape
+
+
+def _weights(y: Tensor | None, rows: int, halves: int) -> Tensor:
+    """Return what each of `rows` samples counts, 1 in all; labels below 0 leave samples out."""
+    if y is None or y.ndim != 1 or len(y) * halves != rows:
+        return torch.full((rows,), 1 / rows)
+    counts = (y >= 0).repeat(halves).float()
+    return counts / counts.sum().clamp_min(1)

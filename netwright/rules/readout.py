@@ -1,0 +1,149 @@
+"""Class scores that are read off a stage's output by a matrix of the rule's own."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from netwright.stages import Stages
+
+
+class Readout(nn.Module):
+    """Read class scores off the output of one stage by one matrix.
+
+    scores = a M^T, with a the features of h: the last axis of tokens, all axes but the first of
+    anything else. A label for each sample is read off the mean of its tokens.
+
+    The matrix is made at the first batch where `width`, the number of features, is None.
+
+    Shapes: h (batch, *size); M (classes, features); scores (batch, classes), or (batch, tokens,
+    classes) where every token has a label of its own.
+
+    Raises:
+        ValueError: a batch has another number of features than the matrix was made for.
+
+    >>> readout = Readout("0", None, 10)
+    >>> readout(torch.randn(2, 3, 4, 4)).shape, readout.weight.shape
+    (torch.Size([2, 10]), torch.Size([10, 48]))
+    """
+
+    def __init__(self, stage: str, width: int | None, classes: int, *,
+                 channels_first: bool = False, zero: bool = False, like: Tensor | None = None,
+                 generator: Generator | None = None) -> None:
+        super().__init__()
+        self.stage, self.channels_first = stage, channels_first
+        self.zero, self.generator = zero, generator
+        self.linear: nn.Linear
+        options: dict[str, Any] = {} if like is None else {"device": like.device,
+                                                           "dtype": like.dtype}
+        if width is None:
+            self.linear = nn.LazyLinear(classes, bias=False, **options)
+        else:
+            self.linear = nn.utils.skip_init(nn.Linear, width, classes, bias=False, **options)
+            self._draw()
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix M."""
+        return self.linear.weight
+
+    def forward(self, h: Tensor, y: Tensor | None = None, x: Any = None) -> Tensor:
+        """Return the scores for labels of the shape of `y`; `x` tells which tokens are padding."""
+        return self.scores(self.features(h, y, x))
+
+    def features(self, h: Tensor, y: Tensor | None = None, x: Any = None) -> Tensor:
+        """Return what the matrix reads of `h`: (batch, features) or (batch, tokens, features)."""
+        a = self._rows(h)
+        per_token = y is None or y.shape[:2] == a.shape[:2]
+        return a if a.ndim == 2 or per_token else mean_of_tokens(a, x)
+
+    def scores(self, a: Tensor) -> Tensor:
+        """Return a M^T."""
+        if isinstance(self.linear, nn.LazyLinear) and self.linear.has_uninitialized_params():
+            self.linear.initialize_parameters(a)
+            self._draw()
+        if a.shape[-1] != self.weight.shape[1]:
+            raise ValueError(f"stage {self.stage} gives {a.shape[-1]} features, and its matrix was "
+                             f"made for {self.weight.shape[1]}; keep the input's size, and give "
+                             "example= if the network was read wrongly")
+        return self.linear(a)
+
+    def _rows(self, h: Tensor) -> Tensor:
+        if h.ndim == 3 and not self.channels_first:
+            return h
+        return h.reshape(len(h), -1)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        if self.zero:
+            self.weight.zero_()
+            return
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        drawn = self.weight if self.generator is None else torch.empty(
+            self.weight.shape, dtype=self.weight.dtype, device=self.generator.device)
+        self.weight.copy_(drawn.uniform_(-bound, bound, generator=self.generator))
+
+
+def mean_of_tokens(a: Tensor, x: Any) -> Tensor:
+    """Return the mean of `a` (batch, tokens, *) over the tokens that `x` does not call padding."""
+    mask = padding_mask(x, a)
+    if mask is None:
+        return a.mean(1)
+    weight = mask.to(a.dtype).unsqueeze(-1)
+    return (a * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
+def padding_mask(x: Any, h: Tensor) -> Tensor | None:
+    """Return the `attention_mask` of the mapping `x` where it is one entry a token of `h`."""
+    mask = x.get("attention_mask") if isinstance(x, Mapping) else None
+    fits = isinstance(mask, Tensor) and h.ndim == 3 and mask.shape == h.shape[:2]
+    return mask if fits else None
+
+
+def widths(net: Stages, example: Any) -> tuple[list[int | None], list[bool]]:
+    """Return the features of each stage's output, None where unknown, and who is channels first.
+
+    They are looked up in an example's run. Without one they are those that the next stage's
+    linear layer reads, in an `nn.Sequential`; the last stage's are what its linear layer returns.
+    """
+    owners = {id(p): m for m in net.model.modules() for p in m.parameters(recurse=False)}
+    layers = [[owners[id(p)] for p in stage.parameters()
+               if nn.parameter.is_lazy(p) or p.ndim > 1] for stage in net]
+    channels_first = [bool(found) and isinstance(found[-1], nn.Conv1d) for found in layers]
+    if example is not None:
+        shapes = [row["shape"] for row in net.table(example)]
+        return [shape[-1] if len(shape) == 3 and not first else math.prod(shape[1:])
+                for shape, first in zip(shapes, channels_first, strict=True)], channels_first
+    if not isinstance(net.model, nn.Sequential):
+        return [None] * len(net), channels_first
+    read = [_size(found[0], "in_features") if found else None for found in layers[1:]]
+    last = _size(layers[-1][-1], "out_features") if layers[-1] else None
+    return [*read, last], channels_first
+
+
+def _size(module: nn.Module, name: str) -> int | None:
+    lazy = any(map(nn.parameter.is_lazy, module.parameters()))
+    return getattr(module, name) if isinstance(module, nn.Linear) and not lazy else None
+
+
+def count_classes(net: Stages, num_classes: int | None, last: int | None) -> int:
+    """Return the number of classes: `num_classes`, which must agree with the `last` width."""
+    if num_classes is None and last is None:
+        raise ValueError(f"num_classes is needed, since the outputs of {type(net.model).__name__} "
+                         "cannot be counted without a run; give num_classes= or example=")
+    if None not in (num_classes, last) and num_classes != last:
+        raise ValueError(f"num_classes={num_classes} must be the number of outputs of the last "
+                         f"stage, {net.names[-1]}, which has {last}; change one of them")
+    classes = last if num_classes is None else num_classes
+    assert classes is not None
+    if classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {classes}; "
+                         "give the number of classes")
+    return classes
+
+
+def first_parameter(net: Stages) -> Tensor | None:
+    """Return a parameter that shows the network's device and precision, None without any."""
+    return next((p for p in net.model.parameters() if p.is_floating_point()), None)
