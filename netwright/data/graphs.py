@@ -136,6 +136,7 @@ class _Arrays(pickle.Unpickler):
             "_reconstruct": _reconstruct, "scipy.sparse.csr.csr_matrix": csr_matrix,
             "collections.defaultdict": defaultdict, "__builtin__.list": list,
             "__builtin__.object": object, "copy_reg._reconstructor": _rebuild,
+            "_codecs.encode": _latin,
         }
         key = name if name == "_reconstruct" else f"{module}.{name}"
         if key not in known:
@@ -145,6 +146,10 @@ class _Arrays(pickle.Unpickler):
 
 def _reconstruct(kind: type, shape: tuple[int, ...], dtype: Any) -> numpy.ndarray:
     return numpy.ndarray.__new__(kind, shape, dtype)
+
+
+def _latin(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")
 
 
 def _rebuild(kind: Any, base: type, state: Any) -> Any:
