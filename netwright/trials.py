@@ -228,12 +228,14 @@ class Ledger:
         done = [t for t in trials if t.state == TrialState.COMPLETE]
         if done:
             return Standing(done=done[0])
-        running = [t for t in trials if self._lives(t)]
+        begun = [t for t in trials if t.state == TrialState.RUNNING]
+        running = [t for t in begun if self._lives(t)]
         if running:
             return Standing(running=running[0])
         failed = [t for t in trials if t.state == TrialState.FAIL and "failure" in t.user_attrs
                   and (t.number > forgiven or t.user_attrs.get("diverged"))]
-        dead = [t for t in trials if t.user_attrs.get("died") and t.number > forgiven]
+        dead = [t for t in trials if t.number > forgiven
+                and (t in begun or t.user_attrs.get("died"))]
         if failed or len(dead) >= LIVES:
             return Standing(failed=(failed or dead)[-1])
         return Standing()
