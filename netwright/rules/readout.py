@@ -109,8 +109,8 @@ def widths(net: Stages, example: Any) -> tuple[list[int | None], list[bool]]:
     linear layer reads, in an `nn.Sequential`; the last stage's are what its linear layer returns.
     """
     owners = {id(p): m for m in net.model.modules() for p in m.parameters(recurse=False)}
-    layers = [[owners[id(p)] for p in stage.parameters()
-               if nn.parameter.is_lazy(p) or p.ndim > 1] for stage in net]
+    layers = [[owners[id(p)] for p in stage.parameters() if nn.parameter.is_lazy(p) or p.ndim > 1]
+              for stage in net]
     channels_first = [bool(found) and isinstance(found[-1], nn.Conv1d) for found in layers]
     if example is not None:
         shapes = [row["shape"] for row in net.table(example)]
@@ -118,9 +118,9 @@ def widths(net: Stages, example: Any) -> tuple[list[int | None], list[bool]]:
                 for shape, first in zip(shapes, channels_first, strict=True)], channels_first
     if not isinstance(net.model, nn.Sequential):
         return [None] * len(net), channels_first
-    read = [_size(found[0], "in_features") if found else None for found in layers[1:]]
-    last = _size(layers[-1][-1], "out_features") if layers[-1] else None
-    return [*read, last], channels_first
+    read = [_size(stage.modules[0], "in_features") for stage in list(net)[1:]]
+    last = [m for m in net[len(net) - 1].modules if any(True for _ in m.parameters())][-1:]
+    return [*read, _size(last[0], "out_features") if last else None], channels_first
 
 
 def _size(module: nn.Module, name: str) -> int | None:
