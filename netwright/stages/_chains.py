@@ -106,6 +106,16 @@ def groups_of(path: list[Call]) -> list[int]:
     return starts
 
 
+def unique(names: list[str]) -> list[str]:
+    """Return `names` with a number behind those that come again, as where layers are shared."""
+    seen: Counter[str] = Counter()
+    result = []
+    for name in names:
+        seen[name] += 1
+        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return result
+
+
 def member_stages(model: nn.Module, calls: list[Call], path: list[Call], starts: list[int],
                   names: list[str], options: dict[str, object]) -> Stages:
     """Return the stages in which the calls of `path` run, a stage beginning at each of `starts`."""

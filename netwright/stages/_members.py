@@ -17,7 +17,8 @@ from torch.nn import Parameter
 
 from netwright.errors import CannotStage
 from netwright.modes import random_state, rehearsing, set_random_state
-from netwright.stages._structure import Path, at, replace, tensors
+from netwright.stages._structure import Path, at, found, replace, tensors
+from netwright.stages._transformers import fresh, is_cache
 from netwright.stages._watch import Call, link, version
 from netwright.stages.stage import Context, Stage, apply, tensor_of
 
@@ -31,6 +32,13 @@ class _Given:
     """Stands for the argument at `path` in what a member returns."""
 
     path: Path
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Stands for a cache, of which each call is given one of its own so that none grows."""
+
+    empty: Any
 
 
 class _Signal:
@@ -110,11 +118,23 @@ class MemberChain:
         start = self.groups[0].stop
         fill = context.live or context.arguments is None
         written: list[Any] = []
+        caches: dict[int, _Cache] = {}
         signal: Any = None
+        if isinstance(x, Mapping) and x.get("past_key_values") is not None:
+            raise CannotStage("x holds past_key_values, which a stage that is run twice would "
+                              "extend twice; leave them out")
+
+        def kept(value: Any) -> Any:
+            if value is signal:
+                return SIGNAL
+            return caches.get(id(value)) or context.keep(value)
 
         def stub(k: int, arguments: Any, run: Callable[..., Any]) -> Any:
             nonlocal signal
             member = self.members[k]
+            if k == 0:
+                for cache in found(arguments, is_cache):
+                    caches[id(cache)] = _Cache(fresh(cache))
             if k < start:
                 return run(*arguments[0], **arguments[1])
             if k == start:
@@ -124,7 +144,7 @@ class MemberChain:
             elif at(arguments, member.slot) is not signal:
                 raise CannotStage(f"{member.name} did not take what {self.members[k - 1].name} "
                                   "returned, as it did for the example")
-            written.append(replace(arguments, lambda v: SIGNAL if v is signal else context.keep(v)))
+            written.append(replace(arguments, kept))
             if k + 1 == len(self.members):
                 raise _Stop
             return member.respond(signal, arguments)
@@ -162,7 +182,8 @@ class MemberChain:
     def _arguments(self, k: int, h: Any, context: MemberContext) -> Any:
         assert context.arguments is not None
         written = context.arguments[k - self.groups[0].stop]
-        return replace(written, lambda v: h if isinstance(v, _Signal) else v)
+        return replace(written, lambda v: h if isinstance(v, _Signal) else
+                       fresh(v.empty) if isinstance(v, _Cache) else v)
 
     def _run(self, x: Any) -> None:
         try:
@@ -182,8 +203,9 @@ class MemberChain:
                 nonlocal position
                 k, position = position, position + 1
                 if k >= len(self.members) or self.members[k].module is not module:
-                    raise CannotStage(f"the members of {type(self.model).__name__} were not "
-                                      "called in the order they had for the example")
+                    raise CannotStage(f"the layers of {type(self.model).__name__} were not called "
+                                      "as they were for the example; where whole layers are "
+                                      "dropped at random, set layerdrop to 0")
                 return stub(k, (args, kwargs), run)
             return forward
 

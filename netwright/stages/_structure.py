@@ -19,6 +19,13 @@ def replace(value: Any, leaf: Callable[[Any], Any]) -> Any:
     return leaf(value)
 
 
+def found(value: Any, wanted: Callable[[Any], bool]) -> list[Any]:
+    """Return what inside `value` is `wanted`."""
+    hits: list[Any] = []
+    replace(value, lambda v: hits.append(v) if wanted(v) else None)
+    return hits
+
+
 def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     """Yield each tensor inside `value` with the path that leads to it."""
     if isinstance(value, Tensor):

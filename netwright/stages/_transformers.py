@@ -1,5 +1,6 @@
 """What is particular to Hugging Face's models: an example of their input, and their options."""
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from torch import nn
 
 from netwright.errors import CannotStage
 
-_OFF = ("use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
+_OFF = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -45,10 +46,7 @@ def example_for(model: Any) -> dict[str, torch.Tensor]:
 
 
 def options_for(model: Any, x: Any) -> dict[str, Any]:
-    """Return the arguments that switch off what only later calls or other outputs would use.
-
-    A cache would grow whenever a stage is run again.
-    """
+    """Return the arguments that switch off the outputs that are gathered from every layer."""
     names = inspect.signature(type(model).forward).parameters
     catches = any(p.kind is p.VAR_KEYWORD for p in names.values())
     positional = len(x) if isinstance(x, (tuple, list)) else 0
@@ -57,3 +55,26 @@ def options_for(model: Any, x: Any) -> dict[str, Any]:
             if (isinstance(x, Mapping) and name in x)
             or (getattr(model.config, name, None) and (name in free
                                                        or (catches and name not in names)))}
+
+
+def is_cache(value: Any) -> bool:
+    """Whether `value` is one of the caches that layers write keys and values to."""
+    return any(base.__name__ == "Cache" and base.__module__ == "transformers.cache_utils"
+               for base in type(value).__mro__)
+
+
+def fresh(cache: Any) -> Any:
+    """Return a cache in the state of `cache`, which what is written to it does not change.
+
+    A cache that is run with cannot be left out where a model makes one: keys that went through
+    it lie differently in memory, which changes the rounding.
+    """
+    new = copy.copy(cache)
+    for name, value in vars(cache).items():
+        if isinstance(value, list):
+            new.__dict__[name] = [fresh(v) if hasattr(v, "__dict__") else v for v in value]
+        elif isinstance(value, dict):
+            new.__dict__[name] = dict(value)
+        elif is_cache(value):
+            new.__dict__[name] = fresh(value)
+    return new

@@ -15,6 +15,7 @@ from netwright.stages._chains import (
     lists,
     member_stages,
     through,
+    unique,
 )
 from netwright.stages._graph_networks import graph_stages, is_graph_network
 from netwright.stages._sequential import sequential_stages
@@ -113,7 +114,7 @@ def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages
         tries += [c.path for c in candidates(calls)]
         for path in tries[:_TRIES]:
             starts = groups_of(path)
-            names = [path[k].name for k in starts]
+            names = unique([path[k].name for k in starts])
             net = _built(network, example, calls, path, starts, names, options, seen)
             if net is not None:
                 return net
@@ -162,7 +163,7 @@ def _among(parameters: list[Parameter], ids: set[int]) -> list[Parameter]:
 def _advice(network: nn.Module, example: Any, calls: list[Call], seen: list[str]) -> str:
     children = [c.name for c in calls[0].children if c.weights]
     chain = list(dict.fromkeys(children))
-    what = "; ".join(seen) if seen else (
+    what = seen[0] if seen else (
         f"run on {describe(example)}, it called {', '.join(chain) or 'no module with weights'}, "
         "and what one of them returned was not what the next one took")
     return (f"{type(network).__name__} does not read as a chain of stages: {what}. Name where its "
