@@ -46,7 +46,7 @@ def open_storage(storage: "str | Path | BaseStorage") -> "BaseStorage":
         options["connect_args"] = {"timeout": 60}
     elif url.startswith("postgresql"):
         options["connect_args"] = {"connect_timeout": 10}
-    for attempt in range(4):
+    for attempt in range(6):
         try:
             opened = optuna.storages.RDBStorage(url, engine_kwargs=options)
             return optuna.storages.get_storage(opened)
@@ -57,13 +57,16 @@ def open_storage(storage: "str | Path | BaseStorage") -> "BaseStorage":
             raise UnreachableStorage(f"storage {shown!r} is neither a path nor a database URL; "
                                      "try runs/netwright.db or postgresql://user@host/name"
                                      ) from error
-        except (SQLAlchemyError, OSError, RuntimeError, ValueError) as error:
+        except (SQLAlchemyError, OSError, RuntimeError, AssertionError, ValueError) as error:
             # Processes that start together may all be making the tables.
-            if attempt == 3 or "exist" not in str(error) or "already" not in str(error):
+            making = ("already exists", "UNIQUE constraint", "duplicate key", "alembic")
+            busy = isinstance(error, (RuntimeError, AssertionError)) or any(
+                word in str(error) for word in making)
+            if attempt == 5 or not busy:
                 raise UnreachableStorage(f"storage {shown} could not be opened: {_line(error)}; "
                                          "check that it runs and that you may write to it"
                                          ) from error
-            time.sleep(0.2 * 2 ** attempt)
+            time.sleep(0.1 * 2 ** attempt)
     raise AssertionError("the last attempt returns or raises")
 
 
