@@ -11,7 +11,7 @@ class Matrices(nn.Module):
     >>> matrices = Matrices(learned=False)
     >>> matrices.add("encoder.0", torch.zeros(3, 8))
     >>> matrices["encoder.0"].shape, list(matrices.state_dict())
-    (torch.Size([3, 8]), ['encoder/0'])
+    (torch.Size([3, 8]), ['/encoder/0'])
     """
 
     def __init__(self, *, learned: bool) -> None:
@@ -31,7 +31,8 @@ class Matrices(nn.Module):
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "/")  # a module's own attributes may not hold dots
+    # attributes of a module hold no dots; the leading slash keeps clear of the module's own
+    return "/" + name.replace(".", "/")
 
 
 def draw(shape: Sequence[int], deviation: float, like: Tensor,

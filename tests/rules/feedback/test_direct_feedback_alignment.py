@@ -1,0 +1,278 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from netwright.rules import Backprop, DirectFeedbackAlignment
+from netwright.stages import stages
+
+Gradients = Callable[..., dict[str, Tensor]]
+CLASSES = torch.tensor([0, 2, 1, 0])
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], *, tolerance: float = 1e-12) -> None:
+    assert a.keys() == b.keys()
+    for name, gradient in a.items():
+        torch.testing.assert_close(gradient, b[name], rtol=tolerance, atol=tolerance)
+
+
+def tanh_chain() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(),
+                         nn.Linear(6, 3)).double()
+
+
+class Joined(nn.Linear):
+    """Makes one sample of two."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(1, 16))
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=11, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16))
+
+
+def words(length: int) -> dict[str, Any]:
+    return {"input_ids": torch.arange(2 * length).view(2, length) % 11,
+            "attention_mask": torch.ones(2, length, dtype=torch.long), "use_cache": False}
+
+
+@pytest.mark.parametrize("feedback", ["random", "sign_symmetric", "kolen_pollack"])
+def test_the_update_of_a_multilayer_perceptron_is_the_closed_form(
+        feedback: Any, gradients: Gradients) -> None:
+    network, x, y = tanh_chain(), torch.randn(4, 4).double(), CLASSES
+    rule = DirectFeedbackAlignment(network, x, feedback=feedback)
+    B1, B2 = rule.feedback["0"].detach(), rule.feedback["2"].detach()
+    with torch.no_grad():
+        h1 = network[0](x).tanh()
+        h2 = network[2](h1).tanh()
+        error = (network[4](h2).softmax(1) - functional.one_hot(y, 3)) / 4
+        if feedback == "sign_symmetric":
+            W2, W3 = network[2].weight, network[4].weight
+            B1, B2 = B1.abs() * (W3 @ W2).sign(), B2.abs() * W3.sign()
+        at_1, at_2 = error @ B1 * (1 - h1 ** 2), error @ B2 * (1 - h2 ** 2)
+        expected = {"0.weight": at_1.T @ x, "0.bias": at_1.sum(0), "2.weight": at_2.T @ h1,
+                    "2.bias": at_2.sum(0), "4.weight": error.T @ h2, "4.bias": error.sum(0)}
+    assert_same(gradients(rule, x, y), expected)
+    if feedback == "kolen_pollack":
+        rule(x, y)
+        torch.testing.assert_close(rule.feedback["0"].grad, error.T @ h1)
+        torch.testing.assert_close(rule.feedback["2"].grad, error.T @ h2)
+
+
+def test_the_update_of_a_convolution_is_what_is_worked_out_by_hand() -> None:
+    # One image of 3 pixels, a kernel of 2, no bias: h = (a x0 + b x1, a x1 + b x2).
+    network = nn.Sequential(nn.Conv1d(1, 1, 2, bias=False), nn.Flatten(),
+                            nn.Linear(2, 1, bias=False))
+    rule = DirectFeedbackAlignment(network, torch.zeros(1, 1, 3), loss=lambda z, y: (z * y).sum())
+    with torch.no_grad():
+        rule.feedback["0"].copy_(torch.tensor([[5.0, 7.0]]))
+    rule(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[10.0]]))
+    # e = 10, so dL/dh = (50, 70): dL/da = 50 * 1 + 70 * 2, dL/db = 50 * 2 + 70 * 3.
+    assert network[0].weight.grad.flatten().tolist() == [190.0, 310.0]
+
+
+def test_the_last_stages_gradient_is_exact_and_the_others_are_not(gradients: Gradients) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+                            nn.MaxPool2d(2), nn.Conv2d(4, 4, 2), nn.ReLU(), nn.Flatten(),
+                            nn.Linear(16, 3)).double()
+    x = torch.randn(4, 1, 8, 8).double()
+    ours = gradients(DirectFeedbackAlignment(network, x), x, CLASSES)
+    exact = gradients(Backprop(network), x, CLASSES)
+    for name in exact:
+        same = torch.allclose(ours[name], exact[name], rtol=1e-12)
+        # a bias before batch normalisation has a gradient of 0 under either rule
+        assert same == (name.startswith("7") or name == "0.bias")
+
+
+def test_each_token_receives_the_projection_of_its_own_error(gradients: Gradients) -> None:
+    network = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(2, 4, 5).double(), torch.randint(3, (2, 4))
+    rule = DirectFeedbackAlignment(network, x)
+    assert rule.feedback["0"].shape == (3, 6)
+    samples = DirectFeedbackAlignment(network, x.flatten(0, 1))  # each token one of its own
+    samples.load_state_dict(rule.state_dict())
+    assert_same(gradients(rule, x, y), gradients(samples, x.flatten(0, 1), y.flatten()))
+    longer = torch.randn(3, 9, 5).double()
+    assert math.isfinite(rule(longer, torch.randint(3, (3, 9))))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_language_model_takes_texts_of_any_length(share: bool) -> None:
+    network = llama()
+    rule = DirectFeedbackAlignment(network, words(6), share=share)
+    rule(words(9), torch.randint(11, (2, 9)))
+    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+def test_each_node_of_a_graph_receives_the_projection_of_its_own_error() -> None:
+    from torch_geometric.nn import GCN
+    network = GCN(5, 8, num_layers=3, out_channels=3)
+    x = torch.randn(4, 5), torch.tensor([[0, 1, 2, 3, 1, 2], [1, 0, 3, 2, 2, 1]])
+    rule = DirectFeedbackAlignment(network, x)
+    assert [tuple(B.shape) for B in rule.feedback.buffers()] == [(3, 8), (3, 8)]
+    rule(x, torch.tensor([0, -100, 1, -100]))
+    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+def test_padded_words_and_a_shorter_text_take_their_part_of_the_feedback() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+    network = BertForSequenceClassification(BertConfig(
+        vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=16, num_labels=3))
+
+    def texts(length: int) -> dict[str, Tensor]:
+        return {name: value for name, value in words(length).items() if name != "use_cache"}
+
+    for feedback in ("random", "kolen_pollack"):
+        rule = DirectFeedbackAlignment(network, texts(8), feedback=feedback)  # type: ignore[arg-type]
+        rule(texts(5), torch.tensor([0, 2]))
+        with pytest.raises(ValueError, match=r"at most \(8, 16\), as the example did, got \(2, 9"):
+            rule(texts(9), torch.tensor([0, 2]))
+    first = next(iter(rule.feedback.parameters()))
+    assert first.shape == (3, 8, 16)
+    assert first.grad is not None
+    assert first.grad[:, :5].any()
+    assert not first.grad[:, 5:].any()
+
+
+def test_a_shared_matrix_gives_each_stage_its_first_columns(gradients: Gradients) -> None:
+    network, x = tanh_chain(), torch.randn(4, 4).double()
+    shared = DirectFeedbackAlignment(network, x, share=True)
+    B = shared.feedback["3"]
+    assert B.shape == (3, 8)
+    apart = DirectFeedbackAlignment(network, x)
+    apart.feedback["0"].copy_(B)
+    apart.feedback["2"].copy_(B[:, :6])
+    assert_same(gradients(shared, x, CLASSES), gradients(apart, x, CLASSES))
+
+
+def test_feedback_has_the_variance_of_its_paper_and_repeats_with_its_generator() -> None:
+    network, x = nn.Sequential(nn.Linear(4, 4000), nn.ReLU(), nn.Linear(4000, 4)), torch.ones(1, 4)
+    own, again = (DirectFeedbackAlignment(network, x, generator=torch.Generator().manual_seed(1))
+                  for _ in range(2))
+    assert torch.equal(own.feedback["0"], again.feedback["0"])
+    assert own.feedback["0"].std().item() == pytest.approx(4 ** -0.5, rel=0.03)
+    shared = DirectFeedbackAlignment(network, x, share=True)
+    assert shared.feedback["4"].std().item() == pytest.approx(4000 ** -0.5, rel=0.03)
+
+
+def test_the_learned_feedback_of_the_last_hidden_stage_turns_to_the_weights(
+        cosine: Callable[..., float]) -> None:
+    network = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
+                            nn.Linear(64, 5))
+    rule = DirectFeedbackAlignment(network, torch.ones(1, 20), feedback="kolen_pollack")
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, weight_decay=0.1)
+    difference = (network[4].weight - rule.feedback["2"]).detach()
+    assert abs(cosine(network[4].weight, rule.feedback["2"])) < 0.2
+    teacher = torch.randn(20, 5)
+    for _ in range(400):
+        x = torch.randn(64, 20)
+        optimizer.zero_grad()
+        rule(x, (x @ teacher).argmax(1))
+        optimizer.step()
+    assert cosine(network[4].weight, rule.feedback["2"]) > 0.99
+    torch.testing.assert_close((network[4].weight - rule.feedback["2"]).detach(),
+                               difference * (1 - 0.1 * 0.1) ** 400, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("feedback", ["random", "kolen_pollack"])
+def test_frozen_stages_get_no_gradient(feedback: Any) -> None:
+    network = tanh_chain()
+    network[2].requires_grad_(False)
+    rule = DirectFeedbackAlignment(network, torch.ones(1, 4).double(), feedback=feedback)
+    rule(torch.randn(4, 4).double(), CLASSES)
+    assert network[2].weight.grad is None
+    assert rule.feedback["2"].grad is None
+    assert network[0].weight.grad.any()
+    network.requires_grad_(False)
+    assert math.isfinite(rule(torch.randn(4, 4).double(), CLASSES))
+
+
+@pytest.mark.parametrize("feedback", ["random", "sign_symmetric", "kolen_pollack"])
+def test_it_runs_under_autocast(feedback: Any, gradients: Gradients) -> None:
+    network = tanh_chain().float()
+    rule = DirectFeedbackAlignment(network, torch.ones(1, 4), feedback=feedback)
+    x = torch.randn(4, 4)
+    whole = gradients(rule, x, CLASSES)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = gradients(rule, x, CLASSES)
+        rule(x, CLASSES)
+    assert_same(whole, half, tolerance=3e-2)
+    assert all(B.grad.dtype == torch.float32 for B in rule.feedback.parameters())
+
+
+@pytest.mark.parametrize(("feedback", "share", "least"), [
+    ("random", False, 0.85), ("random", True, 0.83), ("sign_symmetric", False, 0.87),
+    ("kolen_pollack", False, 0.87)])
+def test_it_learns_more_than_its_last_layer_and_comes_to_align(
+        feedback: Any, share: bool, least: float, trained: Callable[..., Any],
+        cosine: Callable[..., float], gradients: Gradients) -> None:
+    def rule_of(network: nn.Module) -> DirectFeedbackAlignment:
+        return DirectFeedbackAlignment(network, torch.ones(1, 64), feedback=feedback, share=share)
+
+    for seed in range(2):
+        rule, accuracy = trained(rule_of, seed)
+        _, control = trained(Backprop, seed, frozen=True)
+        assert accuracy > least  # the least of five seeds, less 0.05
+        assert accuracy > control + 0.15  # 0.56 to 0.63
+        x, y = torch.rand(256, 64), torch.randint(10, (256,))
+        ours, exact = gradients(rule, x, y), gradients(Backprop(rule.network), x, y)
+        assert cosine(ours["2.weight"], exact["2.weight"]) > 0.15  # below 81 degrees
+
+
+def test_shuffled_labels_teach_it_nothing(trained: Callable[..., Any]) -> None:
+    _, accuracy = trained(lambda network: DirectFeedbackAlignment(network, torch.ones(1, 64)), 0,
+                          shuffled=True)
+    assert accuracy < 0.25
+
+
+def test_stages_are_taken_as_they_are() -> None:
+    net = stages(tanh_chain())
+    rule = DirectFeedbackAlignment(net, torch.ones(1, 4).double())
+    assert rule.network is net.model
+    assert rule.stages is net
+
+
+def test_a_refused_batch_changes_no_gradient() -> None:
+    network = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(4), nn.Conv1d(2, 2, 3),
+                            nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
+    rule = DirectFeedbackAlignment(network, torch.ones(1, 1, 8))
+    rule(torch.randn(4, 1, 8), CLASSES)
+    before = [p.grad.clone() for p in network.parameters()]
+    with pytest.raises(ValueError, match="y must be between 0 and 2"):
+        rule(torch.randn(4, 1, 8), torch.tensor([0, 1, 2, 3]))
+    rule.network[1].output_size = 6
+    with pytest.raises(ValueError, match=r"stage '0' an output of \('batch',\) and at most "
+                                         r"\(2, 4\), as the example did, got \(4, 2, 6\)"):
+        rule(torch.randn(4, 1, 8), CLASSES)
+    for p, grad in zip(network.parameters(), before, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
+def test_what_the_rule_cannot_do_is_refused() -> None:
+    network, x = tanh_chain(), torch.ones(1, 4).double()
+    with pytest.raises(ValueError, match="example must be an input of the network, got None"):
+        DirectFeedbackAlignment(network)
+    with pytest.raises(ValueError, match=r"feedback must be 'random', .* got 'gaussian'"):
+        DirectFeedbackAlignment(network, x, feedback="gaussian")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"share=True keeps one fixed .*feedback='kolen_pollack'"):
+        DirectFeedbackAlignment(network, x, share=True, feedback="kolen_pollack")
+    with pytest.raises(ValueError, match=r"network must return \(batch, classes\)"):
+        DirectFeedbackAlignment(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), x.float())
+    with pytest.raises(ValueError, match=r"stage '0' must keep the batch axis of the logits"):
+        DirectFeedbackAlignment(nn.Sequential(nn.Linear(4, 8), Joined()), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="needs one linear layer in each stage after the first"):
+        DirectFeedbackAlignment(
+            nn.Sequential(nn.Conv1d(1, 2, 3), nn.Conv1d(2, 2, 3), nn.Flatten(), nn.Linear(8, 3)),
+            torch.ones(1, 1, 8), feedback="sign_symmetric")
