@@ -42,18 +42,14 @@ def lists(calls: list[Call]) -> list[Candidate]:
 
     Lists inside another chain's members are left out.
     """
-    total, found = calls[0].weights, []
+    found = []
     for owner in calls[0].module.modules():
         if not isinstance(owner, (nn.ModuleList, nn.Sequential)):
             continue
         made = [c for c in calls if any(c.module is child for child in owner.children())]
         if not made or not all(link(a, b, calls) for a, b in _pairs(made)):
             continue
-        before, after = _around(made[0], made[-1], calls, total)
-        sizes = [c.weights for c in made]
-        sizes[0] += before
-        sizes[-1] += after
-        found.append(Candidate(made, sum(s * s for s in sizes)))
+        found.append(Candidate(made, _cost(made, calls)))
     found = [c for c in found if sound(c.path) and not any(
         len(d.path) > 1 and all(any(call.inside(o) for o in d.path) for call in c.path)
         for d in found)]
@@ -145,11 +141,18 @@ def _best(container: Call, calls: list[Call],
                     if link(way[-1], path[0], calls)]
         best.append(min(options, key=lambda o: (o[0], -len(o[1]))))
     ends = []
-    for cost, way in best:
-        _, after = _around(way[0], way[-1], calls, total)
-        ends.append(Candidate(way, cost + after * (after + 2 * way[-1].weights)))
-    ends = [c for c in ends if len(groups_of(c.path)) > 1 and sound(c.path)]
+    for _, way in best:
+        if len(groups_of(way)) > 1 and sound(way):
+            ends.append(Candidate(way, _cost(way, calls)))
     return min(ends, key=lambda c: (c.cost, -len(c.path)), default=None)
+
+
+def _cost(path: list[Call], calls: list[Call]) -> int:
+    sizes = [sum(c.weights for c in path[a:b]) for a, b in _pairs([*groups_of(path), len(path)])]
+    before, after = _around(path[0], path[-1], calls, calls[0].weights)
+    sizes[0] += before
+    sizes[-1] += after
+    return sum(size * size for size in sizes)
 
 
 def _pieces(container: Call, calls: list[Call], excluded: set[nn.Module]) -> list[list[Call]]:

@@ -19,6 +19,7 @@ from netwright.stages._chains import (
 )
 from netwright.stages._graph_networks import graph_stages, is_graph_network
 from netwright.stages._sequential import sequential_stages
+from netwright.stages._traced import NotTraceable, traced_stages
 from netwright.stages._transformers import example_for, is_pretrained, options_for
 from netwright.stages._verify import check_example, describe, difference, parameters_reached
 from netwright.stages._watch import Call, watch
@@ -96,7 +97,8 @@ def _confirmed(net: Stages, example: Any) -> Stages:
 
 
 def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages:
-    options = options_for(network, example) if is_pretrained(network) else {}
+    pretrained = is_pretrained(network)
+    options = options_for(network, example) if pretrained else {}
     with evaluating(network), rehearsing(network):
         calls, _ = watch(network, example, **options)
     seen: list[str] = []
@@ -105,20 +107,42 @@ def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages
         if isinstance(found, str):
             seen.append(found)
         else:
-            path, starts = found
-            net = _built(network, example, calls, path, starts, cuts, options, seen)
+            net = _built(network, example, calls, *found, cuts, options, seen)
             if net is not None:
                 return net
-    else:
-        tries = [c.path for c in (lists(calls) if is_pretrained(network) else [])]
-        tries += [c.path for c in candidates(calls)]
-        for path in tries[:_TRIES]:
-            starts = groups_of(path)
-            names = unique([path[k].name for k in starts])
-            net = _built(network, example, calls, path, starts, names, options, seen)
-            if net is not None:
-                return net
+        traced = None if pretrained else _traced(network, example, cuts, seen)
+        if traced is not None:
+            return traced
+        raise CannotStage(_advice(network, example, calls, seen))
+
+    tries = [*(lists(calls) if pretrained else []), *candidates(calls)][:_TRIES]
+    traced = None if pretrained else _traced(network, example, None, seen)
+    for candidate in tries:
+        starts = groups_of(candidate.path)
+        # a watched chain runs the network's own code, so it may lack a head of its own
+        if traced is not None and len(traced) > len(starts) + 1:
+            return traced
+        names = unique([candidate.path[k].name for k in starts])
+        net = _built(network, example, calls, candidate.path, starts, names, options, seen)
+        if net is not None:
+            return net
+    if traced is not None:
+        return traced
     raise CannotStage(_advice(network, example, calls, seen))
+
+
+def _traced(network: nn.Module, example: Any, cuts: list[str] | None,
+            seen: list[str]) -> Stages | None:
+    try:
+        with evaluating(network), rehearsing(network):
+            net = traced_stages(network, example, cuts)
+    except NotTraceable as reason:
+        seen.append(str(reason))
+        return None
+    wrong = difference(net, example)
+    if wrong:
+        seen.append(f"traced as the chain {', '.join(net.names)} {wrong}")
+    return None if wrong else net
 
 
 def _built(network: nn.Module, example: Any, calls: list[Call], path: list[Call],
