@@ -1,0 +1,228 @@
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from netwright.losses import cross_entropy
+from netwright.modes import same_buffers, same_random_state
+from netwright.rules.rule import Rule, check_labels
+from netwright.stages import Stages, stages
+
+
+class PredictiveCoding(Rule):
+    """Let the states settle where the stages are least surprised, then learn from what is left.
+
+    F = sum_{i<L} 1/2 |h_i - f_i(h_{i-1})|^2 + nudge loss(f_L(h_{L-1}), y), for each target;
+    h_i := f_i(h_{i-1}), then `steps` times h_i := h_i - state_rate dF/dh_i, all i at once;
+    g = dF/dw / nudge at the settled states, its mean over the targets.
+
+    With `incremental`, each step also does w := w - weight_rate dF/dw / nudge, and g is the sum
+    over the steps. The weights are put back before the rule returns: SGD with lr=weight_rate
+    then ends where those steps did, and any other optimizer can take g.
+
+    An error travels one stage a step. A small `nudge` brings g near the exact gradient. `loss`
+    is a mean over targets: labels other than -100, or rows of the network's output where y does
+    not hold whole numbers. Dropout keeps one mask for all steps, and running statistics see the
+    forward pass alone.
+
+    Shapes: x as the network takes it; h_i as stage i returns it; y as the loss takes it.
+
+    Raises:
+        ValueError: `steps` are too few for an error to reach the first stage, or a rate or
+            `nudge` is not above 0.
+
+    Papers: Whittington, Bogacz, 2017, An Approximation of the Error Backpropagation Algorithm in
+    a Predictive Coding Network with Local Hebbian Synaptic Plasticity; with `incremental`
+    Salvatori et al., 2024, A Stable, Fast, and Fully Automatic Learning Algorithm for Predictive
+    Coding Networks.
+
+    >>> network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> rule = PredictiveCoding(network)
+    >>> x, y = torch.randn(2, 4), torch.tensor([0, 2])
+    >>> rule(x, y).requires_grad
+    False
+    >>> energies = rule.energies(x, y)
+    >>> energies == sorted(energies, reverse=True)
+    True
+    """
+
+    def __init__(self, network: nn.Module | Stages, example: Any = None, *,
+                 loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+                 steps: int | None = None, state_rate: float = 0.05, nudge: float = 1.0,
+                 incremental: bool = False, weight_rate: float = 0.001,
+                 generator: Generator | None = None) -> None:
+        chain = stages(network, example)
+        steps = len(chain) + 2 if steps is None else steps
+        least = len(chain) if incremental else len(chain) - 1
+        if steps < least:
+            raise ValueError(f"steps must be at least {least} for {len(chain)} stages, got "
+                             f"{steps}; an error travels one stage a step and would not reach "
+                             "the first: raise steps or cut the network into fewer stages")
+        for name, value in (("state_rate", state_rate), ("nudge", nudge),
+                            ("weight_rate", weight_rate)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}; try the default")
+        super().__init__(network, generator=generator)
+        self.stages, self.loss, self.steps, self.state_rate = chain, loss, steps, state_rate
+        self.nudge, self.incremental, self.weight_rate = nudge, incremental, weight_rate
+
+    def forward(self, x: Any, y: Tensor) -> Tensor:
+        """Add g to `.grad`; return the loss of the forward pass."""
+        batch = _Batch(self, x, y)
+        loss = batch.loss.detach()
+        with batch.undone():
+            for _ in range(self.steps):
+                batch.step()
+            if not self.incremental:
+                batch.learn()
+        for parameter, total in batch.totals.items():
+            if parameter.grad is None:
+                parameter.grad = total
+            else:
+                parameter.grad.add_(total)
+        return loss
+
+    def energies(self, x: Any, y: Tensor) -> list[float]:
+        """Return the mean of F over the targets after 0, 1, ..., `steps` steps; change nothing."""
+        with same_buffers(self.network), same_random_state():
+            batch = _Batch(self, x, y)
+            with batch.undone():
+                found = [batch.energy()]
+                for _ in range(self.steps):
+                    batch.step()
+                    found.append(batch.energy())
+        return found
+
+
+class _Batch:
+    """The states of one batch, at first a forward pass's, and what the stages predict from them.
+
+    `inputs[i]` is what stage i reads and `outputs[i]` what it makes of that, in a graph of the
+    stage's own. An error has reached the stages from `reach` on; those below still predict their
+    states exactly, and neither they nor their graphs are touched.
+    """
+
+    def __init__(self, rule: PredictiveCoding, x: Any, y: Tensor) -> None:
+        self.rule, self.y, self.device = rule, y, y.device
+        self.context = rule.stages.context(x)
+        self.inputs: list[Any] = [x]
+        self.outputs: list[Tensor] = []
+        states = [_random_state(self.device)]
+        for i, stage in enumerate(rule.stages):
+            output = stage(self._input(i), self.context)
+            self.outputs.append(output)
+            # Sums of small steps need more digits than autocast's types hold.
+            wide = torch.promote_types(output.dtype, torch.float32)
+            self.inputs.append(output.detach().to(wide).requires_grad_())
+            states.append(_random_state(self.device))
+        self.inputs.pop()
+        self.drawn = {i: before for i, (before, after) in enumerate(pairwise(states))
+                      if not all(map(torch.equal, before, after))}
+        if rule.loss is cross_entropy:
+            check_labels(y, self.outputs[-1].shape[-1])
+        self.loss = rule.loss(self.outputs[-1], y)
+        self.scale = rule.nudge * _targets(self.outputs[-1], y).to(self.loss.dtype)
+        self.weights = [p for p in rule.network.parameters() if p.requires_grad]
+        self.totals: dict[nn.Parameter, Tensor] = {}
+        self.stale = self.reach = len(rule.stages)
+        if rule.incremental:
+            self.totals = {p: torch.zeros_like(p) for p in self.weights}
+            users = [p for stage in rule.stages for p in stage.parameters()]
+            if len(users) > len(set(users)):  # a step on a late stage's weights is felt early
+                self.reach = 1
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Put back what the body does to weights, buffers and random states."""
+        before = [p.detach().clone() for p in self.totals]
+        with same_buffers(self.rule.network), same_random_state():
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for parameter, value in zip(self.totals, before, strict=True):
+                        parameter.copy_(value)
+                torch.clear_autocast_cache()
+
+    def step(self) -> None:
+        """Move the states, and the weights of the incremental variant, down the energy."""
+        self._refresh()
+        rule, last = self.rule, len(self.outputs) - 1
+        self.reach = max(self.reach - 1, 0)
+        errors, outputs, signals = self._errors(self.reach)
+        moved = range(max(self.reach, 1), last + 1)
+        wanted = [self.inputs[i] for i in moved] + list(self.totals)
+        if not wanted:
+            return
+        gradients = torch.autograd.grad(outputs, wanted, signals, allow_unused=True)
+        for i, gradient in zip(moved, gradients, strict=False):
+            h = torch.addcmul(self.inputs[i].detach(), gradient, rule.state_rate * self.scale,
+                              value=-1)
+            if i - 1 in errors:
+                h.sub_(errors[i - 1], alpha=rule.state_rate)
+            self.inputs[i] = h.requires_grad_()
+        with torch.no_grad():
+            for (parameter, total), gradient in zip(self.totals.items(), gradients[len(moved):],
+                                                    strict=True):
+                if gradient is not None:
+                    total += gradient
+                    parameter.sub_(gradient, alpha=rule.weight_rate)
+        if self.totals:
+            torch.clear_autocast_cache()  # it holds the weights as they were before the step
+        self.stale = self.reach if self.totals else moved.start
+
+    def learn(self) -> None:
+        """Add dF/dw at the states to `.grad`."""
+        self._refresh()
+        _, outputs, signals = self._errors(0)
+        if self.weights:
+            torch.autograd.backward(outputs, signals, inputs=self.weights)
+
+    def energy(self) -> float:
+        """Return F at the states, its mean over the targets."""
+        self._refresh()
+        squares = sum(error.square().sum() for error in self._errors(max(self.reach - 1, 0))[0]
+                      .values())
+        return self.rule.nudge * float(self.loss.detach() + squares / (2 * self.scale))
+
+    def _errors(self, start: int) -> tuple[dict[int, Tensor], list[Tensor], list[Tensor | None]]:
+        """Return the stages' errors, and what is to be differentiated with which weights."""
+        last = len(self.outputs) - 1
+        errors = {i: self.inputs[i + 1].detach() - self.outputs[i].detach()
+                  for i in range(start, last)}
+        learnt = [i for i in errors if self.outputs[i].requires_grad]
+        signals = [(errors[i] / -self.scale).to(self.outputs[i].dtype) for i in learnt]
+        return errors, [*(self.outputs[i] for i in learnt), self.loss], [*signals, None]
+
+    def _refresh(self) -> None:
+        """Run the stages again whose states or weights have moved."""
+        for i in range(self.stale, len(self.outputs)):
+            if i in self.drawn:
+                _set_random_state(self.drawn[i], self.device)
+            self.outputs[i] = self.rule.stages[i](self._input(i), self.context)
+        if self.stale < len(self.outputs):
+            self.loss = self.rule.loss(self.outputs[-1], self.y)
+        self.stale = len(self.outputs)
+
+    def _input(self, i: int) -> Any:
+        return self.inputs[i].to(self.outputs[i - 1].dtype) if i else self.inputs[0]
+
+
+def _targets(logits: Tensor, y: Tensor) -> Tensor:
+    if y.is_floating_point() or y.is_complex():
+        return torch.tensor(logits[..., 0].numel(), device=logits.device)
+    return (y != -100).sum().clamp(min=1)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def _set_random_state(state: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
