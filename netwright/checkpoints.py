@@ -88,7 +88,9 @@ def load(folder: str | Path) -> dict[str, Any] | None:
             raise CorruptCheckpoint(_damaged(path, f"{tensors_path.name} is missing beside it"))
         if _digest(tensors_path) != content["tensors_sha256"]:
             raise CorruptCheckpoint(_damaged(tensors_path, "its contents do not match its digest"))
-        return _unpack(content["state"], load_file(tensors_path))
+        # Copies, since a sum's rounding can depend on how the tensor lies in memory.
+        tensors = {name: tensor.clone() for name, tensor in load_file(tensors_path).items()}
+        return _unpack(content["state"], tensors)
     except CorruptCheckpoint:
         raise
     except (ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -557,7 +557,8 @@ class _Training:
                         if isinstance(value, Tensor)},
             "optimizer": {"type": type(optimizer).__name__,
                           **{key: repr(value) for key, value in
-                             (optimizer.defaults if optimizer else {}).items()}},
+                             (optimizer.defaults if optimizer else {}).items()
+                             if value is not None and value is not False}},
             "optimized parameters": len(_stepped(optimizer)),
             "scheduler": type(self.scheduler).__name__,
             "scheduler_unit": options.scheduler_unit,
