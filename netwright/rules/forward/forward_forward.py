@@ -152,8 +152,8 @@ class ForwardForward(Rule):
         if callable(self.negatives):
             if y is not None and self.softmax_is_read:
                 check_labels(y, self.num_classes)
-                self._read(x, y)
-            return self._contrast(_joined(x, self.negatives(x, y)), y)
+                self._read(self._input(x), y)
+            return self._contrast([self._input(v) for v in _joined(x, self.negatives(x, y))], y)
         if y is None:
             raise ValueError("y must hold the classes that are written into x, got None; "
                              "give negatives= to learn without labels")
@@ -168,12 +168,12 @@ class ForwardForward(Rule):
         with evaluating(self):
             if self.predict_by == "goodness":
                 return self._goodness_by_class(x)
-            return self._softmax(self._overlaid(x, self._neutral()) if self.overlays else x)
+            return self._softmax(self._overlaid(x, self._neutral()) if self.overlays
+                                 else self._input(x))
 
     def _contrast(self, passes: list[Any], y: Tensor | None) -> Tensor:
         """Train the hidden stages on one pass of both halves, or on positives, then negatives."""
-        hs = [self._input(x) for x in passes]
-        contexts = [self.stages.context(h) for h in hs]
+        hs, contexts = list(passes), [self.stages.context(x) for x in passes]
         losses = []
         for stage in list(self.stages)[:self.depth]:
             for k, (x, context) in enumerate(zip(passes, contexts, strict=True)):
@@ -218,8 +218,9 @@ class ForwardForward(Rule):
         rms = (square / features).sqrt().clamp_min(TINY).to(h.dtype)
         return h.detach() / rms.view(-1, *[1] * (h.ndim - 1))
 
-    def _hidden(self, h: Any, context: Any, x: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _hidden(self, x: Any, context: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield number, sum of squares and normalised activity of each hidden stage."""
+        h = x
         for i in range(self.depth):
             with torch.no_grad():
                 h = self.stages[i](h, context)
@@ -233,10 +234,9 @@ class ForwardForward(Rule):
     def _read(self, x: Any, y: Tensor) -> Tensor:
         """Train the softmax on `x`; return its scores."""
         keep, before = len(self.readouts) <= KEPT, random_state()
-        start = h = self._input(x)
-        context = self.stages.context(start)
+        h, context = x, self.stages.context(x)
         parts: list[Tensor] = []
-        for i, _, h in self._hidden(start, context, x):
+        for i, _, h in self._hidden(x, context):
             if readout := self._readout(i):
                 part = readout(h, y, x)
                 parts.append(part if keep else part.detach())
@@ -252,16 +252,15 @@ class ForwardForward(Rule):
         if not keep:
             with rehearsing(self.network):
                 set_random_state(before)
-                for i, _, h in self._hidden(start, context, x):
+                for i, _, h in self._hidden(x, context):
                     if readout := self._readout(i):
                         with torch.enable_grad():
                             readout(h, y, x).backward(error)
         return scores.detach()
 
     def _softmax(self, x: Any) -> Tensor:
-        h = start = self._input(x)
-        context, parts = self.stages.context(start), []
-        for i, _, h in self._hidden(start, context, x):
+        h, context, parts = x, self.stages.context(x), []
+        for i, _, h in self._hidden(x, context):
             if readout := self._readout(i):
                 parts.append(readout(h))
         if self.classifier:
@@ -273,8 +272,8 @@ class ForwardForward(Rule):
         image, found = self._image(x), []
         for labels in torch.eye(self.num_classes).split(max(1, self.max_rows // len(image))):
             labelled = self._overlaid(x, labels.repeat_interleave(len(image), 0))
-            h = self._input(labelled)
-            squares = [square for i, square, _ in self._hidden(h, self.stages.context(h), labelled)
+            squares = [square for i, square, _
+                       in self._hidden(labelled, self.stages.context(labelled))
                        if i >= self.first_read]
             found.append(torch.stack(squares).sum(0).view(len(labels), len(image)).T)
         return torch.cat(found, 1)
@@ -294,7 +293,7 @@ class ForwardForward(Rule):
         return torch.full((1, self.num_classes), 1 / self.num_classes)
 
     def _overlaid(self, x: Any, labels: Tensor) -> Any:
-        """Return as many copies of `x` as there are `labels` for, with these written into them."""
+        """Return copies of `x` that carry `labels`, as many as there are labels for, normalised."""
         image = self._image(x)
         copies = max(1, len(labels) // len(image))
 
@@ -302,7 +301,10 @@ class ForwardForward(Rule):
             return value.repeat(copies, *[1] * (value.ndim - 1))
 
         drawn = copied(image)
-        drawn.view(len(drawn), -1)[:, :self.num_classes] = self.amplitude * labels.to(drawn)
+        rows = drawn.view(len(drawn), -1)
+        rows[:, :self.num_classes] = self.amplitude * labels.to(drawn)
+        if self.normalise_input:
+            rows /= _rms(rows)
         if not isinstance(x, Mapping):
             return drawn
         return {key: drawn if key == IMAGE else copied(value)
@@ -335,6 +337,7 @@ class ForwardForward(Rule):
                              f"got {int(y.min())}; leave such samples out of the batch")
 
     def _input(self, x: Any) -> Any:
+        """Return a user's `x`, which carries no label, normalised."""
         if not self.normalise_input:
             return x
         if isinstance(x, Mapping):
@@ -347,8 +350,12 @@ def _unit(value: Any) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
         return value
     rows = value.reshape(len(value), -1)
-    rms = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / rows.shape[1] ** 0.5
-    return (rows / rms.clamp_min(TINY)).view_as(value)
+    return (rows / _rms(rows)).view_as(value)
+
+
+def _rms(rows: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return (norm / rows.shape[1] ** 0.5).clamp_min(TINY)
 
 
 def _joined(positive: Any, negative: Any) -> list[Any]:
