@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,10 @@ def bound(model: nn.Module, x: Any) -> dict[str, Any]:
     """Return the arguments of `model`'s forward by name, for a tensor, a tuple or a mapping."""
     if isinstance(x, Mapping):
         return dict(x)
-    names = inspect.signature(type(model).forward).parameters
     arguments = x if isinstance(x, (tuple, list)) else (x,)
-    return dict(zip(list(names)[1:], arguments, strict=False))
+    return dict(zip(_names(type(model)), arguments, strict=False))
+
+
+@lru_cache
+def _names(kind: Any) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)[1:]

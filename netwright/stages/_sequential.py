@@ -7,50 +7,50 @@ from torch import Tensor, nn
 
 from netwright.errors import CannotStage
 from netwright.stages._weights import weighted
-from netwright.stages.stage import Context, Stage, Stages, apply
+from netwright.stages.stage import Context, Stage, Stages, apply, tensor_of
 
 
 class SequentialStage(Stage):
     """Modules that run one after another."""
+
+    last = False
 
     def __call__(self, h: Any, context: Context) -> Tensor:
         """Return what the next stage takes."""
         h = apply(self.modules[0], h)
         for module in self.modules[1:]:
             h = module(h)
-        return h
-
-
-def sequential_units(network: nn.Sequential) -> list[Stage]:
-    """Return the finest chain of `network`: a stage for each weighted layer."""
-    groups: list[list[tuple[str, nn.Module]]] = []
-    for name, module in _opened(network, ""):
-        if not groups or (weighted(module) and any(weighted(m) for _, m in groups[-1])):
-            groups.append([])
-        groups[-1].append((name, module))
-    if not any(weighted(module) for group in groups for _, module in group):
-        what = "is empty" if not groups else f"holds no layer with weights: {network}"
-        raise CannotStage(f"the nn.Sequential {what}; a chain needs at least one layer to learn")
-    return [_stage(group) for group in groups]
+        return tensor_of(h) if self.last else h
 
 
 def sequential_stages(network: nn.Sequential, cuts: list[str] | None) -> Stages | None:
-    """Return the chain of `network`, or None where `cuts` name modules that it does not hold."""
-    if cuts is None:
-        return Stages(network, sequential_units(network))
+    """Return the chain of `network`, or None where `cuts` name modules that are not its layers.
+
+    Raises:
+        CannotStage: no layer has weights, or `cuts` are not in the order of the layers.
+    """
     parts = list(_opened(network, "", inside=cuts))
+    if not any(weighted(module) for _, module in parts):
+        kinds = ", ".join(type(module).__name__ for _, module in parts)
+        what = f"holds no layer with weights, only {kinds}" if parts else "is empty"
+        raise CannotStage(f"the nn.Sequential {what}; a chain needs at least one layer to learn")
     names = [name for name, _ in parts]
-    if not set(cuts) <= set(names):
+    if cuts is None:
+        starts = [0]
+        for k, (_, module) in enumerate(parts):
+            if weighted(module) and any(weighted(m) for _, m in parts[starts[-1]:k]):
+                starts.append(k)
+        cuts = [names[k] for k in starts]
+    elif not set(cuts) <= set(names):
         return None
+    elif cuts != sorted(cuts, key=names.index):
+        raise CannotStage(f"cuts={cuts!r} must name layers in the order in which they run; try "
+                          f"cuts={sorted(cuts, key=names.index)!r}")
     starts = [0, *(names.index(cut) for cut in cuts[1:])]
-    groups = [parts[a:b] for a, b in zip(starts, [*starts[1:], len(parts)], strict=True)]
-    if not all(groups):
-        return None
-    return Stages(network, [_stage(group, name) for group, name in zip(groups, cuts, strict=True)])
-
-
-def _stage(group: list[tuple[str, nn.Module]], name: str = "") -> SequentialStage:
-    return SequentialStage(name or group[0][0], [module for _, module in group])
+    chain = [SequentialStage(name, [module for _, module in parts[a:b]])
+             for name, a, b in zip(cuts, starts, [*starts[1:], len(parts)], strict=True)]
+    chain[-1].last = True
+    return Stages(network, chain)
 
 
 def _opened(network: nn.Sequential, prefix: str,

@@ -169,7 +169,7 @@ class Trace:
                     if name.startswith("_tensor_constant")}
         if any(t.requires_grad for t in made.values()):
             raise NotTraceable("it computes with its parameters alone")
-        segments = _segments(self.model, graph)
+        segments = _segments(self.model, graph, self.given)
         starts = _starts(segments) if self.cuts is None else _cut(segments, self.cuts)
         groups = [segments[a:b] for a, b in zip(starts, [*starts[1:], len(segments)], strict=True)]
         return _plan(groups, made, self.cuts, self.model), [self.model, *tracer.opened]
@@ -198,15 +198,21 @@ def _attribute(model: nn.Module, name: str) -> Any:
     return value
 
 
-def _segments(model: nn.Module, graph: fx.Graph) -> list[_Segment]:
+def _segments(model: nn.Module, graph: fx.Graph, given: set[str]) -> list[_Segment]:
     """Cut `graph` wherever one value is all that later operations use of what was computed.
 
     Arguments of the model but the first, parameters and buffers are at hand in every stage.
     """
-    nodes = list(graph.nodes)
+    # what the tracer adds to see that arguments left out stay at their defaults
+    idle: set[fx.Node] = set()
+    for node in graph.nodes:
+        if ((node.op == "placeholder" and str(node.target) not in given)
+                or not idle.isdisjoint(node.all_input_nodes)):
+            idle.add(node)
+    nodes = [node for node in graph.nodes if node not in idle]
     order = {node: i for i, node in enumerate(nodes)}
     main = next((n for n in nodes if n.op == "placeholder"), None)
-    last_use = {n: max((order[u] for u in n.users), default=-1) for n in nodes}
+    last_use = {n: max((order[u] for u in n.users if u in order), default=-1) for n in nodes}
     segments: list[_Segment] = []
     here: list[fx.Node] = []
     live: set[fx.Node] = set()

@@ -16,6 +16,7 @@ from netwright.modes import (
     training,
 )
 from netwright.stages._structure import tensors
+from netwright.stages._watch import Call, watching
 from netwright.stages.stage import Stages, call
 
 
@@ -34,16 +35,20 @@ def _short(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-def check_example(model: nn.Module, example: Any) -> None:
-    """Raise CannotStage where `model` does not take `example`."""
+def check_example(model: nn.Module, example: Any, what: str = "the example") -> None:
+    """Raise CannotStage where `model` does not take `example`, naming the module that failed."""
+    calls: list[Call] = []
     try:
-        with evaluating(model), rehearsing(model):
+        with evaluating(model), rehearsing(model), watching(model, calls):
             call(model, example)
     except CannotStage:
         raise
     except Exception as error:
-        raise CannotStage(f"{type(model).__name__} cannot run on the example, {describe(example)}: "
-                          f"{error}; give an example that the network takes") from error
+        failed = next((c for c in reversed(calls) if not c.end and c.name), None)
+        where = f" at {failed.name} ({failed.module})" if failed and not failed.children else ""
+        raise CannotStage(f"{type(model).__name__} cannot run on {what}, {describe(example)}: it "
+                          f"failed{where} with {error}; give an example= that the network takes"
+                          ) from error
 
 
 def difference(net: Stages, example: Any) -> str | None:

@@ -44,13 +44,14 @@ def watch(model: nn.Module, x: Any, **options: Any) -> tuple[list[Call], Any]:
     The first call is the model's own.
     """
     calls: list[Call] = []
-    with _hooked(model, calls):
+    with watching(model, calls):
         output = apply(model, x, **options)
     return calls, output
 
 
 @contextmanager
-def _hooked(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+def watching(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+    """Add to `calls` whatever is called inside `model`; the `end` of what raised stays 0."""
     stack: list[Call] = []
     clock = iter(range(1 << 62))
     names = {module: name for name, module in reversed(list(model.named_modules()))}

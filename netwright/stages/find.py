@@ -21,7 +21,7 @@ from netwright.stages._graph_networks import graph_stages, is_graph_network
 from netwright.stages._sequential import sequential_stages
 from netwright.stages._traced import NotTraceable, traced_stages
 from netwright.stages._transformers import example_for, is_pretrained, options_for
-from netwright.stages._verify import check_example, describe, difference, parameters_reached
+from netwright.stages._verify import check_example, difference, parameters_reached
 from netwright.stages._watch import Call, watch
 from netwright.stages.stage import Stages
 
@@ -66,10 +66,10 @@ def stages(network: nn.Module | Stages, example: Any = None,
         return _confirmed(net, example)
     if example is None and is_pretrained(network):
         example = example_for(network)
-        check_example(network, example)
+        check_example(network, example, "the example that was made for it")
     if example is None:
-        raise CannotStage(f"{type(network).__name__} is not an nn.Sequential, so its stages are "
-                          "found by watching it run; give an input of it as example=")
+        raise CannotStage(f"the stages of {type(network).__name__} are found by watching it run; "
+                          "give an input of it as example=")
     return _watched(network, example, names)
 
 
@@ -92,7 +92,8 @@ def _confirmed(net: Stages, example: Any) -> Stages:
     wrong = None if example is None else difference(net, example)
     if wrong:
         raise CannotStage(f"{type(net.model).__name__} does not do what its stages "
-                          f"{', '.join(net.names)} do: {wrong}")
+                          f"{', '.join(net.names)} do: {wrong}; try cuts={net.names[:1]!r}, which "
+                          "makes one stage of it")
     return net
 
 
@@ -113,7 +114,11 @@ def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages
         traced = None if pretrained else _traced(network, example, cuts, seen)
         if traced is not None:
             return traced
-        raise CannotStage(_advice(network, example, calls, seen))
+        try:
+            names = _watched(network, example, None).names
+        except CannotStage:
+            names = None
+        raise _refusal(network, calls, seen, names)
 
     tries = [*(lists(calls) if pretrained else []), *candidates(calls)][:_TRIES]
     traced = None if pretrained else _traced(network, example, None, seen)
@@ -128,7 +133,7 @@ def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages
             return net
     if traced is not None:
         return traced
-    raise CannotStage(_advice(network, example, calls, seen))
+    raise _refusal(network, calls, seen)
 
 
 def _traced(network: nn.Module, example: Any, cuts: list[str] | None,
@@ -184,12 +189,25 @@ def _among(parameters: list[Parameter], ids: set[int]) -> list[Parameter]:
     return [p for p in parameters if id(p) in ids]
 
 
-def _advice(network: nn.Module, example: Any, calls: list[Call], seen: list[str]) -> str:
-    children = [c.name for c in calls[0].children if c.weights]
-    chain = list(dict.fromkeys(children))
-    what = seen[0] if seen else (
-        f"run on {describe(example)}, it called {', '.join(chain) or 'no module with weights'}, "
-        "and what one of them returned was not what the next one took")
-    return (f"{type(network).__name__} does not read as a chain of stages: {what}. Name where its "
-            f"stages begin, such as cuts={chain!r}, or wrap what happens between two layers in a "
-            "module")
+def _refusal(network: nn.Module, calls: list[Call], seen: list[str],
+             found: list[str] | None = None) -> CannotStage:
+    """Return the error that says what was seen and what to try."""
+    kind, layers = type(network).__name__, [c.name for c in calls[1:] if c.weights]
+    seen = seen or ["nothing that one of them returned was what the next one took"]
+    if not calls[0].weights:
+        return CannotStage(f"{kind} holds no layer with weights, so it has no stages")
+    if not layers:
+        return CannotStage(f"{kind} called no layer of its own that could be a stage ({seen[0]}); "
+                           "to have it as one stage, give nn.Sequential(network)")
+    if found is not None:
+        return CannotStage(f"{kind} does not read as stages that begin at those cuts: {seen[0]}; "
+                           f"try cuts={found!r}")
+    return CannotStage(
+        f"{kind} does not read as a chain of stages, each of which takes what the one before it "
+        f"returns: it called {_listed(layers)}, but {'; '.join(seen[:2])}. Wrap layers between "
+        f"which more than one tensor passes in a module, or try cuts={layers[:1]!r}, which makes "
+        "one stage of the network")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
