@@ -193,8 +193,9 @@ def prototypes(x: Tensor, y: Tensor) -> Tensor:
     Raises:
         ValueError: a class between 0 and y's largest has no sample.
 
-    >>> prototypes(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), torch.tensor([0, 0, 0, 1]))
-    tensor([[1.],
+    >>> x = torch.tensor([[0.0], [4.0], [5.0], [6.0], [20.0], [9.0]])
+    >>> prototypes(x, torch.tensor([0, 0, 0, 0, 0, 1]))
+    tensor([[5.],
             [9.]])
     """
     rows = x.flatten(1)
@@ -203,7 +204,8 @@ def prototypes(x: Tensor, y: Tensor) -> Tensor:
         own = rows[y == c]
         if not len(own):
             raise ValueError(f"y must hold a sample of each class, got none of class {c}")
-        chosen.append(own[torch.cdist(own, own).median(1).values.argmin()])
+        distances = torch.cdist(own, own).fill_diagonal_(torch.nan)
+        chosen.append(own[distances.nanmedian(1).values.argmin()])
     return torch.stack(chosen)
 
 

@@ -1,19 +1,18 @@
 """Derivatives along directions, by forward-mode differentiation, with nothing kept for backward."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import jvp, vmap
+from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from netwright.modes import same_random_state
 
-Buffers = Mapping[str, Tensor]
 RandomState = tuple[Tensor, list[Tensor]]
 
 
@@ -35,14 +34,20 @@ def replaying(state: RandomState) -> Iterator[None]:
 
 @contextmanager
 def _plain_kernels(network: nn.Module) -> Iterator[None]:
-    """Avoid the fused kernels, of attention and of transformers' experts, which have no jvp."""
+    """Avoid what has no forward-mode derivative, or a wrong one.
+
+    Fused attention and transformers' fused experts have none; under autocast the derivatives of
+    norms come back in another dtype than their values.
+    """
     found: list[Any] = [getattr(module, "config", None) for module in network.modules()]
     configs = {id(c): c for c in found if hasattr(c, "_experts_implementation")}
     before = {key: config._experts_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
             config._experts_implementation = "eager"
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), ExitStack() as full_precision:
+            for device in {p.device.type for p in network.parameters()}:
+                full_precision.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
         for key, config in configs.items():
@@ -58,15 +63,16 @@ class DirectionalDerivative:
     nothing is kept.
 
     `vectorised` says whether a run takes many directions at once; it turns False when the
-    network turns out not to allow that (a module reads values of tensors, for instance).
+    network turns out not to allow that (a module changes a tensor of its own that is not one of
+    its buffers, for instance).
     """
 
     def __init__(self, network: nn.Module, function: Callable[..., Tensor], *,
                  vectorised: bool = True, state: RandomState | None = None) -> None:
         self.network, self.function = network, function
         self.vectorised, self.state = vectorised, state
-        self.buffers = dict(network.named_buffers())
-        self.before = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        self.buffers = list(network.buffers())
+        self.before = [buffer.clone() for buffer in self.buffers]
 
     def __call__(self, primals: Sequence[Tensor],
                  directions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -89,7 +95,7 @@ class DirectionalDerivative:
                    for i in range(len(directions[0]))]
         return results[0][0], torch.stack([derivative for _, derivative in results])
 
-    def _run(self, evaluate: Callable[..., tuple[Tensor, Tensor, Buffers]],
+    def _run(self, evaluate: Callable[..., tuple[Tensor, Tensor, list[Tensor]]],
              primals: Sequence[Tensor], directions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), _plain_kernels(self.network):
             if self.state is not None:
@@ -97,18 +103,18 @@ class DirectionalDerivative:
                     return evaluate(primals, directions)[:2]
             state = random_state()
             value, derivative, buffers = evaluate(primals, directions)
-            for name, buffer in self.buffers.items():
-                buffer.copy_(buffers[name])
+            for buffer, new in zip(self.buffers, buffers, strict=True):
+                buffer.copy_(new)
             self.state = state
             return value, derivative
 
-    def _with_buffers(self, *primals: Tensor) -> tuple[Tensor, Buffers]:
+    def _with_buffers(self, *primals: Tensor) -> tuple[Tensor, list[Tensor]]:
         # Cloned in here, since a transformed function may only change what it has made itself.
-        buffers = {name: value.clone() for name, value in self.before.items()}
+        buffers = [value.clone() for value in self.before]
         return self.function(buffers, *primals), buffers
 
     def _single(self, primals: Sequence[Tensor],
-                directions: Sequence[Tensor]) -> tuple[Tensor, Tensor, Buffers]:
+                directions: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         try:
             with forward_ad.dual_level():
                 duals = [forward_ad.make_dual(p, v) for p, v in zip(primals, directions,
@@ -117,7 +123,7 @@ class DirectionalDerivative:
                 value, derivative = forward_ad.unpack_dual(output)
                 if derivative is None:  # the value does not depend on what was perturbed
                     derivative = torch.zeros_like(value)
-                buffers = {name: forward_ad.unpack_dual(b).primal for name, b in buffers.items()}
+                buffers = [forward_ad.unpack_dual(buffer).primal for buffer in buffers]
         except NotImplementedError as error:
             raise TypeError("network must have forward-mode derivatives, and one of its "
                             f"operations has none ({str(error).splitlines()[0]}); replace that "
@@ -125,7 +131,7 @@ class DirectionalDerivative:
         return value, derivative, buffers
 
     def _at_once(self, primals: Sequence[Tensor],
-                 directions: Sequence[Tensor]) -> tuple[Tensor, Tensor, Buffers]:
+                 directions: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         def along(*v: Tensor) -> Any:
             return jvp(self._with_buffers, tuple(primals), v, has_aux=True)
 
@@ -133,6 +139,28 @@ class DirectionalDerivative:
             warnings.filterwarnings("ignore", "There is a performance drop")
             once_each_once: Any = (None, 0, None)
             return vmap(along, out_dims=once_each_once, randomness="same")(*directions)
+
+
+def run_with(network: nn.Module, run: Callable[[], Tensor], tensors: Sequence[Tensor],
+             values: Sequence[Tensor]) -> Tensor:
+    """Return `run()`, with `values` in place of those parameters and buffers of `network`."""
+    value = {id(tensor): v for tensor, v in zip(tensors, values, strict=True)}
+    # Each module is named once: functional_call's own tying leaves a module that is used twice
+    # with the values.
+    named = {f"network.{prefix}.{name}" if prefix else f"network.{name}": value[id(tensor)]
+             for prefix, module in network.named_modules()
+             for name, tensor in [*module.named_parameters(recurse=False),
+                                  *module.named_buffers(recurse=False)] if id(tensor) in value}
+    return functional_call(_Runs(network, run), named, (), tie_weights=False)
+
+
+class _Runs(nn.Module):
+    def __init__(self, network: nn.Module, run: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.network, self.run = network, run
+
+    def forward(self) -> Tensor:
+        return self.run()
 
 
 def draw(distribution: str, shape: Sequence[int], like: Tensor,

@@ -3,10 +3,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.func import functional_call
 
 from netwright.losses import cross_entropy
-from netwright.rules.forward._forward_mode import DirectionalDerivative, draw, random_state
+from netwright.rules.forward._forward_mode import (
+    DirectionalDerivative,
+    draw,
+    random_state,
+    run_with,
+)
 from netwright.rules.rule import Rule, check_labels
 from netwright.stages import Stages, call, stages
 
@@ -29,6 +33,9 @@ class ForwardGradient(Rule):
     activations are stored. Where samples depend on each other (batch norm in training, graphs),
     which is found out at the first batch, the slope is the sum over samples, as it must be for
     the estimate to stay unbiased. Stages without trainable parameters are not perturbed.
+
+    Under autocast the forward-mode passes keep the parameters' own precision, since PyTorch's
+    derivatives of norms do not follow autocast's dtypes.
 
     Shapes: x as the network takes it; y as the loss takes it; h_i (batch, *size_i);
     o (batch, *, classes); v_k like what it perturbs.
@@ -79,15 +86,13 @@ class ForwardGradient(Rule):
         return self._activities(x, y, self.stages)
 
     def _weights(self, x: Any, y: Tensor) -> Tensor:
-        named = {f"network.{name}": p for name, p in self.network.named_parameters()
-                 if p.requires_grad}
-        objective = _Runs(self.network, lambda: self._loss(call(self.network, x), y))
+        learning = [p for p in self.network.parameters() if p.requires_grad]
 
-        def function(buffers: dict[str, Tensor], *weights: Tensor) -> Tensor:
-            return functional_call(objective, {**_prefixed(buffers),
-                                               **dict(zip(named, weights, strict=True))}, ())
+        def function(buffers: Sequence[Tensor], *weights: Tensor) -> Tensor:
+            return run_with(self.network, lambda: self._loss(call(self.network, x), y),
+                            [*self.network.buffers(), *learning], [*buffers, *weights])
 
-        weights = [p.detach() for p in named.values()]
+        weights = [p.detach() for p in learning]
         slopes = DirectionalDerivative(self.network, function, vectorised=self._vectorised)
         estimates = [torch.zeros_like(w) for w in weights]
         for directions in self._directions(weights):
@@ -95,7 +100,7 @@ class ForwardGradient(Rule):
             for estimate, v in zip(estimates, directions, strict=True):
                 estimate += torch.tensordot(slope.to(v.dtype), v, 1) / self.directions
         self._vectorised = slopes.vectorised
-        for p, estimate in zip(named.values(), estimates, strict=True):
+        for p, estimate in zip(learning, estimates, strict=True):
             p.grad = estimate if p.grad is None else p.grad.add_(estimate)
         return loss
 
@@ -109,9 +114,9 @@ class ForwardGradient(Rule):
                 h = h + perturbations[i] if i in perturbations else h
             return h
 
-        def function(buffers: dict[str, Tensor], *perturbations: Tensor) -> Tensor:
-            return functional_call(_Runs(self.network, run), _prefixed(buffers),
-                                   (dict(zip(learning, perturbations, strict=True)),))
+        def function(buffers: Sequence[Tensor], *perturbations: Tensor) -> Tensor:
+            named = dict(zip(learning, perturbations, strict=True))
+            return run_with(self.network, lambda: run(named), [*self.network.buffers()], buffers)
 
         slopes = DirectionalDerivative(self.network, function, vectorised=self._vectorised,
                                        state=random_state())
@@ -159,21 +164,6 @@ class ForwardGradient(Rule):
         if self.loss is cross_entropy:
             check_labels(y, output.shape[-1])
         return self.loss(output, y)
-
-
-class _Runs(nn.Module):
-    """Lets `functional_call` run any function of a network."""
-
-    def __init__(self, network: nn.Module, run: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.network, self.run = network, run
-
-    def forward(self, *arguments: Any) -> Tensor:
-        return self.run(*arguments)
-
-
-def _prefixed(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"network.{name}": buffer for name, buffer in buffers.items()}
 
 
 def _mixes(slopes: DirectionalDerivative, zeros: Sequence[Tensor], error: Tensor) -> bool:
