@@ -53,8 +53,7 @@ class History:
     @property
     def best(self) -> Epoch:
         """The first epoch with the best metric, or the lowest loss where there is no metric."""
-        if not self.epochs:
-            raise ValueError("the history holds no epoch yet, so none is the best; train first")
+        self._check()
         scored = [epoch for epoch in self.epochs if not math.isnan(epoch.metric)]
         if not scored:
             return min(self.epochs, key=lambda epoch: epoch.loss)
@@ -71,6 +70,7 @@ class History:
 
         The page holds all it needs and opens without a network.
         """
+        self._check()
         from plotly.graph_objects import Scatter
         from plotly.subplots import make_subplots
         lines = {"training loss": [e.loss for e in self.epochs],
@@ -86,6 +86,10 @@ class History:
         if path is not None:
             figure.write_html(str(path), include_plotlyjs=True)
         return figure
+
+    def _check(self) -> None:
+        if not self.epochs:
+            raise ValueError("the history holds no epoch yet; train with fit first")
 
     def to_json(self) -> str:
         """Return the history as JSON."""

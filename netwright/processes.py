@@ -30,6 +30,11 @@ def world() -> int:
     return distributed.get_world_size() if _joined() else 1
 
 
+def wait() -> None:
+    """Wait until every process is here."""
+    distributed.barrier()
+
+
 @torch.no_grad()
 def share_weights(rule: nn.Module) -> None:
     """Give every process the parameters and buffers of process 0."""

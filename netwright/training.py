@@ -220,6 +220,8 @@ class _Training:
     def _begin(self) -> None:
         """Take up the checkpoint; where there is none, seed, and write the first."""
         folder, seed = self.options.folder, self.options.seed
+        if self.world > 1:
+            processes.wait()  # process 0 may still be writing what a call before this one left
         stored = None if folder is None else load(folder)
         if self.world > 1:
             self._agree(stored is not None)

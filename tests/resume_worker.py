@@ -88,6 +88,12 @@ def lbfgs(**keep):
                   optimizer=lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3), **keep)
 
 
+def forgetful(**keep):
+    """The control: a training that takes up everything but the random states."""
+    nw.training.set_random_state = lambda *_: None
+    return jitter(**keep)
+
+
 def rule_case(name: str) -> Callable:
     def case(**keep):
         rule = getattr(nw.rules, name)(network(), example=X[:4],
@@ -99,7 +105,8 @@ def rule_case(name: str) -> Callable:
 def cases() -> dict[str, Callable]:
     rules = [name for name in nw.rules.__all__
              if isinstance(getattr(nw.rules, name), type) and name not in ("Rule", "Backprop")]
-    return {case.__name__: case for case in (backprop, loader, augmented, jitter, lbfgs)} | {
+    return {case.__name__: case for case in (backprop, loader, augmented, jitter, lbfgs,
+                                             forgetful)} | {
         name: rule_case(name) for name in rules}
 
 
@@ -203,7 +210,7 @@ def main() -> None:
     work, draw = Path(sys.argv[1]), random.Random(0)
     for name, case in cases().items():
         (work / name).mkdir()
-        own = name in ("backprop", "loader", "augmented", "jitter", "lbfgs")
+        own = name in ("backprop", "loader", "augmented", "jitter", "lbfgs", "forgetful")
         report = check(case, work / name, events=16 if name == "backprop" else 3 if own else 1,
                        kills=6 if own else 3, draw=draw)
         print(json.dumps({"case": name, **report}), flush=True)
