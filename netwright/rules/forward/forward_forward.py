@@ -159,7 +159,8 @@ class ForwardForward(Rule):
                              "give negatives= to learn without labels")
         self._check(self._image(x), y)
         scores = self._read(self._overlaid(x, self._neutral()), y) if self.softmax_is_read else None
-        labels = torch.cat([y, self._other_labels(y, scores)])
+        others = self._other_labels(y, scores if self.hard_negatives else None)
+        labels = torch.cat([y, others])
         return self._contrast([self._overlaid(x, one_hot(labels, self.num_classes))], y)
 
     @torch.no_grad()
@@ -236,15 +237,19 @@ class ForwardForward(Rule):
         keep, before = len(self.readouts) <= KEPT, random_state()
         h, context = x, self.stages.context(x)
         parts: list[Tensor] = []
+        scores: Tensor | float = 0.0
         for i, _, h in self._hidden(x, context):
             if readout := self._readout(i):
                 part = readout(h, y, x)
-                parts.append(part if keep else part.detach())
+                scores = scores + part.detach()
+                parts += [part] if keep else []
         # What autocast cast without a graph must not be taken for the pass that learns.
         torch.clear_autocast_cache()
         if self.classifier:
             parts.append(self.stages[-1](h, context))
-        scores = torch.stack([part.detach() for part in parts]).sum(0).requires_grad_()
+            scores = scores + parts[-1].detach()
+        assert isinstance(scores, Tensor)
+        scores.requires_grad_()
         (error,) = torch.autograd.grad(cross_entropy(scores, y), scores)
         for part in parts:
             if part.requires_grad:

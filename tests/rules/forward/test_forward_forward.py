@@ -1,0 +1,323 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, one_hot, softplus
+
+from netwright.data import digits
+from netwright.errors import UnknownName
+from netwright.measure import cost
+from netwright.rules import ForwardForward
+
+X = torch.rand(6, 12, generator=torch.Generator().manual_seed(0)) + 0.1
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+TRUE_AND_FALSE = torch.tensor([1.0] * 6 + [-1.0] * 6)
+
+
+def mlp(*sizes):
+    layers = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def unit(h):
+    rms = h.flatten(1).square().mean(1).sqrt().clamp_min(1e-6)
+    return h / rms.view(-1, *[1] * (h.ndim - 1))
+
+
+def labelled(x, labels, classes=3, amplitude=1.0):
+    x = x.clone()
+    x.flatten(1)[:, :classes] = amplitude * (
+        one_hot(labels, classes) if labels.dtype == torch.int64 else labels)
+    return unit(x)
+
+
+def next_label(seed, y=Y, classes=3):
+    """Draw the negative labels as a rule without hard negatives and with this seed does."""
+    generator = torch.Generator().manual_seed(seed)
+    return (y + torch.randint(1, classes, y.shape, generator=generator)) % classes
+
+
+def plain(network, seed=0, **options):
+    return ForwardForward(network, hard_negatives=False, predict_by="goodness",
+                          generator=torch.Generator().manual_seed(seed), **options)
+
+
+@pytest.mark.parametrize(("options", "loss_of"), [
+    ({}, lambda h: (h.square().sum(1) - h.shape[1]) / (h.shape[1] / 10)),
+    ({"threshold": 2.0, "temperature": 3.0}, lambda h: (h.square().sum(1) - 2) / 3),
+    ({"goodness": "mean", "threshold": 2.0}, lambda h: (h.square().mean(1) - 2) / 0.1),
+])
+def test_gradients_and_loss_are_those_of_each_layer_by_autograd(options, loss_of):
+    network = mlp(12, 8, 7, 3).double()
+    x, h, losses = X.double(), None, []
+    h = torch.cat([labelled(x, Y), labelled(x, next_label(0))])
+    expected = []
+    for layer in (network[:2], network[2:4]):
+        h = layer(h.detach())
+        losses.append(softplus(-TRUE_AND_FALSE * loss_of(h)).mean())
+        expected += torch.autograd.grad(losses[-1], list(layer.parameters()))
+        h = unit(h)
+    loss = plain(network, **options)(x, Y)
+    torch.testing.assert_close(loss, torch.stack(losses).mean().detach())
+    for parameter, gradient in zip(network[:4].parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert network[4].weight.grad is None
+
+
+def test_one_linear_layer_in_closed_form():
+    network = nn.Sequential(nn.Linear(12, 4, bias=False), nn.ReLU(), nn.Linear(4, 3))
+    W = network[0].weight
+    x = torch.cat([labelled(X, Y), labelled(X, next_label(0))])
+    h = (x @ W.T).clamp_min(0)
+    p = torch.sigmoid(((h ** 2).sum(1) - 4) / 0.4)  # that a sample is real
+    slope = torch.where(TRUE_AND_FALSE > 0, p - 1, p) / 0.4 / 12
+    expected = (2 * slope[:, None] * h).T @ x
+    plain(network)(X, Y)
+    torch.testing.assert_close(W.grad, expected.detach())
+
+
+def test_no_gradient_crosses_a_boundary():
+    network = mlp(12, 8, 8, 3)
+    rule = ForwardForward(network, generator=torch.Generator().manual_seed(0))
+    rule(X, Y)
+    first, last = network[0].weight.grad.clone(), network[4].weight.grad.clone()
+    rule.zero_grad()
+    rule.generator.manual_seed(0)
+    rule.hard_negatives = False  # the negatives are all that the later stages decide
+    rule(X, Y)
+    plainly = network[0].weight.grad.clone()
+    with torch.no_grad():
+        network[2].weight.mul_(3)
+    rule.zero_grad()
+    rule.generator.manual_seed(0)
+    rule(X, Y)
+    assert torch.equal(network[0].weight.grad, plainly)
+    assert not torch.equal(network[4].weight.grad, last)
+    assert first.abs().sum() > 0
+
+
+@pytest.mark.parametrize("depth", [3, 8])
+def test_the_softmax_reads_all_hidden_stages_but_the_first(depth):
+    network = mlp(12, *[6] * depth, 3)
+    rule = ForwardForward(network, predict_by="softmax")
+    assert list(rule.readouts) == [str(i) for i in range(1, depth - 1)]
+    with torch.no_grad():
+        for readout in rule.readouts.values():
+            readout.weight.normal_()
+    h, hidden = labelled(X, torch.full((1, 3), 1 / 3)), []
+    for i in range(depth):
+        h = unit(network[2 * i:2 * i + 2](h).detach())
+        hidden.append(h)
+    readers = [readout.weight for readout in rule.readouts.values()]
+    scores = network[-1](hidden[-1]) + sum(a @ M.T for a, M in zip(hidden[1:-1], readers,
+                                                                    strict=True))
+    torch.testing.assert_close(rule.predict(X), scores.detach())
+    expected = torch.autograd.grad(cross_entropy(scores, Y), [*readers, network[-1].weight])
+    rule(X, Y)
+    got = [*[M.grad for M in readers], network[-1].weight.grad]
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_deep_softmax_is_trained_on_the_activity_that_it_saw():
+    def gradients(kept, monkeypatch):
+        torch.manual_seed(0)
+        layers = [m for i in range(6) for m in
+                  (nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5))]
+        rule = ForwardForward(nn.Sequential(*layers, nn.Linear(12, 3)),
+                              generator=torch.Generator().manual_seed(0))
+        monkeypatch.setattr("netwright.rules.forward.forward_forward.KEPT", kept)
+        rule(X, Y)
+        return [*(p.grad for p in rule.parameters()), *rule.buffers()]
+    with pytest.MonkeyPatch.context() as patch:
+        for a, b in zip(gradients(0, patch), gradients(9, patch), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_predicting_by_goodness_tries_every_label_whatever_the_chunks():
+    network = mlp(12, 8, 7, 6, 3)
+    expected = []
+    for label in range(3):
+        h, goodness = labelled(X, torch.full((6,), label)), []
+        for layer in (network[:2], network[2:4], network[4:6]):
+            h = layer(h)
+            goodness.append(h.square().sum(1))
+            h = unit(h)
+        expected.append(goodness[1] + goodness[2])
+    expected = torch.stack(expected, 1).detach()
+    for rows in (1, 12, 4096):
+        torch.testing.assert_close(ForwardForward(network, max_rows=rows).predict(X), expected)
+
+
+def test_hard_negatives_follow_the_prediction_and_are_never_true():
+    rule = ForwardForward(mlp(12, 8, 3), generator=torch.Generator().manual_seed(0))
+    y = torch.zeros(20000, dtype=torch.int64)
+    p = torch.tensor([0.9, 0.08, 0.02])
+    drawn = rule._other_labels(y, p.log().expand(20000, 3)).bincount(minlength=3) / 20000
+    torch.testing.assert_close(drawn, torch.tensor([0.0, 0.8, 0.2]), atol=0.015, rtol=0)
+    certain = torch.tensor([[200.0, 0.0, 0.0]]).expand(20000, 3)
+    assert (rule._other_labels(y, certain) != y).all()
+    even = rule._other_labels(y, None).bincount(minlength=3) / 20000
+    torch.testing.assert_close(even, torch.tensor([0.0, 0.5, 0.5]), atol=0.015, rtol=0)
+
+
+def test_amplitude_input_normalisation_and_skip():
+    network = mlp(12, 8, 7, 3)
+    raw = X.clone()
+    raw[:, :3] = 2 * one_hot(torch.zeros(6, dtype=torch.int64), 3)
+    rule = ForwardForward(network, amplitude=2, normalise_input=False, skip=0)
+    h = network[:2](raw)
+    expected = h.square().sum(1) + network[2:4](unit(h)).square().sum(1)
+    torch.testing.assert_close(rule.predict(X)[:, 0], expected.detach())
+
+
+def test_a_network_without_a_classifier():
+    rule = ForwardForward(nn.Sequential(*mlp(12, 8, 7), nn.ReLU()), num_classes=3,
+                          classifier=False)
+    assert rule(X, Y).isfinite()
+    assert all(p.grad is not None for p in rule.parameters())
+    assert rule.predict(X).shape == (6, 3)
+    rule.predict_by = "softmax"
+    assert rule.predict(X).shape == (6, 3)
+
+
+def test_negatives_of_ones_own_need_no_labels():
+    network = mlp(12, 8, 7, 3)
+    false = torch.rand(6, 12)
+    rule = ForwardForward(network, negatives=lambda x, y: false)
+    losses, h = [], torch.cat([unit(X), unit(false)])
+    for layer in (network[:2], network[2:4]):
+        h = layer(h)
+        g = h.square().sum(1) - h.shape[1]
+        losses.append(softplus(-TRUE_AND_FALSE * g / (h.shape[1] / 10)).mean())
+        h = unit(h)
+    torch.testing.assert_close(rule(X), torch.stack(losses).mean().detach())
+    assert network[4].weight.grad is None
+    unlabelled = network[0].weight.grad.clone()
+    rule.zero_grad()
+    rule(X, Y)
+    assert torch.equal(network[0].weight.grad, unlabelled)
+    assert network[4].weight.grad is not None
+    assert rule.predict(X).shape == (6, 3)
+
+
+def test_one_batch_of_both_or_one_after_the_other_is_the_same():
+    network = mlp(12, 8, 7, 3)
+    false = torch.rand(6, 12)
+    rule = ForwardForward(network, negatives=lambda x, y: false)
+    rule(X)
+    together = network[0].weight.grad.clone()
+    rule.zero_grad()
+    loss = rule._contrast([unit(X), unit(false)], None)
+    torch.testing.assert_close(network[0].weight.grad, together)
+    torch.testing.assert_close(loss, rule(X))
+
+
+def test_nodes_without_a_label_do_not_count():
+    torch_geometric = pytest.importorskip("torch_geometric.nn")
+    network = torch_geometric.GCN(12, 8, 3, 3)
+    edges = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]])
+    y = Y.clone()
+    y[3:] = -100
+    rule = ForwardForward(network, (X, edges), negatives=lambda x, y: (x[0].flip(0), x[1]))
+    losses = []
+    for features, sign in [(unit(X), 1), (unit(X.flip(0)), -1)]:
+        a = network.convs[0](features, edges).relu()
+        losses.append(softplus(-sign * (a.square().sum(1) - 8) / 0.8)[:3].mean() / 2)
+    (expected,) = torch.autograd.grad(sum(losses), [network.convs[0].lin.weight])
+    assert rule((X, edges), y).isfinite()
+    torch.testing.assert_close(network.convs[0].lin.weight.grad, expected)
+    assert rule.predict((X, edges)).shape == (6, 3)
+
+
+def test_images_in_a_mapping_and_convolutions_with_batch_norm():
+    x = torch.rand(6, 1, 8, 8)
+    cnn = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3),
+                        nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    before = x.clone()
+    rule = ForwardForward(cnn)
+    assert rule(x, Y).isfinite()
+    assert all(p.grad.abs().sum() > 0 for p in rule.parameters())
+    assert cnn[1].num_batches_tracked == 2  # the neutral pass, and both halves as one batch
+    assert torch.equal(x, before)
+
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+                                    intermediate_size=16, image_size=8, patch_size=4,
+                                    num_channels=1, num_labels=3)
+    vit = transformers.ViTForImageClassification(config)
+    rule = ForwardForward(vit, {"pixel_values": x})
+    torch.testing.assert_close(rule.predict({"pixel_values": x}), rule.predict(x))
+    assert rule({"pixel_values": x}, Y).isfinite()
+
+
+def test_frozen_stages_stay_and_autocast_trains_every_stage():
+    network = mlp(12, 8, 7, 3)
+    network[0].requires_grad_(False)
+    rule = ForwardForward(network)
+    with torch.autocast("cpu", torch.bfloat16):
+        rule(X, Y)
+        rule(X, Y)
+    assert network[0].weight.grad is None
+    assert all(network[i].weight.grad.abs().sum() > 0 for i in (2, 4))
+
+
+def test_memory_does_not_grow_with_depth():
+    def working_bytes(depth):
+        rule = ForwardForward(mlp(64, *[64] * (depth - 1), 10))
+        return cost(rule, (torch.rand(512, 64), torch.randint(10, (512,))), repeats=1,
+                    warmup=0).working_bytes
+    assert working_bytes(32) < 1.15 * working_bytes(8)
+
+
+def train(rule, split, *, shuffled=False):
+    x, y = split.x_train.flatten(1), split.y_train
+    y = y[torch.randperm(len(y))] if shuffled else y
+    optimizer = torch.optim.Adam([p for p in rule.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(20):
+        for batch in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            rule(x[batch], y[batch])
+            optimizer.step()
+    return (rule.predict(split.x_test.flatten(1)).argmax(1) == split.y_test).float().mean().item()
+
+
+def test_learns_what_frozen_stages_and_shuffled_labels_do_not():
+    split = digits()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        learned = train(ForwardForward(mlp(64, 128, 128, 10)), split)
+        frozen = mlp(64, 128, 128, 10)
+        frozen[:4].requires_grad_(False)
+        assert learned > 0.9
+        assert train(ForwardForward(frozen), split) < 0.4
+    assert train(ForwardForward(mlp(64, 128, 128, 10)), split, shuffled=True) < 0.4
+
+
+def test_errors_name_what_was_wrong_and_leave_no_gradient():
+    rule = ForwardForward(mlp(12, 8, 3))
+    for x, y, message in [
+            (X, Y + 1, "between 0 and 2"), (X, Y[:4], "one class a sample"),
+            (X, Y.float(), "int64"), (X, None, "give negatives="),
+            (X, torch.tensor([0, 1, -100, 0, 1, 2]), "a class for every sample"),
+            (X[:, :2], Y, "at least 3 numbers"),
+            (torch.ones(6, 12, dtype=torch.int64), Y, "got torch.int64; give negatives="),
+            ((X, Y), Y, "got a tuple; give negatives="),
+            ({"input_ids": Y}, Y, "a mapping of input_ids; give negatives=")]:
+        with pytest.raises(ValueError, match=message):
+            rule(x, y)
+    assert all(p.grad is None for p in rule.parameters())
+    for options, message in [
+            ({"num_classes": 4}, "num_classes=4 must be"), ({"temperature": 0}, "temperature"),
+            ({"skip": -1}, "skip"), ({"classifier": False}, "num_classes is needed"),
+            ({"negatives": lambda x, y: x, "predict_by": "goodness"}, "must be 'softmax'")]:
+        with pytest.raises(ValueError, match=message):
+            ForwardForward(mlp(12, 8, 3), **options)
+    for options in ({"goodness": "summ"}, {"negatives": "label"}, {"predict_by": "soft"}):
+        with pytest.raises(UnknownName):
+            ForwardForward(mlp(12, 8, 3), **options)
+    with pytest.raises(ValueError, match="a hidden stage before its classifier"):
+        ForwardForward(nn.Sequential(nn.Linear(12, 3)))
