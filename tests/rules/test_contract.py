@@ -1,0 +1,262 @@
+"""What every learning rule keeps to, whatever it does inside."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+import netwright as nw
+
+FEATURES, CLASSES = 20, 3
+
+# How to build each rule, once for each of its variants that takes another path.
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "Backprop": [{}],
+    "DirectFeedbackAlignment": [{}, {"share": True}, {"feedback": "sign_symmetric"},
+                                {"feedback": "kolen_pollack"}],
+    "FeedbackAlignment": [{}, {"feedback": "sign_symmetric"}, {"feedback": "kolen_pollack"}],
+    "ForwardForward": [{}, {"goodness": "mean"}, {"predict_by": "softmax"}],
+    "ForwardGradient": [{}, {"perturb": "activities"}, {"directions": 3}],
+    "MonoForward": [{}, {"predict_by": "sum"}],
+    "NoProp": [{"blocks": 3}, {"blocks": 3, "embedding": "one-hot"}],
+    "PredictiveCoding": [{}, {"incremental": True}],
+}
+CASES = [pytest.param(name, options, id=" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
+         for name, variants in OPTIONS.items() for options in variants]
+
+
+class Contract:
+    """A rule on a small network, with a batch, and everything random set back at each call."""
+
+    def __init__(self, name: str, options: dict[str, Any], seed: int = 0,
+                 dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(seed)
+        self.network = nn.Sequential(
+            nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(),
+            nn.Linear(12, CLASSES)).to(dtype)
+        self.generator = Generator().manual_seed(seed)
+        self.rule = getattr(nw.rules, name)(self.network, torch.randn(6, FEATURES, dtype=dtype),
+                                            generator=self.generator, **options)
+        batch = Generator().manual_seed(7)
+        self.x = torch.randn(6, FEATURES, generator=batch).to(dtype)
+        self.y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def __call__(self, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        torch.manual_seed(1)
+        self.generator.manual_seed(1)
+        return self.rule(self.x if x is None else x, self.y if y is None else y)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad.clone() for name, p in self.rule.named_parameters()
+                if p.grad is not None}
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.rule.state_dict().items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def every_rule(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.parametrize(("name", "options"), CASES)(test)
+
+
+def test_every_rule_is_held_to_the_contract() -> None:
+    assert set(OPTIONS) == set(nw.rules.__all__) - {"Rule"}
+
+
+@every_rule
+def test_the_loss_is_a_finite_scalar_without_a_graph(name: str, options: dict[str, Any]) -> None:
+    loss = Contract(name, options)()
+    assert loss.shape == ()
+    assert torch.isfinite(loss)
+    assert not loss.requires_grad
+
+
+@every_rule
+def test_the_rule_moves_its_network_or_what_it_adds(name: str, options: dict[str, Any]) -> None:
+    case = Contract(name, options)
+    before = case.state()
+    optimizer = torch.optim.SGD(case.rule.parameters(), lr=0.1)
+    case()
+    if case.rule.updates_weights:
+        optimizer.zero_grad()
+    else:
+        assert_same(case.state(), before)
+    optimizer.step()
+    after = case.state()
+    moved = [key for key, _ in case.rule.named_parameters()
+             if not torch.equal(before[key], after[key])]
+    assert any(key.endswith("weight") for key in moved)
+
+
+@every_rule
+def test_two_calls_add_up_as_two_backward_passes_do(name: str, options: dict[str, Any]) -> None:
+    case = Contract(name, options)
+    if case.rule.updates_weights:
+        pytest.skip("it changes the weights at each call")
+    case()
+    once = case.gradients()
+    assert once
+    case()
+    twice = case.gradients()
+    assert once.keys() == twice.keys()
+    for key, gradient in once.items():
+        torch.testing.assert_close(twice[key], 2 * gradient, msg=lambda text, key=key: key + text)
+
+
+@every_rule
+def test_the_same_random_state_gives_the_same_update(name: str, options: dict[str, Any]) -> None:
+    first, second = Contract(name, options), Contract(name, options)
+    assert torch.equal(first(), second())
+    assert_same(first.gradients(), second.gradients())
+    assert_same(first.state(), second.state())
+
+
+@every_rule
+def test_state_goes_into_a_fresh_rule_that_predicts_the_same(name: str,
+                                                             options: dict[str, Any]) -> None:
+    case, fresh = Contract(name, options), Contract(name, options, seed=5)
+    case()
+    assert not torch.equal(case.rule.predict(case.x), fresh.rule.predict(case.x))
+    fresh.rule.load_state_dict(case.rule.state_dict())
+    assert torch.equal(case.rule.predict(case.x), fresh.rule.predict(case.x))
+    case.rule.zero_grad()
+    assert torch.equal(case(), fresh())
+    assert_same(fresh.gradients(), case.gradients())
+
+
+@every_rule
+def test_predictions_are_scores_that_leave_no_trace(name: str, options: dict[str, Any]) -> None:
+    case = Contract(name, options)
+    case()
+    gradients, state = case.gradients(), case.state()
+    case.network[1].eval()
+    modes = [module.training for module in case.rule.modules()]
+    scores = case.rule.predict(case.x)
+    assert scores.shape == (6, CLASSES)
+    assert not scores.requires_grad
+    assert torch.equal(scores, case.rule.predict(case.x))
+    assert_same(case.gradients(), gradients)
+    assert_same(case.state(), state)
+    assert [module.training for module in case.rule.modules()] == modes
+
+
+@every_rule
+def test_inputs_labels_and_modes_are_left_as_they_were(name: str, options: dict[str, Any]) -> None:
+    case = Contract(name, options)
+    x, y = case.x.clone(), case.y.clone()
+    case.network[1].eval()
+    modes = [module.training for module in case.rule.modules()]
+    case()
+    case.rule.predict(case.x)
+    assert torch.equal(case.x, x)
+    assert torch.equal(case.y, y)
+    assert not case.x.requires_grad
+    assert case.x.grad is None
+    assert [module.training for module in case.rule.modules()] == modes
+
+
+@every_rule
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_a_frozen_layer_stays_as_it_is(name: str, options: dict[str, Any], layer: int) -> None:
+    case = Contract(name, options)
+    case.network[layer].requires_grad_(False)
+    before = case.network[layer].weight.clone()
+    case()
+    assert case.network[layer].weight.grad is None
+    assert torch.equal(case.network[layer].weight, before)
+
+
+@every_rule
+def test_everything_follows_the_network_to_float64(name: str, options: dict[str, Any]) -> None:
+    case = Contract(name, options, dtype=torch.float64)
+    floating = [value for value in case.rule.state_dict().values() if value.is_floating_point()]
+    assert all(value.dtype == torch.float64 for value in floating)
+    case()
+    assert all(gradient.dtype == torch.float64 for gradient in case.gradients().values())
+    assert case.rule.predict(case.x).dtype == torch.float64
+    moved = Contract(name, options)
+    moved.rule.double()
+    moved(moved.x.double())
+    assert all(gradient.dtype == torch.float64 for gradient in moved.gradients().values())
+
+
+@every_rule
+def test_a_step_under_autocast_leaves_gradients_in_the_weights_type(
+        name: str, options: dict[str, Any]) -> None:
+    case = Contract(name, options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(case())
+        assert case.rule.predict(case.x).shape == (6, CLASSES)
+    gradients = case.gradients()
+    assert case.rule.updates_weights or gradients
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert all(p.dtype == torch.float32 for p in case.rule.parameters())
+
+
+def refuse(case: Contract, x: Tensor, y: Tensor, error: type[Exception] | tuple[Any, ...],
+           match: str) -> None:
+    """Expect an error that says `match`, after which all is as it was before the call."""
+    case()
+    gradients, state = case.gradients(), case.state()
+    with pytest.raises(error, match=match):
+        case(x, y)
+    assert_same(case.gradients(), gradients)
+    assert_same(case.state(), state)
+
+
+@every_rule
+@pytest.mark.parametrize(("labels", "match"), [
+    ([0, 1, 2, 0, 1, 3], "y must be between 0 and 2 .* got 3"),
+    ([0, 1, 2, 0, 1, -1], "y must be between 0 and 2 .* got -1"),
+    ([0.0, 1.0, 2.0, 0.0, 1.0, 2.0], "y must hold class numbers of dtype int64, got torch.float32"),
+], ids=["too large", "negative", "not whole"])
+def test_labels_that_are_none_are_refused_before_anything_changes(
+        name: str, options: dict[str, Any], labels: list[float], match: str) -> None:
+    case = Contract(name, options)
+    refuse(case, case.x, torch.tensor(labels), ValueError, match)
+
+
+@every_rule
+def test_an_input_of_the_wrong_shape_is_refused_before_anything_changes(
+        name: str, options: dict[str, Any]) -> None:
+    case = Contract(name, options)
+    refuse(case, torch.randn(6, FEATURES + 1), case.y, (ValueError, RuntimeError), "21")
+
+
+@every_rule
+def test_fewer_labels_than_inputs_are_refused_before_anything_changes(
+        name: str, options: dict[str, Any]) -> None:
+    case = Contract(name, options)
+    refuse(case, case.x, case.y[:5], (ValueError, RuntimeError), "5")
+
+
+@every_rule
+def test_a_deep_copy_stands_alone(name: str, options: dict[str, Any]) -> None:
+    case = Contract(name, options)
+    before, copied = case.state(), deepcopy(case)
+    case()
+    expected = case.gradients(), case.state()
+    copied()
+    assert_same(copied.gradients(), expected[0])
+    assert_same(copied.state(), expected[1])
+    optimizer = torch.optim.SGD(copied.rule.parameters(), lr=0.1)
+    optimizer.step()
+    if not case.rule.updates_weights:
+        assert_same(case.state(), before)
+
+
+@every_rule
+def test_the_networks_own_names_are_kept(name: str, options: dict[str, Any]) -> None:
+    case = Contract(name, options)
+    case()
+    assert list(case.network.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias",
+                                               "4.weight", "4.bias"]
+    assert case.network(case.x).shape == (6, CLASSES)
