@@ -1,7 +1,7 @@
 """A model's arguments by name."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -13,9 +13,9 @@ def bound(model: nn.Module, x: Any) -> dict[str, Any]:
     if isinstance(x, Mapping):
         return dict(x)
     arguments = x if isinstance(x, (tuple, list)) else (x,)
-    return dict(zip(_names(type(model)), arguments, strict=False))
+    return dict(zip(_names(type(model).forward), arguments, strict=False))
 
 
 @lru_cache
-def _names(kind: Any) -> list[str]:
-    return list(inspect.signature(kind.forward).parameters)[1:]
+def _names(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]

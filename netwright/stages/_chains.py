@@ -174,12 +174,14 @@ def _inside(pipe: Call, calls: list[Call], excluded: set[nn.Module]) -> list[Cal
     taken = {id(t) for _, t in tensors(pipe.arguments)}
     returned = {id(t) for _, t in tensors(pipe.output)}
     best: list[tuple[int, list[Call]]] = []
+    earlier = 0
     for path in _pieces(pipe, calls, excluded):
         squares = sum(c.weights ** 2 for c in path)
         options = [(cost + squares, way + path) for cost, way in best
                    if link(way[-1], path[0], calls)]
-        if any(id(t) in taken for _, t in tensors(path[0].arguments)):
+        if not earlier and any(id(t) in taken for _, t in tensors(path[0].arguments)):
             options.append((squares, path))
+        earlier += sum(c.weights for c in path)
         if options:
             best.append(min(options, key=lambda o: (o[0], -len(o[1]))))
     full = [(cost, way) for cost, way in best

@@ -103,17 +103,22 @@ class Trace:
         self.given = set(bound(model, example))
         self.opened: list[nn.Module] = [model]
         self.plans: dict[tuple[bool, ...], _Plan] = {}
-        self.first = self.plan()
+        self.weights: list[list[str]] | None = None
+        self.plan()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the plans, which hold functions that cannot be pickled and are made again."""
+        return {**self.__dict__, "plans": {}}
 
     def plan(self) -> _Plan:
         """Return the plan for the modes that the opened modules are in."""
         modes = tuple(module.training for module in self.opened)
         if modes not in self.plans:
             plan, opened = self._trace()
-            if not self.plans:
-                self.opened = opened
+            if self.weights is None:
+                self.weights, self.opened = plan.weights, opened
                 modes = tuple(module.training for module in opened)
-            elif plan.weights != self.first.weights or opened != self.opened:
+            elif plan.weights != self.weights or opened != self.opened:
                 raise CannotStage(f"{type(self.model).__name__} uses other layers in train mode "
                                   "than in eval mode; wrap what differs in a module")
             self.plans[modes] = plan
@@ -181,10 +186,9 @@ def traced_stages(model: nn.Module, example: Any, cuts: list[str] | None) -> Sta
     Raises:
         NotTraceable: the forward cannot be traced, or has no place to cut.
     """
-    trace = Trace(model, example, cuts)
-    stages = []
-    for i, (name, (modules, loose)) in enumerate(
-            zip(trace.first.names, trace.first.targets, strict=True)):
+    trace, stages = Trace(model, example, cuts), []
+    plan = trace.plan()
+    for i, (name, (modules, loose)) in enumerate(zip(plan.names, plan.targets, strict=True)):
         stages.append(TracedStage(
             name, [_attribute(model, m) for m in dict.fromkeys(modules)],
             [p for n in loose if isinstance(p := _attribute(model, n), nn.Parameter)], trace, i))
@@ -257,18 +261,21 @@ def _starts(segments: list[_Segment]) -> list[int]:
 
 
 def _cut(segments: list[_Segment], cuts: list[str]) -> list[int]:
-    starts: list[int] = []
+    places: list[tuple[int, int]] = []
     for cut in cuts:
         place = next(((i, k) for i, s in enumerate(segments) for k, n in enumerate(s.nodes)
                       if cut in _owners(n)), None)
         if place is None:
             raise NotTraceable(f"{cut} was not called where it could be seen")
         i, k = place
-        if starts and any(n.op == "call_module" for n in segments[i].nodes[:k]):
+        if places and any(n.op == "call_module" for n in segments[i].nodes[:k]):
             raise NotTraceable(f"more than one tensor passes to {cut}")
-        starts.append(i if starts else 0)
-    if starts != sorted(set(starts)):
+        places.append(place)
+    if places != sorted(places):
         raise NotTraceable(f"{', '.join(cuts)} is not the order in which they are called")
+    starts = [0, *(i for i, _ in places[1:])]
+    if len(set(starts)) < len(starts):
+        raise NotTraceable("more than one tensor passes between two of them")
     return starts
 
 

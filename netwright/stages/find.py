@@ -1,6 +1,7 @@
 """Finds the chain of stages in a network."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import Parameter
 from netwright.errors import CannotStage, UnknownName
 from netwright.modes import evaluating, rehearsing
 from netwright.stages._chains import (
+    Candidate,
     candidates,
     groups_of,
     lists,
@@ -120,9 +122,8 @@ def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages
             names = None
         raise _refusal(network, calls, seen, names)
 
-    tries = [*(lists(calls) if pretrained else []), *candidates(calls)][:_TRIES]
     traced = None if pretrained else _traced(network, example, None, seen)
-    for candidate in tries:
+    for candidate in islice(_tries(calls, pretrained), _TRIES):
         starts = groups_of(candidate.path)
         # a watched chain runs the network's own code, so it may lack a head of its own
         if traced is not None and len(traced) > len(starts) + 1:
@@ -134,6 +135,12 @@ def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages
     if traced is not None:
         return traced
     raise _refusal(network, calls, seen)
+
+
+def _tries(calls: list[Call], pretrained: bool) -> Iterator[Candidate]:
+    if pretrained:
+        yield from lists(calls)
+    yield from candidates(calls)
 
 
 def _traced(network: nn.Module, example: Any, cuts: list[str] | None,
