@@ -1,0 +1,9 @@
+"""Reshapes: functions that take a network and return a changed copy."""
+
+from netwright.reshape.pruning.prune_sublayers import (
+    prune_sublayers,
+    sublayers,
+    without_sublayers,
+)
+
+__all__ = ["prune_sublayers", "sublayers", "without_sublayers"]

@@ -1,0 +1,224 @@
+import math
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from netwright.errors import NothingToReshape, UnknownName
+from netwright.modes import evaluating, same_buffers, same_random_state
+from netwright.reshape.pruning._residual import Silent, Sublayer, Trace, trace
+from netwright.stages import call
+
+Distance = Literal["angular", "euclidean", "jensen-shannon"] | Callable[[Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
+                    distance: Distance = "angular") -> nn.Module:
+    """Return a copy without the `remove` sublayers whose absence changes the outputs least.
+
+    s_k = argmin_s d(f(x), f_k(x)),  f_k = f without s_1, ..., s_k-1 and s.
+
+    A sublayer is a branch of a residual stream, such as attention or a feed-forward network:
+    h := h + g(h) becomes h := h. They are found by watching one run, in any network whose sums
+    h + g(h) are made with tensors and whose g ends in a module; g's last module and what feeds
+    only it, such as the norm before it, are taken out with their weights. In a network that
+    normalises after the sum, the norm stays.
+
+    d is the angle between the output vectors over pi, averaged over positions (those of
+    `attention_mask` where `calibration` has one), or `"euclidean"`, `"jensen-shannon"` of the
+    softmax, or a function of (outputs, new outputs). The names of what was removed are in the
+    result's `removed_sublayers`, in the order of their removal. Where a Hugging Face model
+    numbers its attention layers for the key-value cache, those that stay are numbered anew.
+
+    Shapes: calibration is what the model takes (a tensor, a tuple of positional or a mapping of
+    keyword arguments) or a list of such batches; outputs (batch, *, classes).
+
+    Raises:
+        NothingToReshape: no module's output is added to a stream that it was computed from.
+        UnknownName: `distance` is none of the three.
+        ValueError: `remove` is not between 1 and the number of sublayers, or `calibration` is
+            empty or gives outputs that are not finite.
+
+    Paper: Zhang, Li, Wang, Shen, Plank, Bischl, Rezaei, Kawaguchi, 2024, FinerCut: Finer-grained
+    Interpretable Layer Pruning for Large Language Models.
+
+    >>> from netwright.models import gpt
+    >>> model = gpt(96, context=16, depth=3)
+    >>> smaller = prune_sublayers(model, torch.randint(96, (4, 16)), remove=2)
+    >>> len(smaller.removed_sublayers), smaller(torch.randint(96, (4, 16))).shape
+    (2, torch.Size([4, 16, 96]))
+    """
+    measure = _measure(distance)
+    batches = _batches(calibration)
+    found = _found(model, batches[0])
+    if not 1 <= remove <= len(found.sublayers):
+        raise ValueError(f"remove must be between 1 and the {len(found.sublayers)} sublayers of "
+                         f"the model ({_some(found)}), got {remove}")
+    pruned = deepcopy(model)
+    left, removed = list(found.sublayers), []
+    with same_random_state(), evaluating(pruned), same_buffers(pruned):
+        outputs = [call(pruned, x) for x in batches]
+        for _ in range(remove):
+            changes = [_change(pruned, sublayer, found, batches, outputs, measure)
+                       for sublayer in left]
+            if not all(map(math.isfinite, changes)):
+                raise ValueError("calibration must give finite outputs with any sublayer removed, "
+                                 "got nan or infinity; check the inputs and the weights")
+            least = min(range(len(left)), key=changes.__getitem__)
+            _take_out(pruned, left[least], found)
+            removed.append(left.pop(least).name)
+    return _finished(pruned, removed)
+
+
+def sublayers(model: nn.Module, example: Any) -> list[str]:
+    """Return the names of the sublayers that `prune_sublayers` could remove, first to last.
+
+    >>> from netwright.models import gpt
+    >>> sublayers(gpt(96, context=16, depth=2), torch.zeros(1, 16, dtype=torch.long))
+    ['1.attention_out', '1.mlp_out', '2.attention_out', '2.mlp_out']
+    """
+    return [sublayer.name for sublayer in _found(model, example).sublayers]
+
+
+def without_sublayers(model: nn.Module, example: Any, names: list[str]) -> nn.Module:
+    """Return a copy without the sublayers called `names`, by a choice of one's own.
+
+    Raises:
+        UnknownName: a name is not among `sublayers(model, example)`.
+
+    >>> from netwright.models import gpt
+    >>> x = torch.zeros(1, 16, dtype=torch.long)
+    >>> without_sublayers(gpt(96, context=16), x, ["1.mlp_out"]).removed_sublayers
+    ('1.mlp_out',)
+    """
+    found = _found(model, example)
+    known = {sublayer.name: sublayer for sublayer in found.sublayers}
+    for name in names:
+        if name not in known:
+            raise UnknownName("sublayer", name, known)
+    pruned = deepcopy(model)
+    for name in dict.fromkeys(names):
+        _take_out(pruned, known[name], found)
+    return _finished(pruned, list(dict.fromkeys(names)))
+
+
+def _found(model: nn.Module, x: Any) -> Trace:
+    with same_random_state():
+        found = trace(deepcopy(model), x)
+    if not found.sublayers:
+        raise NothingToReshape(
+            f"{type(model).__name__} has no sublayer: no module's output was added to a tensor "
+            "that it was computed from (h + g(h)); a plain chain of layers has none to remove")
+    return found
+
+
+def _batches(calibration: Any) -> list[Any]:
+    batches = calibration if isinstance(calibration, list) else [calibration]
+    if not batches or any(isinstance(x, Tensor) and not x.numel() for x in batches):
+        raise ValueError("calibration must hold at least one sample, got none; a few hundred "
+                         "tokens or some tens of images are enough")
+    return batches
+
+
+def _some(found: Trace) -> str:
+    names = [sublayer.name for sublayer in found.sublayers]
+    return ", ".join(names if len(names) < 5 else [*names[:2], "...", names[-1]])
+
+
+def _change(model: nn.Module, sublayer: Sublayer, found: Trace, batches: list[Any],
+            outputs: list[Tensor], measure: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Return how far the outputs move when `sublayer` is taken out, and put it back."""
+    before = _take_out(model, sublayer, found)
+    fused = _without_fused_paths(model)
+    total = positions = 0.0
+    for x, output in zip(batches, outputs, strict=True):
+        distances = measure(output, call(model, x))
+        counted = _counted(x, distances)
+        total += float(distances[counted].sum())
+        positions += int(counted.sum())
+    for name, module in before.items():
+        _replace(model, name, module)
+    for layer, kind in fused:
+        layer.activation_relu_or_gelu = kind
+    return total / max(positions, 1)
+
+
+def _counted(x: Any, distances: Tensor) -> Tensor:
+    mask = x.get("attention_mask") if isinstance(x, Mapping) else None
+    if mask is not None and mask.shape == distances.shape:
+        return mask.bool()
+    return torch.ones_like(distances, dtype=torch.bool)
+
+
+def _take_out(model: nn.Module, sublayer: Sublayer, found: Trace) -> dict[str, nn.Module]:
+    """Put `Silent` modules in the place of `sublayer`; return what stood there."""
+    before = {}
+    for name in (sublayer.name, *sublayer.feeders):
+        module = model.get_submodule(name)
+        if not isinstance(module, Silent):
+            before[name] = module
+            _replace(model, name, deepcopy(found.silent[name]).train(module.training))
+    return before
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _finished(pruned: Any, removed: list[str]) -> nn.Module:
+    _without_fused_paths(pruned)
+    _number_anew(pruned)
+    pruned.removed_sublayers = (*getattr(pruned, "removed_sublayers", ()), *removed)
+    return pruned
+
+
+def _without_fused_paths(model: nn.Module) -> list[tuple[nn.TransformerEncoderLayer, int]]:
+    """Keep encoder layers off the fused path that reads lost weights; return what they had."""
+    touched = [layer for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer)
+               and any(isinstance(part, Silent) for part in layer.children())]
+    before = [(layer, layer.activation_relu_or_gelu) for layer in touched]
+    for layer in touched:
+        layer.activation_relu_or_gelu = 0
+    return before
+
+
+def _number_anew(model: Any) -> None:
+    """Number the attention layers that stay, which a key-value cache expects without gaps."""
+    kinds = getattr(getattr(model, "config", None), "layer_types", None) or ()
+    if len(set(kinds)) > 1:  # a cache of several kinds goes by the layers' own numbers
+        return
+    numbered: list[Any] = [m for m in model.modules()
+                           if isinstance(getattr(m, "layer_idx", None), int)]
+    order = {index: i for i, index in enumerate(sorted({m.layer_idx for m in numbered}))}
+    for module in numbered:
+        module.layer_idx = order[module.layer_idx]
+
+
+def _measure(distance: Distance) -> Callable[[Tensor, Tensor], Tensor]:
+    if callable(distance):
+        return lambda old, new: torch.atleast_1d(torch.as_tensor(distance(old, new)))
+    known = {"angular": _angular, "euclidean": _euclidean, "jensen-shannon": _jensen_shannon}
+    if distance not in known:
+        raise UnknownName("distance", distance, known)
+    return known[distance]
+
+
+def _angular(old: Tensor, new: Tensor) -> Tensor:
+    u = nn.functional.normalize(old.double(), dim=-1)
+    v = nn.functional.normalize(new.double(), dim=-1)
+    # Half the angle by its tangent, since the arc cosine loses the small angles.
+    return 2 / torch.pi * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))
+
+
+def _euclidean(old: Tensor, new: Tensor) -> Tensor:
+    return (old.double() - new.double()).norm(dim=-1)
+
+
+def _jensen_shannon(old: Tensor, new: Tensor) -> Tensor:
+    p, q = old.double().log_softmax(-1), new.double().log_softmax(-1)
+    middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=torch.float64))
+    return ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / 2
