@@ -4,6 +4,7 @@ A stage may end after each operation on whose result alone everything later depe
 """
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.fx.node import map_aggregate
 
 from netwright.errors import CannotStage
 from netwright.stages._bind import bound
-from netwright.stages._weights import owns_weights
+from netwright.stages._weights import weighted
 from netwright.stages.stage import Context, Stage, Stages
 
 _LEAVES = ("torch.nn", "torch.ao.nn", "torch_geometric.nn", "transformers.")
@@ -98,8 +99,9 @@ class _Tracer(fx.Tracer):
 class Trace:
     """The traces of one model, one for each way in which its opened modules train."""
 
-    def __init__(self, model: nn.Module, example: Any, cuts: list[str] | None) -> None:
-        self.model, self.cuts = model, cuts
+    def __init__(self, model: nn.Module, example: Any, cuts: list[str] | None,
+                 uncut: set[str]) -> None:
+        self.model, self.cuts, self.uncut = model, cuts, uncut
         self.given = set(bound(model, example))
         self.opened: list[nn.Module] = [model]
         self.plans: dict[tuple[bool, ...], _Plan] = {}
@@ -174,7 +176,7 @@ class Trace:
                     if name.startswith("_tensor_constant")}
         if any(t.requires_grad for t in made.values()):
             raise NotTraceable("it computes with its parameters alone")
-        segments = _segments(self.model, graph, self.given)
+        segments = _segments(self.model, graph, self.given, self.uncut)
         starts = _starts(segments) if self.cuts is None else _cut(segments, self.cuts)
         groups = [segments[a:b] for a, b in zip(starts, [*starts[1:], len(segments)], strict=True)]
         return _plan(groups, made, self.cuts, self.model), [self.model, *tracer.opened]
@@ -186,13 +188,28 @@ def traced_stages(model: nn.Module, example: Any, cuts: list[str] | None) -> Sta
     Raises:
         NotTraceable: the forward cannot be traced, or has no place to cut.
     """
-    trace, stages = Trace(model, example, cuts), []
-    plan = trace.plan()
-    for i, (name, (modules, loose)) in enumerate(zip(plan.names, plan.targets, strict=True)):
-        stages.append(TracedStage(
-            name, [_attribute(model, m) for m in dict.fromkeys(modules)],
-            [p for n in loose if isinstance(p := _attribute(model, n), nn.Parameter)], trace, i))
-    return Stages(model, stages)
+    uncut: set[str] = set()
+    while True:
+        trace, stages = Trace(model, example, cuts, uncut), []
+        plan = trace.plan()
+        for i, (name, (modules, loose)) in enumerate(zip(plan.names, plan.targets, strict=True)):
+            stages.append(TracedStage(
+                name, [_attribute(model, m) for m in dict.fromkeys(modules)],
+                [p for n in loose if isinstance(p := _attribute(model, n), nn.Parameter)],
+                trace, i))
+        net = Stages(model, stages)
+        pieces = {plan.signals[i] for i, h in enumerate(_signals(net, example))
+                  if not isinstance(h, Tensor)}
+        if not pieces:
+            return net
+        uncut = uncut | pieces
+
+
+def _signals(net: Stages, example: Any) -> Iterator[Any]:
+    context, h = net.context(example), example
+    for stage in net:
+        h = stage(h, context)
+        yield h
 
 
 def _attribute(model: nn.Module, name: str) -> Any:
@@ -202,10 +219,12 @@ def _attribute(model: nn.Module, name: str) -> Any:
     return value
 
 
-def _segments(model: nn.Module, graph: fx.Graph, given: set[str]) -> list[_Segment]:
+def _segments(model: nn.Module, graph: fx.Graph, given: set[str],
+              uncut: set[str]) -> list[_Segment]:
     """Cut `graph` wherever one value is all that later operations use of what was computed.
 
-    Arguments of the model but the first, parameters and buffers are at hand in every stage.
+    Arguments of the model but the first, parameters and buffers are at hand in every stage. The
+    values named `uncut` are not tensors.
     """
     # what the tracer adds to see that arguments left out stay at their defaults
     idle: set[fx.Node] = set()
@@ -225,7 +244,8 @@ def _segments(model: nn.Module, graph: fx.Graph, given: set[str]) -> list[_Segme
             continue
         here.append(node)
         live = {n for n in (*live, node) if last_use[n] > i}
-        if node.op != "placeholder" and (len(live) == 1 or node.op == "output"):
+        alone = len(live) == 1 and next(iter(live)).name not in uncut
+        if node.op != "placeholder" and (alone or node.op == "output"):
             weights = list(dict.fromkeys(w for n in here for w in _weights(model, n)))
             segments.append(_Segment(here, next(iter(live), None), weights))
             here = []
@@ -237,9 +257,8 @@ def _weights(model: nn.Module, node: fx.Node) -> list[str]:
     found = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"
              and isinstance(p := _get(model, str(n.target)), nn.Parameter) and p.ndim > 1]
     if node.op == "call_module":
-        target = str(node.target)
-        found += [f"{target}.{name}".rstrip(".")
-                  for name, m in _attribute(model, target).named_modules() if owns_weights(m)]
+        if weighted(_attribute(model, str(node.target))):
+            found.append(str(node.target))
     return found
 
 
