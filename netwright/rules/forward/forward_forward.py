@@ -150,10 +150,11 @@ class ForwardForward(Rule):
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
         """Add each stage's own gradient to `.grad`; return the mean of the stages' losses."""
         if callable(self.negatives):
+            passes = _joined(x, self.negatives(x, y))
             if y is not None and self.softmax_is_read:
                 check_labels(y, self.num_classes)
                 self._read(self._input(x), y)
-            return self._contrast([self._input(v) for v in _joined(x, self.negatives(x, y))], y)
+            return self._contrast([self._input(part) for part in passes], y)
         if y is None:
             raise ValueError("y must hold the classes that are written into x, got None; "
                              "give negatives= to learn without labels")
@@ -203,13 +204,11 @@ class ForwardForward(Rule):
 
     def _square(self, h: Tensor, x: Any) -> tuple[Tensor, Tensor, Tensor | float]:
         """Return the activity (batch, features), its sum of squares and how many features count."""
-        activity, features = h.detach(), float(h[0].numel())
-        mask = padding_mask(x, h)
+        activity, mask = h.detach(), padding_mask(x, h)
+        count: Tensor | float = float(h[0].numel())
         if mask is not None:
             activity = activity * mask.to(h.dtype).unsqueeze(-1)
-            count: Tensor | float = mask.sum(1).clamp_min(1) * float(h.shape[2])
-        else:
-            count = features
+            count = mask.sum(1).clamp_min(1) * float(h.shape[2])
         activity = activity.reshape(len(h), -1)
         if activity.dtype in (torch.float16, torch.bfloat16):
             activity = activity.float()
@@ -234,7 +233,8 @@ class ForwardForward(Rule):
 
     def _read(self, x: Any, y: Tensor) -> Tensor:
         """Train the softmax on `x`; return its scores."""
-        keep, before = len(self.readouts) <= KEPT, random_state()
+        keep = len(self.readouts) <= KEPT
+        before = None if keep else random_state()
         h, context = x, self.stages.context(x)
         parts: list[Tensor] = []
         scores: Tensor | float = 0.0
@@ -254,7 +254,7 @@ class ForwardForward(Rule):
         for part in parts:
             if part.requires_grad:
                 part.backward(error)
-        if not keep:
+        if before is not None:
             with rehearsing(self.network):
                 set_random_state(before)
                 for i, _, h in self._hidden(x, context):
