@@ -226,6 +226,60 @@ def test_functional_code_with_a_second_argument() -> None:
         net(torch.randn(2, 3, 8, 8))
 
 
+def test_only_tensors_pass_between_traced_stages() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.head = nn.Linear(4, 8), nn.Linear(4, 2)
+            self.middle = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            halves = self.both(x).chunk(2, -1)
+            h = self.middle(halves[0]) * torch.sigmoid(halves[1])
+            return self.head(h)
+
+    net = nw.stages(Gated(), torch.randn(2, 4))
+    assert net.names == ["both", "head"] or net.names == ["both", "middle", "head"]
+    assert_same(net, torch.randn(3, 4))
+    assert all(isinstance(h, Tensor) for h in local_step(net, torch.randn(3, 4)))
+
+
+def test_convolutions_on_graphs_in_a_network_of_ones_own() -> None:
+    convolution = pytest.importorskip("torch_geometric.nn").GCNConv
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = convolution(5, 8), convolution(8, 3)
+
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            x = functional.relu(self.first(x, edge_index))
+            return self.second(functional.dropout(x, 0.5, self.training), edge_index)
+
+    net = nw.stages(Network(), (NODES, EDGES))
+    assert net.names == ["first", "second"]
+    assert_same(net, (NODES, EDGES))
+
+
+def test_transformer_of_pytorch_with_padding() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True)
+            self.embed = nn.Embedding(50, 16)
+            self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            h = self.encoder(self.embed(x), src_key_padding_mask=padding)
+            return self.head(h.mean(1))
+
+    x = (TOKENS, PADDED == 0)
+    net = nw.stages(Encoder(), x)
+    assert net.names == ["embed", *(f"encoder.layers.{i}" for i in range(3))]
+    assert_same(net, x)
+
+
 def test_modules_in_modes_of_their_own() -> None:
     net = nw.stages(Functional(), torch.randn(2, 3, 8, 8))
     net.model.train()
@@ -777,6 +831,12 @@ def test_context_holds_no_graph() -> None:
     assert not any(v.requires_grad for v in masks.values() if isinstance(v, Tensor))
     held = [*live.arguments[0][0], *live_masks.values()]
     assert any(v.requires_grad for v in held if isinstance(v, Tensor))  # the position bias
+
+
+def test_gradient_checkpointing() -> None:
+    model = pretrained("BertForSequenceClassification", **BERT)
+    model.gradient_checkpointing_enable()
+    assert_same(nw.stages(model, TEXT), TEXT)
 
 
 def test_pretrained_given_a_cache() -> None:

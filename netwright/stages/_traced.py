@@ -256,9 +256,8 @@ def _weights(model: nn.Module, node: fx.Node) -> list[str]:
     """Return the names of the weighted layers, or of the matrices, that `node` applies."""
     found = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"
              and isinstance(p := _get(model, str(n.target)), nn.Parameter) and p.ndim > 1]
-    if node.op == "call_module":
-        if weighted(_attribute(model, str(node.target))):
-            found.append(str(node.target))
+    if node.op == "call_module" and weighted(_attribute(model, str(node.target))):
+        found.append(str(node.target))
     return found
 
 
