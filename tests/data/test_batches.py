@@ -1,3 +1,6 @@
+from collections.abc import Iterable
+from itertools import chain
+
 import pytest
 import torch
 from torch import Tensor, distributed
@@ -9,6 +12,10 @@ X, Y = torch.arange(10.0).view(10, 1), torch.arange(10)
 
 def targets(batches: Batches) -> list[list[int]]:
     return [y.tolist() for _, y in batches]
+
+
+def flat(lists: Iterable[list[int]]) -> list[int]:
+    return list(chain.from_iterable(lists))
 
 
 def test_without_shuffling_the_order_is_the_datas() -> None:
@@ -34,7 +41,7 @@ def test_inputs_follow_their_targets() -> None:
 
 def test_each_epoch_is_another_permutation_of_all_samples() -> None:
     batches = Batches(X, Y, 4)
-    epochs = [sum(targets(batches), []) for _ in range(5)]
+    epochs = [flat(targets(batches)) for _ in range(5)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 5
 
@@ -65,7 +72,7 @@ def test_shares_of_all_processes_make_up_each_batch(
     for rank in range(world):
         monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
         shares.append(targets(Batches(X, Y, 4)))
-    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
+    assert [flat(parts) for parts in zip(*shares, strict=True)] == whole
 
 
 @pytest.mark.parametrize(("x", "y", "options", "said"), [
