@@ -1,9 +1,5 @@
 """Reshapes: functions that take a network and return a changed copy."""
 
-from netwright.reshape.pruning.prune_sublayers import (
-    prune_sublayers,
-    sublayers,
-    without_sublayers,
-)
+from netwright.reshape.pruning.prune_sublayers import prune_sublayers
 
-__all__ = ["prune_sublayers", "sublayers", "without_sublayers"]
+__all__ = ["prune_sublayers"]

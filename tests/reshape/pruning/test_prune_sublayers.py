@@ -1,4 +1,5 @@
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from torch import nn
 import netwright as nw
 from netwright.errors import NothingToReshape, UnknownName
 from netwright.models import gpt
-from netwright.reshape import prune_sublayers, sublayers, without_sublayers
+from netwright.reshape import prune_sublayers
+from netwright.reshape.pruning import sublayers, without_sublayers
 from netwright.stages import call
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -344,3 +346,31 @@ def test_unknown_names_are_answered_with_the_nearest():
         prune_sublayers(residual(), torch.randn(2, 5), remove=1, distance="angle")
     with pytest.raises(UnknownName, match=r"did you mean .*1\.last"):
         without_sublayers(residual(), torch.randn(2, 5), ["1.lst"])
+
+
+# Inside a comparison.
+
+def language():
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randint(64, (40, 10), generator=drawn)
+    return x[:32], x[:32].roll(-1, 1), x[32:], x[32:].roll(-1, 1)
+
+
+def pictures():
+    drawn = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 3, 16, 16, generator=drawn), torch.arange(40) % 2
+    return x[:32], y[:32], x[32:], y[32:]
+
+
+@pytest.mark.parametrize(("network", "data", "classes"), [
+    (lambda: llama(), language, 64), (lambda: hugging_face("vit"), pictures, 2)])
+def test_pruned_models_are_compared(network, data, classes, tmp_path):
+    task = nw.Task("small", network, data, epochs=1, batch_size=16, num_classes=classes)
+    found = nw.compare(task, {"whole": nw.rules.Backprop,
+                              "pruned": [partial(prune_sublayers, remove=2), nw.rules.Backprop]},
+                       seeds=1, trials=1, storage=tmp_path / "runs.db", workers=1, progress=False)
+    whole, pruned = found.rows
+    assert (whole.failure, pruned.failure) == ("", "")
+    assert pruned.parameters < whole.parameters
+    assert pruned.flops < whole.flops
+    assert len(pruned.scores) == 1
