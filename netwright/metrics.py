@@ -1,3 +1,5 @@
+import math
+
 import torch
 from torch import Tensor
 
@@ -5,6 +7,8 @@ from torch import Tensor
 @torch.no_grad()
 def accuracy(scores: Tensor, y: Tensor) -> float:
     """Return the share of the targets whose class scores highest; targets of -100 do not count.
+
+    NaN where none counts.
 
     accuracy = mean_n [argmax scores[n] = y[n]]
 
@@ -14,5 +18,5 @@ def accuracy(scores: Tensor, y: Tensor) -> float:
     1.0
     """
     counted = y != -100
-    right = ((scores.argmax(-1) == y) & counted).sum() / counted.sum()
-    return float(right)
+    right = (scores.argmax(-1) == y) & counted
+    return int(right.sum()) / int(counted.sum()) if counted.any() else math.nan

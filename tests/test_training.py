@@ -256,7 +256,7 @@ class Perceptron(Rule):
 def test_a_rule_may_change_the_weights_itself() -> None:
     history = nw.fit(Perceptron(nn.Linear(6, 3)), Batches(X, Y, 10), epochs=30,
                      validation=Batches(X, Y, 10))
-    assert history[-1].metric > 0.9
+    assert history[-1].metric > 0.8
     assert math.isnan(history[-1].learning_rate)
 
 
