@@ -20,7 +20,7 @@ from netwright.fingerprint import fingerprint
 from netwright.results import Comparison, Row
 from netwright.tasks import Task, load_tasks
 from netwright.tasks import task as built_in
-from netwright.trials import Ledger, open_storage, patient
+from netwright.trials import Ledger, patient, storage_at, without_password
 from netwright.workers import elsewhere, here, payload_of, why_not
 
 if TYPE_CHECKING:
@@ -76,24 +76,23 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
     if storage is None:
         STORAGE.parent.mkdir(parents=True, exist_ok=True)
         storage = STORAGE
-    opened = open_storage(storage)
-    cells = cells_of(plan, opened)
-    forgiven = [cell.forgiven for cell in cells]
-    with Display(progress) as display:
+    with storage_at(storage) as opened, Display(progress) as display:
+        cells = cells_of(plan, opened)
         if not all(cell.look().finished for cell in cells):
             url = storage if isinstance(storage, (str, Path)) else None
+            forgiven = [cell.forgiven for cell in cells]
             payload = payload_of(plan, url, forgiven) if workers > 1 else None
-            if payload is None:
+            if payload is not None:
+                elsewhere(cells, payload, workers, display)
+            else:
                 if asked and workers > 1:
                     display.note("one process does all the runs: " + why_not(plan, url))
                 here(cells, display)
-            else:
-                elsewhere(cells, payload, workers, display)
         display.show([cell.look().progress for cell in cells])
-    rows = [_row(cell.about, cell.tune.trials(), cell.final.trials(), cell.look().failure)
-            for cell in cells]
-    return Comparison(rows, {**plan.settings, "storage": str(storage) if isinstance(
-        storage, (str, Path)) and "@" not in str(storage) else type(opened).__name__})
+        rows = [_row(cell.about, cell.tune.trials(), cell.final.trials(), cell.look().failure)
+                for cell in cells]
+    kept = str(storage) if isinstance(storage, (str, Path)) else type(storage).__name__
+    return Comparison(rows, {**plan.settings, "storage": without_password(kept)})
 
 
 def recorded(storage: "str | Path | BaseStorage" = STORAGE) -> Comparison:
@@ -106,21 +105,21 @@ def recorded(storage: "str | Path | BaseStorage" = STORAGE) -> Comparison:
             and not Path(storage).is_file():
         raise UnreachableStorage(f"storage {storage} does not exist; run a comparison "
                                         "first, or name another file")
-    opened = open_storage(storage)
-    studies = {study.study_name: study for study in patient(opened.get_all_studies)}
     newest: dict[tuple[str, str], tuple[float, Mapping[str, Any], str]] = {}
-    for name, study in studies.items():
-        about = study.user_attrs.get("netwright")
-        if about is not None:
-            key, when = (about["task"], about["change"]), study.user_attrs.get("asked", 0.0)
-            if key not in newest or newest[key][0] < when:
-                newest[key] = when, about, name
     rows = []
-    for _, about, name in sorted(newest.values(), key=lambda entry: entry[1]["place"]):
-        tune, final = (Ledger(opened, part, maximize=about["maximize"], attributes={}).trials()
-                       for part in (name, f"{name}/final"))
-        rows.append(_row(about, tune, final, ""))
-    return Comparison(rows, {"storage": Path(str(storage)).name})
+    with storage_at(storage) as opened:
+        for study in patient(opened.get_all_studies):
+            about = study.user_attrs.get("netwright")
+            if about is not None:
+                key, when = (about["task"], about["change"]), study.user_attrs.get("asked", 0.0)
+                if key not in newest or newest[key][0] < when:
+                    newest[key] = when, about, study.study_name
+        for _, about, name in sorted(newest.values(), key=lambda entry: entry[1]["place"]):
+            tune, final = (Ledger(opened, part, maximize=about["maximize"],
+                                  attributes={}).trials() for part in (name, f"{name}/final"))
+            rows.append(_row(about, tune, final, ""))
+    kept = str(storage) if isinstance(storage, (str, Path)) else type(storage).__name__
+    return Comparison(rows, {"storage": without_password(kept)})
 
 
 def tasks(given: Any) -> list[Task]:

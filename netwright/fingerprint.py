@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,20 +25,20 @@ def fingerprint(*things: Any) -> str:
     (True, False)
     """
     digest = hashlib.sha256()
-    for text in _parts(list(things), set()):
+    for text in _parts(list(things), {}):
         digest.update(text if isinstance(text, bytes) else text.encode())
         digest.update(b"\0")
     return digest.hexdigest()[:12]
 
 
-def _parts(thing: Any, seen: set[int]) -> Iterator[str | bytes]:
+def _parts(thing: Any, seen: dict[int, Any]) -> Iterator[str | bytes]:
     if thing is None or isinstance(thing, (str, bytes, int, float, bool, complex, Path)):
         yield repr(thing)
         return
     if id(thing) in seen:
         yield "again"
         return
-    seen.add(id(thing))
+    seen[id(thing)] = thing  # kept, so that no other thing gets its number meanwhile
     if isinstance(thing, Tensor):
         flat = thing.detach().cpu().contiguous().flatten()
         yield f"tensor {thing.dtype} {tuple(thing.shape)}"
@@ -55,6 +56,8 @@ def _parts(thing: Any, seen: set[int]) -> Iterator[str | bytes]:
         yield f"{type(thing).__name__} {len(thing)}"
         for entry in sorted(thing, key=repr) if isinstance(thing, (set, frozenset)) else thing:
             yield from _parts(entry, seen)
+    elif isinstance(thing, (FunctionType, type)) and _foreign(thing.__module__):
+        yield f"{thing.__module__}.{thing.__qualname__}"
     elif isinstance(thing, FunctionType):
         yield from _function(thing, seen)
     elif isinstance(thing, type):
@@ -72,7 +75,7 @@ def _parts(thing: Any, seen: set[int]) -> Iterator[str | bytes]:
         yield f"{type(thing).__qualname__} {_described(thing)}"
 
 
-def _function(function: FunctionType, seen: set[int]) -> Iterator[str | bytes]:
+def _function(function: FunctionType, seen: dict[int, Any]) -> Iterator[str | bytes]:
     yield f"function {function.__module__}.{function.__qualname__}"
     yield from _code(function.__code__)
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
@@ -85,17 +88,27 @@ def _function(function: FunctionType, seen: set[int]) -> Iterator[str | bytes]:
             yield from _parts(value, seen)
 
 
-def _class(kind: type, seen: set[int]) -> Iterator[str | bytes]:
+def _class(kind: type, seen: dict[int, Any]) -> Iterator[str | bytes]:
     yield f"class {kind.__module__}.{kind.__qualname__}"
-    if kind.__module__.split(".")[0] not in ("builtins", "torch", "torch_geometric"):
-        yield from _parts([base for base in kind.__bases__ if base is not object], seen)
-        for name, value in sorted(vars(kind).items()):
-            value = getattr(value, "__func__", value)
-            if isinstance(value, (FunctionType, str, int, float, tuple, list, dict)) \
-                    and name not in ("__doc__", "__module__", "__qualname__",
-                                     "__annotations__", "__static_attributes__", "__firstlineno__"):
-                yield name
-                yield from _parts(value, seen)
+    yield from _parts([base for base in kind.__bases__ if base is not object], seen)
+    for name, value in sorted(vars(kind).items()):
+        value = getattr(value, "__func__", value)
+        if isinstance(value, (FunctionType, str, int, float, tuple, list, dict)) \
+                and name not in _ABOUT:
+            yield name
+            yield from _parts(value, seen)
+
+
+_ABOUT = ("__doc__", "__module__", "__qualname__", "__annotations__", "__static_attributes__",
+          "__firstlineno__", "__dataclass_fields__", "__dataclass_params__", "__match_args__")
+
+
+def _foreign(module: str) -> bool:
+    """Return whether a module is of Python's own or of an installed library: its name will do."""
+    top = module.split(".")[0]
+    path = getattr(sys.modules.get(top), "__file__", None) or ""
+    return top in sys.stdlib_module_names and top != "__main__" or (
+        top != "netwright" and bool({"site-packages", "dist-packages"} & set(Path(path).parts)))
 
 
 def _code(code: CodeType) -> Iterator[str | bytes]:

@@ -40,7 +40,7 @@ def open_storage(storage: "str | Path | BaseStorage") -> "BaseStorage":
     if isinstance(storage, optuna.storages.BaseStorage):
         return storage
     url = _url(storage)
-    shown = _without_password(url)
+    shown = without_password(url)
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
         options["connect_args"] = {"timeout": 60}
@@ -70,6 +70,19 @@ def open_storage(storage: "str | Path | BaseStorage") -> "BaseStorage":
     raise AssertionError("the last attempt returns or raises")
 
 
+@contextmanager
+def storage_at(storage: "str | Path | BaseStorage") -> "Iterator[BaseStorage]":
+    """Open a storage, and close its connections afterwards unless it was open before."""
+    opened = open_storage(storage)
+    try:
+        yield opened
+    finally:
+        opened.remove_session()
+        engine = getattr(getattr(opened, "_backend", None), "engine", None)
+        if opened is not storage and engine is not None:
+            engine.dispose()
+
+
 def _url(storage: str | Path) -> str:
     text = str(storage)
     if "://" not in text:
@@ -85,7 +98,8 @@ def _url(storage: str | Path) -> str:
     return text
 
 
-def _without_password(url: str) -> str:
+def without_password(url: str) -> str:
+    """Return a storage's URL as it may be shown; a path stays as it is."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
     try:
@@ -218,6 +232,7 @@ class Ledger:
                     self.storage.set_trial_user_attr(trial, "beat", [beats, epoch])
                 except Exception:  # a missed beat only makes the trial look older
                     continue
+            self.storage.remove_session()
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:

@@ -1,5 +1,6 @@
 """The processes that do a comparison's runs: this one, or several of its own."""
 
+import gc
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from netwright import errors
 from netwright.cells import Cell, Plan, cells_of, message_of, work
 from netwright.display import Display
 from netwright.errors import NetwrightError
-from netwright.trials import open_storage
+from netwright.trials import storage_at
 
 
 def here(cells: list[Cell], display: Display) -> None:
@@ -31,7 +32,8 @@ def here(cells: list[Cell], display: Display) -> None:
             try:
                 display.show([cell.look().progress for cell in cells])
             except NetwrightError:
-                return  # the work itself meets the same error, and raises it
+                break  # the work itself meets the same error, and raises it
+        cells[0].tune.storage.remove_session()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -56,16 +58,14 @@ def elsewhere(cells: list[Cell], payload: bytes, workers: int, display: Display)
                     if process.poll() is not None:
                         deaths += 1
                         _inquire(process, log, deaths)
+                        _dismiss(process)
                         crew[i] = _hire(payload, log)
                 time.sleep(0.3)
         finally:
             for process in crew:
                 process.terminate()
             for process in crew:
-                process.wait()
-                for pipe in (process.stdin, process.stdout):
-                    if pipe is not None:
-                        pipe.close()
+                _dismiss(process)
 
 
 def payload_of(plan: Plan, url: Any, forgiven: list[tuple[int, int]]) -> bytes | None:
@@ -109,11 +109,17 @@ def _hire(payload: bytes, log: Any) -> "subprocess.Popen[bytes]":
     return process
 
 
+def _dismiss(process: "subprocess.Popen[bytes]") -> None:
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
 def _inquire(process: "subprocess.Popen[bytes]", log: Any, deaths: int) -> None:
     """Raise what ended a worker, unless it was killed and another may take its place."""
     assert process.stdout is not None
     said = process.stdout.read()
-    process.stdout.close()
     if said:
         report = json.loads(said)
         kind = getattr(errors, report["error"], RuntimeError)
@@ -141,9 +147,11 @@ def serve() -> None:
         os._exit(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    gc.freeze()  # the imported libraries stay: measuring memory need not search them each time
     try:
         plan, url, forgiven = pickle.loads(payload)
-        work(cells_of(plan, open_storage(url), forgiven))
+        with storage_at(url) as storage:
+            work(cells_of(plan, storage, forgiven))
         # The last look of the one who started this worker ends it.
         threading.Event().wait()
     except KeyboardInterrupt:

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from netwright.rules import Backprop, Rule
 
 
 class Tuned(Backprop):
-    search = {"strength": (0.5, 5.0), "rounds": (1, 8), "kind": ["a", "b"],
-              "learning_rate": (1e-5, 1e-1)}
+    search: ClassVar = {"strength": (0.5, 5.0), "rounds": (1, 8), "kind": ["a", "b"],
+                        "learning_rate": (1e-5, 1e-1)}
 
     def __init__(self, network, example=None, *, num_classes, strength=2.0, rounds=3, kind="a",
                  loss=cross_entropy):
@@ -83,8 +84,10 @@ def test_functions_of_network_example_and_task(own):
     for given in (positional, named, lambda network: network):
         change, = changes({"any": given})
         assert isinstance(change.build(own.network(), own, {}), Rule)
-    assert seen[1] is own and torch.equal(seen[0], own.first)
-    assert seen[2].shape == (8, 6) and torch.equal(seen[3][1], own.batch[1])
+    assert seen[1] is own
+    assert torch.equal(seen[0], own.first)
+    assert seen[2].shape == (8, 6)
+    assert torch.equal(seen[3][1], own.batch[1])
 
 
 def test_reshapes_come_before_the_rule(own):
@@ -92,7 +95,8 @@ def test_reshapes_come_before_the_rule(own):
         return nn.Sequential(*network, nn.Linear(3, 5))
     change, = changes([[wider, wider_again, "Backprop"]])
     rule = change.build(own.network(), own, {})
-    assert type(rule) is Backprop and len(rule.network) == 3
+    assert type(rule) is Backprop
+    assert len(rule.network) == 3
     rule = changes([[wider]])[0].build(own.network(), own, {})
     assert rule.predict(torch.zeros(2, 6)).shape == (2, 5)
 

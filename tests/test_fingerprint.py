@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+import netwright as nw
 from netwright.fingerprint import fingerprint
 
 
@@ -49,8 +50,20 @@ def test_the_same_in_another_process():
     script = ("from netwright.fingerprint import fingerprint; import netwright as nw\n"
               "from netwright.tasks import task\n"
               "def f(x): return x in {'a', 'b', 'c', 'd'}\n"
-              "print(fingerprint(f, {'q', 'r', 's'}, nw.rules.Backprop, task('digits-cnn')))")
+              "print(fingerprint(f, {'q', 'r', 's'}, task('digits-cnn'),\n"
+              "                  [getattr(nw.rules, name) for name in nw.rules.__all__]))")
     found = {subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                             check=True, env={"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
                             ).stdout for seed in ("1", "2")}
     assert len(found) == 1
+
+
+def test_use_does_not_change_a_rule():
+    before = {name: fingerprint(getattr(nw.rules, name)) for name in nw.rules.__all__}
+    assert len(set(before.values())) == len(before)
+    rule = nw.rules.DirectFeedbackAlignment(torch.nn.Sequential(torch.nn.Linear(4, 3)),
+                                            torch.zeros(2, 4))
+    for _ in range(20):
+        rule(torch.randn(2, 4), torch.tensor([0, 1]))
+    for _ in range(3):
+        assert before == {name: fingerprint(getattr(nw.rules, name)) for name in nw.rules.__all__}

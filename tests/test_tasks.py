@@ -39,15 +39,18 @@ def test_every_seed_has_the_same_validation_samples_in_another_order():
     first, second = own.parts(0, tuning=True), own.parts(1, tuning=True)
     assert rows(first.validation) == rows(second.validation)
     (x1, _), (x2, _) = next(iter(own.parts(0).train)), next(iter(own.parts(1).train))
-    assert not torch.equal(x1, x2) and torch.equal(x1.sort(0).values, x2.sort(0).values)
+    assert not torch.equal(x1, x2)
+    assert torch.equal(x1.sort(0).values, x2.sort(0).values)
 
 
 def test_inputs_may_be_mappings_or_tuples():
     x, y = torch.randn(10, 6), torch.zeros(10, dtype=torch.long)
     own = nw.Task("own", linear, ({"input": x}, y, {"input": x}, y), batch_size=4)
-    assert own.first["input"].shape == (2, 6) and own.classes == 3
+    assert own.first["input"].shape == (2, 6)
+    assert own.classes == 3
     batch, labels = own.batch
-    assert batch["input"].shape == (4, 6) and labels.shape == (4,)
+    assert batch["input"].shape == (4, 6)
+    assert labels.shape == (4,)
     pair = nw.Task("pair", linear, ((x, x), y, (x, x), y))
     assert [part.shape for part in pair.first] == [(2, 6), (2, 6)]
 
@@ -56,7 +59,8 @@ def test_loaders_and_graphs_stay_as_they_are():
     x, y = torch.randn(4, 6), torch.zeros(4, dtype=torch.long)
     loaders = Parts([(x, y)], [(x + 1, y)], [(x + 2, y)])
     own = nw.Task("own", linear, loaders)
-    assert own.parts(3, tuning=True) is loaders and own.first is x
+    assert own.parts(3, tuning=True) is loaders
+    assert own.first is x
     graph = nw.data.karate()
     parts = nw.Task("graph", linear, graph).parts(0)
     assert [int((batches[0][1] != -100).sum()) for batches in parts] == [2, 16, 16]
@@ -64,7 +68,9 @@ def test_loaders_and_graphs_stay_as_they_are():
 
 def test_a_metric_of_ones_own():
     own = nw.Task("own", linear, four, metric=accuracy, higher_is_better=True)
-    assert own.metric_name == "accuracy" and own.score is accuracy and own.maximize
+    assert own.metric_name == "accuracy"
+    assert own.score is accuracy
+    assert own.maximize
     bits = nw.Task("own", linear, four, metric="bits per character")
     assert not bits.maximize
 
@@ -124,9 +130,11 @@ def test_data_of_another_kind():
 
 def test_the_documented_file(tmp_path):
     own, = load_tasks("docs/examples/own_task.py")
-    assert own.name == "spirals" and own.classes == 2
+    assert own.name == "spirals"
+    assert own.classes == 2
     again = pickle.loads(pickle.dumps(own))
-    assert again.network is not None and torch.equal(again.first, own.first)
+    assert again.network is not None
+    assert torch.equal(again.first, own.first)
 
 
 def test_a_function_and_several_tasks(tmp_path):

@@ -8,15 +8,16 @@ from optuna.trial import TrialState
 
 from netwright import trials
 from netwright.errors import UnreachableStorage
-from netwright.trials import Job, Ledger, open_storage, worker
+from netwright.trials import Job, Ledger, open_storage, storage_at, worker
 
 JOB = Job("trial 0", {})
 
 
 @pytest.fixture(params=["memory", "file"])
 def ledger(request, tmp_path):
-    storage = InMemoryStorage() if request.param == "memory" else open_storage(tmp_path / "a.db")
-    return Ledger(storage, "one", maximize=True, attributes={"about": 1})
+    place = InMemoryStorage() if request.param == "memory" else tmp_path / "a.db"
+    with storage_at(place) as storage:
+        yield Ledger(storage, "one", maximize=True, attributes={"about": 1})
 
 
 def standing(ledger, forgiven=-1):
@@ -32,7 +33,8 @@ def claim_as(ledger, monkeypatch, who):
 def test_a_job_is_done_once(ledger):
     assert standing(ledger).open
     first = ledger.claim(JOB)
-    assert first is not None and not standing(ledger).open
+    assert first is not None
+    assert not standing(ledger).open
     assert ledger.claim(JOB) is None
     ledger.complete(first, 0.5, {"curve": [[1, 2.0]]})
     assert standing(ledger).done.value == 0.5
@@ -51,14 +53,16 @@ def test_the_oldest_of_two_claims_holds(ledger, monkeypatch):
         return real(self)
     monkeypatch.setattr(Ledger, "trials", look)
     first = ledger.claim(JOB)
-    assert first is not None and unseen == [None]
+    assert first is not None
+    assert unseen == [None]
 
 
 def test_a_dead_process_loses_its_claim(ledger, monkeypatch):
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     other = {**worker(), "process": process.pid, "born": trials._born(process.pid)}
     assert claim_as(ledger, monkeypatch, other) is not None
-    assert not standing(ledger).open and ledger.claim(JOB) is None
+    assert not standing(ledger).open
+    assert ledger.claim(JOB) is None
     process.kill()
     process.communicate()
     assert standing(ledger).open
@@ -100,7 +104,8 @@ def test_a_worker_beats_and_tells_its_epoch(ledger, monkeypatch):
             if beat[1] == 7:
                 break
             trials.time.sleep(0.01)
-    assert beat[0] >= 1 and beat[1] == 7
+    assert beat[0] >= 1
+    assert beat[1] == 7
 
 
 def test_failures_hold_until_somebody_asks_again(ledger):
@@ -144,9 +149,10 @@ for k in range(12):
 """
     crew = [subprocess.Popen([sys.executable, "-c", script, tmp_path / "a.db"]) for _ in range(3)]
     assert [process.wait() for process in crew] == [0, 0, 0]
-    ledger = Ledger(open_storage(tmp_path / "a.db"), "one", maximize=True, attributes={})
+    with storage_at(tmp_path / "a.db") as storage:
+        trials_of = Ledger(storage, "one", maximize=True, attributes={}).trials()
     done = {key: [t for t in found if t.state == TrialState.COMPLETE]
-            for key, found in ledger.trials().items()}
+            for key, found in trials_of.items()}
     assert {key: len(found) for key, found in done.items()} == {f"trial {k}": 1 for k in range(12)}
 
 
@@ -163,7 +169,8 @@ def test_storage_that_cannot_be_reached(storage, message, monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UnreachableStorage, match=message) as caught:
         open_storage(storage)
-    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_no_database(tmp_path):

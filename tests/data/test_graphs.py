@@ -17,13 +17,15 @@ def test_karate_is_the_published_club():
         {frozenset(edge) for edge in club.edges}
     assert graph.y.bincount().tolist() == [17, 17]
     parts = torch.stack([graph.train, graph.validation, graph.test])
-    assert (parts.sum(0) == 1).all() and parts.sum(1).tolist() == [2, 16, 16]
+    assert (parts.sum(0) == 1).all()
+    assert parts.sum(1).tolist() == [2, 16, 16]
 
 
 def test_batches_hide_the_labels_of_the_other_parts():
     graph = karate()
     ((x, edge_index), y), = graph.batches("test")
-    assert x is graph.features and edge_index is graph.edge_index
+    assert x is graph.features
+    assert edge_index is graph.edge_index
     assert torch.equal(y != -100, graph.test)
     assert torch.equal(y[graph.test], graph.y[graph.test])
 

@@ -10,11 +10,14 @@ from netwright.errors import MissingData
 
 def test_digits_are_split_evenly_and_alike_for_a_seed():
     found, same, other = digits(), digits(), digits(seed=1)
-    assert found.x_train.shape == (1437, 1, 8, 8) and found.x_test.shape == (360, 1, 8, 8)
-    assert found.x_train.min() == 0 and found.x_train.max() == 1
+    assert found.x_train.shape == (1437, 1, 8, 8)
+    assert found.x_test.shape == (360, 1, 8, 8)
+    assert found.x_train.min() == 0
+    assert found.x_train.max() == 1
     shares = found.y_test.bincount() / found.y_train.bincount()
     assert (shares - 0.25).abs().max() < 0.02
-    assert torch.equal(found.x_test, same.x_test) and not torch.equal(found.x_test, other.x_test)
+    assert torch.equal(found.x_test, same.x_test)
+    assert not torch.equal(found.x_test, other.x_test)
 
 
 def _write_mnist(folder, images):
@@ -49,19 +52,18 @@ def test_mnist_damaged_and_missing(tmp_path, monkeypatch):
 
 def test_cifar10_reads_parquet(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra cifar")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra cifar")
     image = pytest.importorskip("PIL.Image", reason="needs the extra cifar")
-    import io
-
-    import pyarrow.parquet
     monkeypatch.setenv("NETWRIGHT_DATA", str(tmp_path))
     (tmp_path / "cifar10").mkdir()
     raw = io.BytesIO()
     image.new("RGB", (32, 32), (255, 0, 51)).save(raw, format="PNG")
     table = pyarrow.table({"img": [{"bytes": raw.getvalue()}], "label": [7]})
     for name in ("train", "test"):
-        pyarrow.parquet.write_table(table, tmp_path / "cifar10" / f"{name}-00000-of-00001.parquet")
+        parquet.write_table(table, tmp_path / "cifar10" / f"{name}-00000-of-00001.parquet")
     found = cifar10()
-    assert found.x_train.shape == (1, 3, 32, 32) and found.y_train.tolist() == [7]
+    assert found.x_train.shape == (1, 3, 32, 32)
+    assert found.y_train.tolist() == [7]
     assert torch.allclose(found.x_train[0, :, 3, 4], torch.tensor([1, 0, 0.2]))
     (tmp_path / "cifar10" / "test-00000-of-00001.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(MissingData, match="not a Parquet file of images"):

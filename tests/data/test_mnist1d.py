@@ -10,9 +10,12 @@ from netwright.data.mnist1d import STROKES
 def test_shapes_classes_and_scale():
     found = mnist1d(samples=2000)
     x, y = torch.cat([found.x_train, found.x_test]), torch.cat([found.y_train, found.y_test])
-    assert x.shape == (2000, 1, 40) and x.dtype == torch.float32
-    assert y.bincount().tolist() == [200] * 10 and y.dtype == torch.int64
-    assert x.mean().abs() < 1e-5 and (x.std() - 1).abs() < 1e-3
+    assert x.shape == (2000, 1, 40)
+    assert x.dtype == torch.float32
+    assert y.bincount().tolist() == [200] * 10
+    assert y.dtype == torch.int64
+    assert x.mean().abs() < 1e-5
+    assert (x.std() - 1).abs() < 1e-3
 
 
 def test_without_chance_a_sample_is_its_stretched_stroke():

@@ -9,7 +9,8 @@ def test_each_target_is_the_character_after():
     found = characters("abcdefghij" * 20, context=7, test=0.25)
     assert torch.equal(found.x_train.flatten()[1:], found.y_train.flatten()[:-1])
     assert torch.equal(found.x_test.flatten()[1:], found.y_test.flatten()[:-1])
-    assert found.x_train.shape == (21, 7) and found.x_test.shape == (7, 7)
+    assert found.x_train.shape == (21, 7)
+    assert found.x_test.shape == (7, 7)
 
 
 def test_parts_do_not_overlap():
@@ -27,7 +28,8 @@ def test_unknown_characters_are_left_out():
 
 def test_the_text_that_ships_with_python():
     text = pydoc_text()
-    assert len(text) > 100_000 and text == pydoc_text()
+    assert len(text) > 100_000
+    assert text == pydoc_text()
     assert characters(text).x_train.max() < len(CHARACTERS) == 96
 
 
