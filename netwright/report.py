@@ -118,7 +118,7 @@ def table(comparison: Comparison) -> Table:
     >>> table(Comparison([Row("digits", "Backprop", scores=[0.95, 0.97])])).row_count
     2
     """
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0,
                   caption_justify="left", caption_style="")
     shown.add_column("Change", overflow="fold")
     for title in ("Score", "Step\ntime", "Train\ntime", "Peak\nmem.", "Bytes\nsaved",
@@ -128,11 +128,11 @@ def table(comparison: Comparison) -> Table:
     for task, rows in _by_task(comparison).items():
         if shown.row_count:
             shown.add_section()
-        shown.add_row(Text(_plain(task), "bold"), Text(f"{_short(_metric_title(rows[0]))} ", "dim"))
+        shown.add_row(Text(_plain(task), "bold"), Text(_short(_metric_title(rows[0])), "dim"))
         best = _best(rows)
         for row in rows:
             if row.failure:
-                shown.add_row(Text(_plain(row.change)), Text("failed ", "red"))
+                shown.add_row(Text(_plain(row.change)), Text("failed", "red"))
                 reasons.append(f"{_plain(row.change)} on {_plain(task)} failed: ", "bold")
                 reasons.append(f"{_plain(row.failure)}\n")
                 continue
@@ -306,7 +306,7 @@ def _short(text: str) -> str:
 
 
 def _cell(text: str, best: bool) -> Text:
-    return Text(f"{text}*", "bold green") if best else Text(f"{text} ")
+    return Text(f"*{text}", "bold green") if best else Text(text)
 
 
 # The page's data.
@@ -544,9 +544,9 @@ def _html_table(rows: Sequence[Row], looks: Mapping[str, int]) -> str:
     base = next((r for r in rows if r.change.lower() == "backprop" and not r.failure), None)
     body = []
     for row in rows:
-        cells = (f'<td data-value="{escape(_plain(row.change).lower())}"><span class="swatch" '
-                 f'style="{_colours(row, looks)}"></span>'
-                 f"{escape(_plain(row.change))}</td>")
+        cells = (f'<td data-value="{escape(_plain(row.change).lower())}"><span class="name">'
+                 f'<span class="swatch" style="{_colours(row, looks)}"></span>'
+                 f"<span>{escape(_plain(row.change))}</span></span></td>")
         if row.failure:
             cells += (f'<td class="failed" colspan="{len(FIGURES) + 1}">'
                       f"failed: {escape(_plain(row.failure))}</td>")
