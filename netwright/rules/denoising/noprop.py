@@ -30,9 +30,9 @@ class NoProp(Rule):
     `network` gives each block its features of x: its scores, or whatever (batch, *, features) it
     returns where `num_classes` is given. Block 1 holds `network` itself, each further block a
     copy that starts from the same weights, so parameters and step time grow with `blocks`. Each
-    block joins the features with two small layers on z, of `width` units, and a head of two.
-    No gradient passes between blocks, and each block's activations are freed before the next
-    runs. Labels of -100 do not count.
+    block joins the features, normalised, with two small layers on z, of `width` units, and a head
+    of two. The classifier starts as the nearest embedding. No gradient passes between blocks, and
+    each block's activations are freed before the next runs. Labels of -100 do not count.
 
     One call trains every block, which gives the mean over t of the paper's update; its order, one
     block after the other, each on the whole data, is `rule(x, y, block=t)`.
@@ -89,6 +89,9 @@ class NoProp(Rule):
             _Block(self.network if t == 0 else _copy(self.network), features, size, width,
                    classes).to(like) for t in range(blocks))
         self.classifier = nn.Linear(size, classes).to(like)
+        with torch.no_grad():  # so that the nearest embedding wins at first
+            self.classifier.weight.copy_(weights)
+            self.classifier.bias.copy_(-weights.square().sum(1) / 2)
         alpha_bar = cosine_schedule(blocks, offset)
         self.register_buffer("alpha_bar", alpha_bar.to(like))
         self.register_buffer("gain", (alpha_bar / (1 - alpha_bar)).diff().to(like))
@@ -158,13 +161,15 @@ class _Block(nn.Module):
                  classes: int) -> None:
         super().__init__()
         self.features = network
+        # Features of any scale; large ones would leave the softmax flat where it is wrong.
+        self.norm = nn.LayerNorm(features) if features > 1 else nn.Identity()
         self.state = nn.Sequential(nn.Linear(size, width), nn.ReLU(), nn.Linear(width, width),
                                    nn.ReLU())
         self.head = nn.Sequential(nn.Linear(features + width, width), nn.ReLU(),
                                   nn.Linear(width, classes))
 
     def forward(self, features: Tensor, z: Tensor, embedding: Tensor) -> Tensor:
-        joined = torch.cat([features, self.state(z)], dim=-1)
+        joined = torch.cat([self.norm(features), self.state(z)], dim=-1)
         return self.head(joined).softmax(-1).to(embedding.dtype) @ embedding
 
 
