@@ -107,7 +107,7 @@ def _foreign(module: str) -> bool:
     """Return whether a module is of Python's own or of an installed library: its name will do."""
     top = module.split(".")[0]
     path = getattr(sys.modules.get(top), "__file__", None) or ""
-    return top in sys.stdlib_module_names and top != "__main__" or (
+    return (top in sys.stdlib_module_names and top != "__main__") or (
         top != "netwright" and bool({"site-packages", "dist-packages"} & set(Path(path).parts)))
 
 

@@ -312,9 +312,10 @@ def _shakespeare_windows() -> data.Split:
 _gpt = partial(models.gpt, len(data.CHARACTERS), 64)
 
 TASKS: Mapping[str, Task] = {entry.name: entry for entry in [
-    Task("digits-mlp", partial(models.mlp, 64, 10), data.digits, epochs=15, num_classes=10),
+    Task("digits-mlp", partial(models.mlp, 64, 10), data.digits, epochs=15,
+         learning_rate=2e-3, num_classes=10),
     Task("digits-cnn", partial(models.cnn, 1, (8, 8), 10), data.digits, epochs=15,
-         num_classes=10),
+         learning_rate=2e-3, num_classes=10),
     Task("mnist1d-cnn", partial(models.cnn, 1, (40,), 10, widths=(25, 25, 25), kernel=5),
          data.mnist1d, epochs=30, batch_size=100, num_classes=10),
     Task("char-gpt", _gpt, _pydoc_windows, metric="bits per character", epochs=4, batch_size=32,
