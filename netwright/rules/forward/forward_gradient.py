@@ -94,11 +94,16 @@ class ForwardGradient(Rule):
 
         weights = [p.detach() for p in learning]
         slopes = DirectionalDerivative(self.network, function, vectorised=self._vectorised)
-        estimates = [torch.zeros_like(w) for w in weights]
+        estimates: list[Tensor] = []
         for directions in self._directions(weights):
             loss, slope = slopes(weights, directions)
-            for estimate, v in zip(estimates, directions, strict=True):
-                estimate += torch.tensordot(slope.to(v.dtype), v, 1) / self.directions
+            slope = slope / self.directions
+            parts = [v[0].mul_(slope[0]) if len(v) == 1 else
+                     torch.tensordot(slope.to(v.dtype), v, 1) for v in directions]
+            if estimates:
+                torch._foreach_add_(estimates, parts)
+            else:
+                estimates = parts
         self._vectorised = slopes.vectorised
         for p, estimate in zip(learning, estimates, strict=True):
             p.grad = estimate if p.grad is None else p.grad.add_(estimate)
