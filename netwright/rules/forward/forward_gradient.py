@@ -98,8 +98,9 @@ class ForwardGradient(Rule):
         for directions in self._directions(weights):
             loss, slope = slopes(weights, directions)
             slope = slope / self.directions
-            parts = [v[0].mul_(slope[0]) if len(v) == 1 else
-                     torch.tensordot(slope.to(v.dtype), v, 1) for v in directions]
+            with torch.autocast(slope.device.type, enabled=False):
+                parts = [v[0].mul_(slope[0]) if len(v) == 1 else
+                         torch.tensordot(slope.to(v.dtype), v, 1) for v in directions]
             if estimates:
                 torch._foreach_add_(estimates, parts)
             else:

@@ -328,6 +328,7 @@ def test_autocast(perturb, directions):
     with torch.autocast("cpu", torch.bfloat16):
         loss = rule(x, y)
     assert loss.isfinite()
+    assert rule._vectorised
     for p in network.parameters():
         assert p.grad.dtype == torch.float32
         assert p.grad.isfinite().all()
