@@ -146,9 +146,9 @@ class DirectFeedbackAlignment(Rule):
             if len(weights) != 1 or id(weights[0]) not in owners or (lead > 1 and len(size) > 1) \
                     or weights[0].shape[1] != size.numel():
                 raise ValueError(
-                    "feedback='sign_symmetric' needs one linear layer in each stage after the "
-                    f"first, got stage {stage.name!r} with weights of "
-                    f"{[tuple(p.shape) for p in weights]}; use 'random' or 'kolen_pollack'")
+                    "feedback='sign_symmetric' needs one linear layer and no other weight in each "
+                    f"stage after the first, got {[tuple(p.shape) for p in weights[:3]]} in stage "
+                    f"{stage.name!r}; use 'random' or 'kolen_pollack'")
             linears.append(owners[id(weights[0])])
         return linears
 

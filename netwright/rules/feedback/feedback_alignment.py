@@ -1,5 +1,4 @@
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -60,18 +59,27 @@ class FeedbackAlignment(Rule):
         self.loss, self.signed = loss, feedback == "sign_symmetric"
         self.feedback = Matrices(learned=feedback == "kolen_pollack")
         self.exact: list[str] = []
-        self._layers: list[tuple[nn.Module, str, Callable[..., Tensor]]] = []
+        self._layers: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._find_layers()
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the update of feedback alignment to `.grad`; return the detached loss."""
-        with self._feeding_back():  # around the backward pass too: checkpoints run forward there
+        own = [(module.__dict__, module.__dict__.get("forward")) for module, _ in self._layers]
+        try:  # around the backward pass too: checkpoints run forward there
+            for module, forward in self._layers:
+                module.__dict__["forward"] = forward
             logits = call(self.network, x)
             if self.loss is cross_entropy:
                 check_labels(y, logits.shape[-1])
             loss = self.loss(logits, y)
             if loss.requires_grad:
                 loss.backward()
+        finally:
+            for attributes, before in own:
+                if before is None:
+                    attributes.pop("forward", None)
+                else:
+                    attributes["forward"] = before
         return loss.detach()
 
     def _find_layers(self) -> None:
@@ -89,25 +97,11 @@ class FeedbackAlignment(Rule):
             if key not in names:
                 names[key] = name
                 self.feedback.add(name, _drawn(name, module, self.generator))
-            self._layers.append((module, names[key], forward))
+            self._layers.append((module, partial(
+                forward, module, self.feedback, names[key], self.signed)))
         if not self._layers:
             raise ValueError(f"network must hold a linear or convolutional layer, got "
                              f"{type(self.network).__name__} without one; use Backprop")
-
-    @contextmanager
-    def _feeding_back(self) -> Iterator[None]:
-        replaced = []
-        try:
-            for module, name, forward in self._layers:
-                replaced.append((module, module.__dict__.get("forward")))
-                module.__dict__["forward"] = partial(forward, module, self.feedback[name],
-                                                     self.signed)
-            yield
-        finally:
-            for module, before in replaced:
-                del module.__dict__["forward"]
-                if before is not None:
-                    module.__dict__["forward"] = before
 
 
 class _Linear(Function):
@@ -125,10 +119,13 @@ class _Linear(Function):
         of_x, of_weight, of_bias, of_feedback, _ = ctx.needs_input_grad
         if signs is not None:
             feedback = torch.copysign(feedback, signs)
-        dx = gradient @ feedback.to(gradient.dtype) if of_x else None
-        flat = gradient.flatten(0, -2)
-        dw = flat.T @ x.flatten(0, -2).to(gradient.dtype) if of_weight else None
-        db = flat.sum(0) if of_bias else None
+        if not x.dtype == feedback.dtype == gradient.dtype:  # under autocast
+            x, feedback = x.to(gradient.dtype), feedback.to(gradient.dtype)
+        dx = gradient @ feedback if of_x else None
+        if gradient.ndim != 2:
+            gradient, x = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+        dw = gradient.T @ x if of_weight else None
+        db = gradient.sum(0) if of_bias else None
         return dx, dw, db, dw if of_feedback else None, None
 
 
@@ -154,19 +151,20 @@ class _Convolution(Function):
         return dx, dw, db, dw if of_feedback else None, None, None, None
 
 
-def _linear(module: Any, feedback: Tensor, signed: bool, x: Tensor) -> Tensor:
+def _linear(module: Any, feedback: Matrices, name: str, signed: bool, x: Tensor) -> Tensor:
     if not x.requires_grad:  # the first layer sends nothing back
         return functional.linear(x, module.weight, module.bias)
-    return _Linear.apply(x, module.weight, module.bias, feedback, signed)
+    return _Linear.apply(x, module.weight, module.bias, feedback[name], signed)
 
 
-def _transposed_linear(module: Any, feedback: Tensor, signed: bool, x: Tensor) -> Tensor:
+def _transposed_linear(module: Any, feedback: Matrices, name: str, signed: bool,
+                       x: Tensor) -> Tensor:
     if not x.requires_grad:
         return type(module).forward(module, x)
-    return _Linear.apply(x, module.weight.T, module.bias, feedback.T, signed)
+    return _Linear.apply(x, module.weight.T, module.bias, feedback[name].T, signed)
 
 
-def _convolution(module: Any, feedback: Tensor, signed: bool, x: Tensor) -> Tensor:
+def _convolution(module: Any, feedback: Matrices, name: str, signed: bool, x: Tensor) -> Tensor:
     if not x.requires_grad:
         return type(module).forward(module, x)
     rank = len(module.kernel_size)
@@ -179,10 +177,10 @@ def _convolution(module: Any, feedback: Tensor, signed: bool, x: Tensor) -> Tens
     run = partial(_CONVOLUTIONS[rank], stride=module.stride, padding=padding,
                   dilation=module.dilation, groups=module.groups)
     how = (module.stride, padding, module.dilation, False, (0,) * rank, module.groups)
-    return _convolve(module, feedback, signed, x, run, how)
+    return _convolve(module, feedback[name], signed, x, run, how)
 
 
-def _transposed_convolution(module: Any, feedback: Tensor, signed: bool, x: Tensor,
+def _transposed_convolution(module: Any, feedback: Matrices, name: str, signed: bool, x: Tensor,
                             output_size: list[int] | None = None) -> Tensor:
     if not x.requires_grad:
         return type(module).forward(module, x, output_size)
@@ -192,7 +190,7 @@ def _transposed_convolution(module: Any, feedback: Tensor, signed: bool, x: Tens
     run = partial(_TRANSPOSED[rank], stride=module.stride, padding=module.padding,
                   output_padding=extra, dilation=module.dilation, groups=module.groups)
     how = (module.stride, module.padding, module.dilation, True, extra, module.groups)
-    return _convolve(module, feedback, signed, x, run, how)
+    return _convolve(module, feedback[name], signed, x, run, how)
 
 
 def _convolve(module: Any, feedback: Tensor, signed: bool, x: Tensor,

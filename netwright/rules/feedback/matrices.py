@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -17,6 +18,7 @@ class Matrices(nn.Module):
     def __init__(self, *, learned: bool) -> None:
         super().__init__()
         self.learned = learned
+        self._held: Any = self._parameters if learned else self._buffers  # read at every step
 
     def add(self, name: str, matrix: Tensor) -> None:
         """Keep `matrix` under `name`."""
@@ -27,7 +29,7 @@ class Matrices(nn.Module):
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the matrix that was added under `name`."""
-        return getattr(self, _key(name))
+        return self._held[_key(name)]
 
 
 def _key(name: str) -> str:

@@ -272,7 +272,7 @@ def test_what_the_rule_cannot_do_is_refused() -> None:
         DirectFeedbackAlignment(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), x.float())
     with pytest.raises(ValueError, match=r"stage '0' must keep the batch axis of the logits"):
         DirectFeedbackAlignment(nn.Sequential(nn.Linear(4, 8), Joined()), torch.ones(2, 4))
-    with pytest.raises(ValueError, match="needs one linear layer in each stage after the first"):
+    with pytest.raises(ValueError, match="needs one linear layer and no other weight"):
         DirectFeedbackAlignment(
             nn.Sequential(nn.Conv1d(1, 2, 3), nn.Conv1d(2, 2, 3), nn.Flatten(), nn.Linear(8, 3)),
             torch.ones(1, 1, 8), feedback="sign_symmetric")

@@ -16,11 +16,16 @@ from netwright.stages import stages
 Gradients = Callable[..., dict[str, Tensor]]
 
 
+def served(rule: FeedbackAlignment) -> list[str]:
+    return [key.removeprefix("/").replace("/", ".") for key in rule.feedback.state_dict()]
+
+
 @torch.no_grad()
 def give_weights(rule: FeedbackAlignment) -> None:
     """Let every B be W, with which feedback alignment is backpropagation."""
-    for module, name, _ in rule._layers:
-        rule.feedback[name].copy_(module.weight)
+    for name, module in rule.network.named_modules():
+        if name in served(rule):
+            rule.feedback[name].copy_(module.weight)
 
 
 def convolutions() -> nn.Sequential:
@@ -153,6 +158,15 @@ def test_one_sample_without_a_batch_axis_goes_through_convolutions(gradients: Gr
     network = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 3, 3), nn.Tanh(),
                             nn.ConvTranspose1d(3, 4, 2)).double()
     x, y = torch.randn(2, 8).double(), torch.zeros(4, 5).double()
+    rule = FeedbackAlignment(network, loss=functional.mse_loss)
+    give_weights(rule)
+    assert_same(gradients(rule, x, y),
+                gradients(Backprop(network, loss=functional.mse_loss), x, y))
+
+
+def test_one_sample_without_a_batch_axis_goes_through_linear_layers(gradients: Gradients) -> None:
+    network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(4).double(), torch.zeros(3).double()
     rule = FeedbackAlignment(network, loss=functional.mse_loss)
     give_weights(rule)
     assert_same(gradients(rule, x, y),
