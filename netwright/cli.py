@@ -72,7 +72,8 @@ def compare(
     changes: Any = change
     if all_rules:
         changes = [name for name in rules.__all__ if name != "Rule"]
-    options = {"trials": trials, "epochs": epochs, "storage": storage, "workers": workers}
+    options: dict[str, Any] = {"trials": trials, "epochs": epochs, "storage": storage,
+                               "workers": workers}
     given = {key: value for key, value in options.items() if value is not None}
     found = run(named or None, changes, seeds=seeds, progress=not quiet, **given)
     Console().print(reports.table(found))

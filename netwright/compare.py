@@ -15,9 +15,11 @@ from netwright import changes as catalogue
 from netwright.cells import Plan, best_of, cells_of, done, final_key, trial_key
 from netwright.changes import Change
 from netwright.display import Display
-from netwright.errors import UnreachableStorage
+from netwright.errors import NetwrightError, UnreachableStorage
 from netwright.fingerprint import fingerprint
+from netwright.modes import evaluating, same_random_state
 from netwright.results import Comparison, Row
+from netwright.stages import call
 from netwright.tasks import Task, load_tasks
 from netwright.tasks import task as built_in
 from netwright.trials import Ledger, patient, storage_at, without_password
@@ -56,8 +58,9 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
     Raises:
         UnknownName: a task or a change has a name that is not known.
         BadTaskFile: a task's file raises or defines no task.
+        MissingData: the data of a task is not where it was looked for.
         UnreachableStorage: the storage cannot be opened, or goes away.
-        ValueError: an argument is not what it must be.
+        ValueError: an argument is not what it must be, or a task's network does not run.
 
     >>> import netwright as nw
     >>> from optuna.storages import InMemoryStorage
@@ -69,6 +72,8 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
     chosen = tasks(list(TASKS) if task is None else task)
     wanted = catalogue.changes(list(CHANGES) if changes is None else changes)
     plan = _plan(chosen, wanted, seeds=seeds, trials=trials, epochs=epochs, device=device)
+    for entry in plan.tasks:
+        _check_ready(entry)
     asked = workers is not None or isinstance(storage, (str, Path, NoneType))
     workers = min(os.cpu_count() or 1, 4) if workers is None else workers
     if workers < 1:
@@ -148,6 +153,21 @@ def tasks(given: Any) -> list[Task]:
     if not found:
         raise ValueError("task must name at least one task, got none; try 'digits-mlp'")
     return found
+
+
+def _check_ready(task: Task) -> None:
+    """Raise before the first run what every run of the task would raise."""
+    try:
+        with same_random_state(), torch.no_grad():
+            network = task.network()
+            with evaluating(network):
+                call(network, task.first)
+    except NetwrightError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the network of task {task.name!r} cannot be built or run on its own "
+                         f"data ({type(error).__name__}: {error}); try task.network() on "
+                         "task.first") from error
 
 
 def _plan(chosen: list[Task], wanted: list[Change], *, seeds: int | Sequence[int], trials: int,
