@@ -18,7 +18,7 @@ app.add_typer(evidence_app, name="evidence")
 
 
 # Typer brings its own copy of click in newer releases: the errors of either are found this way.
-UsageError, ClickException = typer.BadParameter.__mro__[1:3]
+ClickException: Any = typer.BadParameter.__mro__[2]
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except ClickException as error:
-        status = _refuse(error.format_message())  # type: ignore[attr-defined]
+        status = _refuse(error.format_message())
     except (typer.Abort, KeyboardInterrupt):
         status = _refuse("stopped; run the same command again to go on where it stopped", 130)
     except (NetwrightError, ValueError, OSError, ImportError) as error:
