@@ -9,8 +9,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from netwright import evidence, papers
+from netwright.results import Comparison
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+MARK = "<!-- measured comparison -->"
+
+sys.path.insert(0, str(HERE))
 from _pictures import draw  # noqa: E402 - it stands beside this file, which is no package
 
 
@@ -22,6 +26,33 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the recorded comparison where a page asks for it."""
+    if MARK not in markdown:
+        return markdown
+    return markdown.replace(MARK, _comparison(Comparison.load(HERE / "comparison.json")))
+
+
+def _comparison(found: Comparison) -> str:
+    """Return a table of every rule's figures, as multiples of backprop's where they are costs."""
+    shared = found.settings
+    parts = [f"`netwright compare` with its defaults: {shared['trials']} tuning trials and "
+             f"{len(shared['seeds'])} seeds for each; costs are multiples of backprop's on the same "
+             "network.", ""]
+    for task in dict.fromkeys(row.task for row in found.rows):
+        rows = [row for row in found.rows if row.task == task]
+        base = next(row for row in rows if row.change == "Backprop")
+        parts += [f"**{task}**", "", "| rule | accuracy % | step time | peak memory | "
+                  "saved for backward | parameters | FLOPs a step |",
+                  "|---|---:|---:|---:|---:|---:|---:|"]
+        parts += [f"| `{row.change}` | {100 * row.mean:.1f} ± {100 * row.spread:.1f} | "
+                  + " | ".join(f"{getattr(row, name) / getattr(base, name):.2f}" for name in
+                               ("step_time", "peak_bytes", "saved_bytes", "parameters", "flops"))
+                  + " |" for row in rows]
+        parts.append("")
+    return "\n".join([*parts, "![accuracy against memory and time](../comparison.svg)"])
 
 
 def _evidence(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,8 +1,10 @@
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.losses import cross_entropy
 from netwright.modes import evaluating
 from netwright.stages import Stages, call
 
@@ -35,6 +37,19 @@ class Rule(nn.Module):
         """Return the network's output for `x`, in eval mode, without a graph."""
         with evaluating(self):
             return call(self.network, x)
+
+
+def checked(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Tensor) -> Tensor:
+    """Return `loss(logits, y)`; where it fails, say what is wrong with the labels.
+
+    They are looked at only then, since looking takes as long as a small layer.
+    """
+    try:
+        return loss(logits, y)
+    except (IndexError, RuntimeError):
+        if loss is cross_entropy:
+            check_labels(y, logits.shape[-1])
+        raise
 
 
 def check_labels(y: Tensor, classes: int) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 from torch import Generator, Tensor, nn
 
 from netwright.losses import cross_entropy
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, call
 
 
@@ -36,12 +36,6 @@ class Backprop(Rule):
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add dL/dw to `.grad`; return the detached loss."""
-        logits = call(self.network, x)
-        try:
-            loss = self.loss(logits, y)
-        except (IndexError, RuntimeError):  # looked at only now, since looking costs time
-            if self.loss is cross_entropy:
-                check_labels(y, logits.shape[-1])
-            raise
+        loss = checked(self.loss, call(self.network, x), y)
         loss.backward()
         return loss.detach()

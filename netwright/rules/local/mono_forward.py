@@ -8,7 +8,7 @@ from netwright.errors import UnknownName
 from netwright.losses import cross_entropy
 from netwright.modes import evaluating
 from netwright.rules.readout import Readout, count_classes, first_parameter, mean_of_tokens, widths
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, stages
 
 
@@ -62,13 +62,11 @@ class MonoForward(Rule):
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add each stage's own gradient to `.grad`; return the mean of the stages' losses."""
-        if self.loss is cross_entropy:
-            check_labels(y, self.num_classes)
         context, h = self.stages.context(x), x
         losses = []
         for stage, projection in zip(self.stages, [*self.projections, None], strict=True):
             h = stage(h, context)
-            loss = self.loss(h if projection is None else projection(h, y, x), y)
+            loss = checked(self.loss, h if projection is None else projection(h, y, x), y)
             if loss.requires_grad:  # not so in a last stage that is frozen
                 loss.backward()
             losses.append(loss.detach())
