@@ -1,6 +1,8 @@
 """What a comparison found, as plain data."""
 
 import json
+import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -43,6 +45,8 @@ class Row:
     @property
     def spread(self) -> float:
         """The scores' standard deviation over the seeds."""
+        if not all(map(math.isfinite, self.scores)):
+            return math.nan
         return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
 
 
@@ -55,7 +59,10 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Write the comparison as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Comparison":
