@@ -6,9 +6,10 @@ from netwright.results import Comparison, Row
 
 
 def test_a_comparison_round_trips(tmp_path):
-    rows = [Row("task", "change", scores=[0.5, 0.7], train_time=[1.0, 2.0],
+    rows = [Row("task", "change", scores=[0.5, 0.7], train_time=[1.0, 2.0], step_time=0.001,
                 curves=[[[1, 0.1, 2.0, 0.5]]], alignment={"0": 0.5}, hyperparameters={"lr": 0.1}),
-            Row("task", "other", failure="it cannot")]
+            Row("task", "other", scores=[], train_time=[], step_time=0.0, curves=[],
+                failure="it cannot")]
     found = Comparison(rows, {"seeds": [0, 1]})
     found.save(tmp_path / "kept.json")
     assert Comparison.load(tmp_path / "kept.json") == found
