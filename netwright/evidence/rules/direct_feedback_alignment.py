@@ -33,7 +33,7 @@ def direct_feedback_alignment(scale: Scale) -> Outcome:
             rate = task.best(tried, key=lambda rate, tried=tried: tried[rate])
             runs = [_train(task, rule, rate, seed) for seed in seeds]
             figures[f"{task.name}: {rule}, {task.unit}"] = [run.test for run in runs]
-            curves[f"{task.name}: {rule}"] = Curve(range(1, len(runs[0].errors) + 1),
+            curves[f"{task.name}: {rule}"] = Curve(list(range(1, len(runs[0].errors) + 1)),
                                                    [run.errors for run in runs])
             rates[f"{task.name}: {rule}"] = rate
             if rule == "direct feedback alignment":
