@@ -15,7 +15,7 @@ test: .venv/test
 	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 docs: .venv/docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: .venv/test
 	$(BIN)/python -m build --wheel
