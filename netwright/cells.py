@@ -153,7 +153,8 @@ class Cell:
                 found = _run(self.task, self.change, look.job.settings, seed, tuning=tuning,
                              device=self.plan.device, tell=tell)
         except Diverged as error:
-            ledger.fail(trial, message_of(error), diverged=True)
+            # A comparison keeps no checkpoints, and takes no advice on them.
+            ledger.fail(trial, message_of(error).split("; no checkpoint")[0], diverged=True)
         except Exception as error:  # the row says what failed, and the others go on
             ledger.fail(trial, message_of(error), traceback=traceback.format_exc()[-4000:])
         except BaseException:

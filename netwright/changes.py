@@ -110,6 +110,12 @@ def changes(given: Any) -> list[Change]:
         found = [_labelled(_steps(change)) for change in several]
     if not found:
         raise ValueError("changes must hold at least one change, got none; try ['Backprop']")
+    for change in found:
+        for step in change.steps[:-1]:
+            origin = _origin(step)
+            if isinstance(origin, type) and issubclass(origin, Rule):
+                raise ValueError(f"change {change.label!r} must end with its one rule, got "
+                                 f"{name_of(step)} before its end; put reshapes first")
     labels = [change.label for change in found]
     for label in labels:
         if labels.count(label) > 1:

@@ -2,12 +2,14 @@
 
 import os
 import sys
+import traceback
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from netwright.errors import NetwrightError, UnknownName
+from netwright.errors import CannotStage, NetwrightError, UnknownName
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False,
@@ -32,12 +34,39 @@ def main() -> None:
         status = _refuse("stopped; run the same command again to go on where it stopped", 130)
     except (NetwrightError, ValueError, OSError, ImportError) as error:
         status = _refuse(str(error) or type(error).__name__)
+    except Exception as error:  # what the user's own code raises, and netwright's own mistakes
+        if os.environ.get("NETWRIGHT_TRACEBACK"):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        status = _refuse(f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno};"
+                         " NETWRIGHT_TRACEBACK=1 shows how it came to that)")
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _refuse(message: str, status: int = 2) -> int:
     print("netwright: " + " ".join(message.split()), file=sys.stderr)
     return status
+
+
+def _file(option: str, path: Path) -> None:
+    """Raise before a long run what would keep its result from being written."""
+    if path.is_dir():
+        raise ValueError(f"{option} must be a file, got the folder {path}; try "
+                         f"{path / (option.strip('-') + '.html')}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path} is in the folder {path.parent}, which does not exist; "
+                         "make it, or name another file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option} {path} may not be written; name another file")
+
+
+def _folder(option: str, path: Path) -> None:
+    """Raise where a folder cannot be made or written into."""
+    there = next(part for part in [path, *path.absolute().parents] if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option} must be a folder, got {path}, where {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{option} {path} may not be written; name another folder")
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -52,7 +81,8 @@ def compare(
         "--task", "-t", help="The same as TASK; may be repeated.")] = None,
     change: Annotated[list[str] | None, typer.Option(
         "--change", "-c", help="A rule to compare; may be repeated.")] = None,
-    all_rules: Annotated[bool, typer.Option(help="Compare every rule.")] = False,
+    all_rules: Annotated[bool, typer.Option(
+        "--all-rules", help="Compare every rule, and each CHANGE besides.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Final runs of each change.")] = 3,
     trials: Annotated[int | None, typer.Option(min=1, help="Tuning runs of each change.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each run.")] = None,
@@ -60,7 +90,7 @@ def compare(
         help="An Optuna storage URL, shared by many machines; one SQLite file by default.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
     report: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
-    quiet: Annotated[bool, typer.Option(help="Show no progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Train a task's network under several changes, and report what each costs and gives."""
     from rich.console import Console
@@ -69,14 +99,20 @@ def compare(
     from netwright import report as reports
     from netwright import rules
     named = [*(tasks or []), *(task or [])]
-    changes: Any = change
+    _file("--report", report)
+    changes = change
     if all_rules:
         changes = [name for name in rules.__all__ if name != "Rule"]
+        changes += [name for name in change or [] if name not in changes]
     options: dict[str, Any] = {"trials": trials, "epochs": epochs, "storage": storage,
                                "workers": workers}
     given = {key: value for key, value in options.items() if value is not None}
     found = run(named or None, changes, seeds=seeds, progress=not quiet, **given)
     Console().print(reports.table(found))
+    if not any(row.scores for row in found.rows):
+        first = found.rows[0]
+        raise ValueError(f"no change could be run, so that {report} is not written; {first.change} "
+                         f"on {first.task} failed: {first.failure}")
     reports.html(found, report)
     print(f"The page is {report}.")
 
@@ -88,22 +124,33 @@ def fit(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, typer.Option(
         "--lr", help="The learning rate; the task's own by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Where everything random starts.")] = 0,
+    seed: Annotated[int, typer.Option(
+        min=0, max=2**63 - 1, help="Where everything random starts.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(
         help="A folder to keep checkpoints in; a run that was stopped goes on from it.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the learning curve, as HTML.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="A folder for TensorBoard.")] = None,
-    quiet: Annotated[bool, typer.Option(help="Show no progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Train a task's network under one rule."""
     import torch
 
     from netwright import fit as run
     from netwright.changes import changes
+    from netwright.ready import check_ready
     found = _task(task)
-    torch.manual_seed(seed)
-    trained = changes([rule])[0].build(found.network(), found, {})
     rate = found.learning_rate if learning_rate is None else learning_rate
+    if not 0 < rate < float("inf"):
+        raise ValueError(f"--lr must be above 0, got {rate}; try {found.learning_rate}")
+    if plot:
+        _file("--plot", plot)
+    for option, path in (("--checkpoint", checkpoint), ("--tensorboard", tensorboard)):
+        if path is not None:
+            _folder(option, path)
+    change, = changes([rule])
+    check_ready(found)
+    torch.manual_seed(seed)
+    trained = change.build(found.network(), found, {})
     parts = found.parts(seed)
     history = run(trained, parts.train, epochs=epochs or found.epochs,
                   optimizer=lambda parameters: found.optimize(parameters, rate),
@@ -145,7 +192,13 @@ def stages(
 
     from netwright import stages as chain
     module, example = _network(network, shape)
-    found = chain(module, example, cuts=cut)
+    try:
+        found = chain(module, example, cuts=cut)
+    except CannotStage as error:
+        if example is not None or "example=" not in str(error):
+            raise
+        raise CannotStage(f"the stages of {network} are found by watching it run; give the shape "
+                          "of an input, such as --shape 1,3,32,32") from error
     table = Table("", "stage", "modules", "parameters", "output", box=None, header_style="bold",
                   pad_edge=False)
     rows = found.table(example)
@@ -166,29 +219,44 @@ def _network(name: str, shape: str | None) -> tuple[Any, Any]:
     from torch import nn
     package, colon, attribute = name.partition(":")
     if not colon:
+        if shape is not None:
+            raise ValueError(f"--shape goes with package.module:name; task {name} has inputs")
         task = _task(name)
         return task.network(), task.first
+    if not package or not attribute:
+        raise ValueError(f"NETWORK must be a task, a file or package.module:name, got {name!r}")
+    sizes = _sizes(shape)
     sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a user's own package is found
-    holder = importlib.import_module(package)
+    try:
+        holder = importlib.import_module(package)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{package} could not be imported: {type(error).__name__}: {error}"
+                         ) from error
     if not hasattr(holder, attribute):
-        raise UnknownName(f"part of {package}", attribute, vars(holder))
+        raise UnknownName(f"part of {package}", attribute,
+                          (part for part in vars(holder) if not part.startswith("_")))
     network = getattr(holder, attribute)
     if not isinstance(network, nn.Module):
         try:
             network = network()
-        except TypeError as error:
-            raise ValueError(f"{name} could not be called without arguments ({error}); give a "
-                             "module, or a function that builds one") from error
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"{name} could not be called without arguments "
+                             f"({type(error).__name__}: {error}); give a module, or a function "
+                             "that builds one") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{name} must be a module or build one, got {type(network).__name__}")
-    if shape is None:
-        return network, None
+    return network, None if sizes is None else torch.zeros(sizes)
+
+
+def _sizes(shape: str | None) -> list[int] | None:
     try:
-        sizes = [int(size) for size in shape.split(",")]
-        return network, torch.zeros(sizes)
-    except (ValueError, RuntimeError) as error:
+        sizes = None if shape is None else [int(size) for size in shape.split(",")]
+    except ValueError:
+        sizes = []
+    if sizes is not None and (not sizes or min(sizes) < 1 or prod(sizes) > 2**28):
         raise ValueError("--shape must be whole numbers with commas between them, such as "
-                         f"1,3,32,32, got {shape}") from error
+                         f"1,3,32,32, of at most {2**28:,} elements, got {shape!r}")
+    return sizes
 
 
 @app.command()
@@ -277,6 +345,7 @@ def evidence_run(
     if scale not in scales:
         raise UnknownName("scale", scale, scales)
     found = evidence.experiment(name)
+    _folder("--results", results or RESULTS)
     console = Console()
     with console.status(f"{found.claim}"):
         report = evidence.run(name, scales[scale], results or RESULTS)

@@ -15,11 +15,10 @@ from netwright import changes as catalogue
 from netwright.cells import Plan, best_of, cells_of, done, final_key, trial_key
 from netwright.changes import Change
 from netwright.display import Display
-from netwright.errors import NetwrightError, UnreachableStorage
+from netwright.errors import UnreachableStorage
 from netwright.fingerprint import fingerprint
-from netwright.modes import evaluating, same_random_state
+from netwright.ready import check_ready
 from netwright.results import Comparison, Row
-from netwright.stages import call
 from netwright.tasks import Task, load_tasks
 from netwright.tasks import task as built_in
 from netwright.trials import Ledger, patient, storage_at, without_password
@@ -73,7 +72,7 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
     wanted = catalogue.changes(list(CHANGES) if changes is None else changes)
     plan = _plan(chosen, wanted, seeds=seeds, trials=trials, epochs=epochs, device=device)
     for entry in plan.tasks:
-        _check_ready(entry)
+        check_ready(entry)
     asked = workers is not None or isinstance(storage, (str, Path, NoneType))
     workers = min(os.cpu_count() or 1, 4) if workers is None else workers
     if workers < 1:
@@ -155,21 +154,6 @@ def tasks(given: Any) -> list[Task]:
     return found
 
 
-def _check_ready(task: Task) -> None:
-    """Raise before the first run what every run of the task would raise."""
-    try:
-        with same_random_state(), torch.no_grad():
-            network = task.network()
-            with evaluating(network):
-                call(network, task.first)
-    except NetwrightError:
-        raise
-    except Exception as error:
-        raise ValueError(f"the network of task {task.name!r} cannot be built or run on its own "
-                         f"data ({type(error).__name__}: {error}); try task.network() on "
-                         "task.first") from error
-
-
 def _plan(chosen: list[Task], wanted: list[Change], *, seeds: int | Sequence[int], trials: int,
           epochs: int | None, device: str) -> Plan:
     from netwright import __version__
@@ -219,7 +203,14 @@ def _row(about: Mapping[str, Any], tune: "Mapping[str, list[FrozenTrial]]",
         **{name: costs[0][name] for name in ("peak_bytes", "saved_bytes", "parameters", "flops")},
         curves=[[(int(e), s, loss, metric) for e, s, loss, metric in one["curve"]]
                 for one in found],
-        alignment={stage: statistics.fmean(one["alignment"].get(stage, math.nan)
-                                           for one in found)
-                   for stage in found[0]["alignment"]},
+        alignment=_mean_alignment([one["alignment"] for one in found]),
         hyperparameters=dict(best.params))
+
+
+def _mean_alignment(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return each stage's mean over the runs in which it learned; a reshape may differ by seed."""
+    stages = dict.fromkeys(stage for run in runs for stage in run)
+    known = {stage: [run[stage] for run in runs if not math.isnan(run.get(stage, math.nan))]
+             for stage in stages}
+    return {stage: statistics.fmean(values) if values else math.nan
+            for stage, values in known.items()}

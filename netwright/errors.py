@@ -47,5 +47,6 @@ class UnknownName(NetwrightError, ValueError):
         known = sorted(known)
         lower = {entry.lower(): entry for entry in known}
         near = [lower[match] for match in get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
-        advice = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(known)}"
+        few = known if len(known) <= 24 else [*known[:20], f"and {len(known) - 20} more"]
+        advice = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(few)}"
         super().__init__(f"no {kind} is called {name!r}; {advice}")

@@ -128,7 +128,7 @@ def table(comparison: Comparison) -> Table:
     for task, rows in _by_task(comparison).items():
         if shown.row_count:
             shown.add_section()
-        shown.add_row(Text(_plain(task), "bold"), Text(_short(_metric_title(rows[0])), "dim"))
+        shown.add_row(Text(_plain(task), "bold"), Text(_narrow(_metric_title(rows[0])), "dim"))
         best = _best(rows)
         for row in rows:
             if row.failure:
@@ -301,8 +301,13 @@ def _write(path: str | Path, text: str) -> Path:
 
 
 def _short(text: str) -> str:
-    """Return a figure or a metric as a column of ten characters can hold it."""
-    return text.replace("iB", "").replace(" ", "").replace("(%)", " %")[:12]
+    """Return a figure as a column of ten characters can hold it."""
+    return text.replace("iB", "").replace(" ", "")[:12]
+
+
+def _narrow(metric: str) -> str:
+    metric = metric.replace("(%)", "%").replace(" per ", "/")
+    return metric if len(metric) <= 12 else f"{metric[:11]}…"
 
 
 def _cell(text: str, best: bool) -> Text:

@@ -20,7 +20,7 @@ from torch.optim import Adam, Optimizer
 
 from netwright import data, models
 from netwright.data.batches import Batches
-from netwright.errors import BadTaskFile, UnknownName
+from netwright.errors import BadTaskFile, NetwrightError, UnknownName
 from netwright.losses import cross_entropy
 from netwright.metrics import accuracy
 from netwright.modes import evaluating, same_random_state
@@ -105,14 +105,19 @@ class Task:
             raise ValueError("higher_is_better must be given with a metric of your own; use "
                              "higher_is_better=True where more is better")
         for name, least in (("epochs", 1), ("batch_size", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got "
                                  f"{getattr(self, name)!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}; try 1e-3")
-        if not 0 < self.validation < 1:
-            raise ValueError(f"validation must be a share between 0 and 1, got {self.validation}; "
-                             "try 0.2")
+        if not (_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
+            raise ValueError(f"learning_rate must be above 0, got "
+                             f"{self.learning_rate!r}; try 1e-3")
+        if not (_number(self.validation) and 0 < self.validation < 1):
+            raise ValueError(f"validation must be a share between 0 and 1, got "
+                             f"{self.validation!r}; try 0.2")
+        for name in ("loss", "optimizer", *(() if isinstance(self.metric, str) else ("metric",))):
+            if not callable(getattr(self, name)):
+                raise ValueError(f"{name} must be a function, got "
+                                 f"{type(getattr(self, name)).__name__}")
 
     def __reduce__(self) -> Any:
         # A task from a file is found again by reading the file, in another process as well.
@@ -142,8 +147,8 @@ class Task:
         """An input: `example`, or the first two training samples, or the first batch as it is."""
         if self.example is not None:
             return self.example
-        if isinstance(self._loaded, data.Split):
-            return _part(self._loaded.x_train, slice(2))
+        if isinstance(self.loaded, data.Split):
+            return _part(self.loaded.x_train, slice(2))
         return next(iter(self.parts(0).train))[0]
 
     @property
@@ -159,7 +164,7 @@ class Task:
     @property
     def batch(self) -> tuple[Any, Tensor]:
         """The batch that costs and alignments are measured on."""
-        loaded = self._loaded
+        loaded = self.loaded
         if isinstance(loaded, data.Split):
             index = slice(self.batch_size)
             return _part(loaded.x_train, index), loaded.y_train[index]
@@ -170,7 +175,7 @@ class Task:
 
         The share is the same for every seed and every change.
         """
-        loaded = self._loaded
+        loaded = self.loaded
         if isinstance(loaded, Parts):
             return loaded
         if isinstance(loaded, data.Graph):
@@ -189,7 +194,8 @@ class Task:
         return self.optimizer(parameters, lr=learning_rate)
 
     @property
-    def _loaded(self) -> Any:
+    def loaded(self) -> Any:
+        """The data: a `Split`, a `Graph` or `Parts`. A function is called once in a process."""
         return _load(self.data, self.name)
 
     def _batches(self, x: Any, y: Tensor) -> Batches:
@@ -222,6 +228,10 @@ def load_tasks(path: str | Path) -> list[Task]:
         found += [entry for entry in (made if isinstance(made, (list, tuple)) else [made])
                   if isinstance(entry, Task)]
     named = {entry.name: replace(entry, file=path) for entry in found}
+    for name in named:
+        if len({id(entry) for entry in found if entry.name == name}) > 1:
+            raise BadTaskFile(f"{path} defines two tasks called {name!r}; give each a name of its "
+                              "own")
     if not named:
         raise BadTaskFile(f"{path} defines no task; write task = nw.Task('my task', "
                           "network=..., data=...), or a function task() that returns one")
@@ -268,11 +278,17 @@ _cache: dict[int, tuple[Any, Any]] = {}
 
 
 def _load(source: Any, name: str) -> Any:
-    """Return what a task's `data` gives; a function is called once in a process."""
     if not callable(source):
         return _checked(source, name)
     if id(source) not in _cache:
-        _cache[id(source)] = source, _checked(source(), name)
+        try:
+            made = source()
+        except NetwrightError:
+            raise
+        except Exception as error:
+            raise ValueError(f"data of task {name!r} raised {type(error).__name__}: {error}; try "
+                             "it alone") from error
+        _cache[id(source)] = source, _checked(made, name)
     return _cache[id(source)][1]
 
 
@@ -295,6 +311,10 @@ def _part(x: Any, index: slice | Tensor) -> Any:
     if isinstance(x, Mapping):
         return {key: value[index] for key, value in x.items()}
     return tuple(value[index] for value in x)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _name(function: Any) -> str:

@@ -52,7 +52,8 @@ def open_storage(storage: "str | Path | BaseStorage") -> "BaseStorage":
             return optuna.storages.get_storage(opened)
         except ImportError as error:
             raise UnreachableStorage(f"storage {shown} needs a database driver that is not "
-                                     "installed; pip install 'netwright[distributed]'") from error
+                                     f"installed ({_line(error)}); PostgreSQL's comes with "
+                                     "pip install 'netwright[distributed]'") from error
         except ArgumentError as error:
             raise UnreachableStorage(f"storage {shown!r} is neither a path nor a database URL; "
                                      "try runs/netwright.db or postgresql://user@host/name"
@@ -63,9 +64,11 @@ def open_storage(storage: "str | Path | BaseStorage") -> "BaseStorage":
             busy = isinstance(error, (RuntimeError, AssertionError)) or any(
                 word in str(error) for word in making)
             if attempt == 5 or not busy:
+                advice = "name another file, or move this one away" \
+                    if "not a database" in str(error) or "malformed" in str(error) \
+                    else "check that it runs and that you may write to it"
                 raise UnreachableStorage(f"storage {shown} could not be opened: {_line(error)}; "
-                                         "check that it runs and that you may write to it"
-                                         ) from error
+                                         f"{advice}") from error
             time.sleep(0.1 * 2 ** attempt)
     raise AssertionError("the last attempt returns or raises")
 
@@ -93,6 +96,9 @@ def _url(storage: str | Path) -> str:
         return f"sqlite:///{path}"
     from importlib.util import find_spec
     scheme, rest = text.split("://", 1)
+    if scheme.startswith("sqlite") and rest.strip("/") in ("", ":memory:"):
+        raise UnreachableStorage(f"storage {text} is in memory, where nothing is kept; name a "
+                                 "file, such as runs/netwright.db")
     if scheme in ("postgres", "postgresql") and find_spec("psycopg2") is None:
         return f"postgresql+psycopg://{rest}"
     return text

@@ -38,11 +38,19 @@ def own():
     return nw.Task("own", linear, (x, y, x, y), batch_size=8)
 
 
+def test_a_rule_ends_a_change():
+    with pytest.raises(ValueError, match="must end with its one rule, got Backprop before"):
+        changes(["Backprop + MonoForward"])
+    with pytest.raises(ValueError, match="must end with its one rule"):
+        changes({"two": [partial(Tuned, strength=1.0), "Backprop"]})
+
+
 def test_labels():
     found = changes(["Backprop", Tuned, partial(Tuned, strength=1.0), [nn.Identity, "Backprop"],
-                     "Backprop + Backprop"])
+                     "prune_sublayers + Backprop"])
     assert [change.label for change in found] == [
-        "Backprop", "Tuned", "Tuned(strength=1.0)", "Identity + Backprop", "Backprop + Backprop"]
+        "Backprop", "Tuned", "Tuned(strength=1.0)", "Identity + Backprop",
+        "prune_sublayers + Backprop"]
     assert [c.label for c in changes({"mine": Tuned, "theirs": "Backprop"})] == ["mine", "theirs"]
     assert [c.label for c in changes("Backprop")] == ["Backprop"]
 

@@ -105,6 +105,20 @@ BAD = {
                                 "postgresql://nobody@127.0.0.1:1/none"], "127.0.0.1"),
     "a network that is nowhere": (["stages", "torch.nn:Linaer"], "Linaer"),
     "a shape that is none": (["stages", "torch.nn:Identity", "--shape", "1,x"], "--shape"),
+    "a shape of a task": (["stages", "digits-mlp", "--shape", "1,3"], "--shape"),
+    "a module that is nowhere": (["stages", "nowhere_at_all:net"], "nowhere_at_all"),
+    "a network without a name": (["stages", "torch.nn:"], "package.module:name"),
+    "a page in no folder": (["compare", "digits-mlp", "--report", "none/report.html"], "--report"),
+    "a page that is a folder": (["compare", "digits-mlp", "--report", "."], "--report"),
+    "a plot in no folder": (["fit", "digits-mlp", "--plot", "none/plot.html"], "--plot"),
+    "a checkpoint that is a file": (["fit", "digits-mlp", "--checkpoint", __file__],
+                                    "--checkpoint"),
+    "results that are a file": (["evidence", "run", "forward_forward", "--results", __file__],
+                                "--results"),
+    "a learning rate below 0": (["fit", "digits-mlp", "--lr", "-1"], "--lr"),
+    "a seed below 0": (["fit", "digits-mlp", "--seed", "-1"], "--seed"),
+    "a storage in memory": (["compare", "digits-mlp", "--storage", "sqlite://"], "in memory"),
+    "a rule after a rule": (["compare", "digits-mlp", "-c", "Backprop+NoProp"], "end with"),
 }
 
 
@@ -124,6 +138,36 @@ def test_a_task_file_that_raises_is_named_with_its_line(netwright, tmp_path):
     assert "own.py" in err
     assert "no luck" in err
     assert "line 2" in err
+
+
+RAISING = """
+def network():
+    raise KeyError("boom")
+task = nw.Task("own", network, data=nw.data.digits)
+"""
+
+
+@pytest.mark.parametrize("command", [("compare", "own.py"), ("fit", "own.py"),
+                                     ("stages", "own.py"), ("stages", "own:network")])
+def test_what_a_users_code_raises_is_one_line_too(netwright, tmp_path, command):
+    (tmp_path / "own.py").write_text("import netwright as nw\n" + RAISING)
+    status, _, err = netwright(*command)
+    assert status == 2
+    assert "KeyError: 'boom'" in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".db", ".html")] == []
+
+
+def test_a_comparison_in_which_nothing_ran_leaves_the_page_alone(netwright, tmp_path):
+    (tmp_path / "own.py").write_text(TASK.replace("epochs=2", "learning_rate=1e38, epochs=2"))
+    (tmp_path / "report.html").write_text("an earlier page")
+    status, out, err = netwright("compare", "own.py", "-c", "Backprop", "--seeds", "1",
+                                 "--trials", "1", "--workers", "1", "--quiet")
+    assert status == 2
+    assert "failed" in out
+    assert "no change could be run" in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "report.html").read_text() == "an earlier page"
 
 
 def test_missing_data_says_what_was_looked_for(netwright, monkeypatch):

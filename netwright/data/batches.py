@@ -27,9 +27,9 @@ class Batches:
 
     def __init__(self, x: Any, y: Tensor, batch_size: int, *, shuffle: bool = True,
                  drop_last: bool = False, seed: int = 0) -> None:
-        tensors = {**_named(x), "y": y}
-        for name, tensor in tensors.items():
-            _check(name, tensor, samples=len(y) if y.ndim else 0)
+        samples = (len(y) if y.ndim else 0) if isinstance(y, Tensor) else None
+        for name, tensor in {**named(x, "x"), "y": y}.items():
+            check_samples(name, tensor, samples)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if drop_last and batch_size > len(y):
@@ -73,20 +73,26 @@ class Batches:
         return start + size * rank // world, start + size * (rank + 1) // world
 
 
-def _named(x: Any) -> dict[str, Tensor]:
-    if isinstance(x, Tensor):
-        return {"x": x}
-    parts = x.items() if isinstance(x, Mapping) else enumerate(x)
-    return {f"x[{key!r}]": value for key, value in parts}
+def named(x: Any, name: str) -> dict[str, Any]:
+    """Return a tensor, or each of a tuple or mapping of them, by what an error calls it.
+
+    >>> list(named((torch.zeros(1), torch.ones(1)), "x"))
+    ['x[0]', 'x[1]']
+    """
+    if isinstance(x, (tuple, list, Mapping)):
+        parts = x.items() if isinstance(x, Mapping) else enumerate(x)
+        return {f"{name}[{key!r}]": value for key, value in parts}
+    return {name: x}
 
 
-def _check(name: str, tensor: Tensor, samples: int) -> None:
+def check_samples(name: str, tensor: Any, samples: int | None) -> None:
+    """Raise ValueError unless `tensor` holds `samples` samples, at least one, and no NaN."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}; "
                          "use torch.as_tensor")
     if tensor.ndim == 0 or len(tensor) == 0:
         raise ValueError(f"{name} must hold at least one sample, got shape {tuple(tensor.shape)}")
-    if len(tensor) != samples:
+    if samples is not None and len(tensor) != samples:
         raise ValueError(f"{name} must hold as many samples as y, got {len(tensor)} and {samples}; "
                          "for a batch that is not to be split, such as a graph, use [(x, y)]")
     if tensor.is_floating_point() and tensor.isnan().any():
