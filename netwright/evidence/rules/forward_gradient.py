@@ -35,7 +35,7 @@ def forward_gradient(scale: Scale) -> Outcome:
         "MLP": partial(mlp, 784, 10, hidden=(1024, 1024)),
         "CNN": partial(cnn, 1, (28, 28), 10)}
     figures: dict[str, list[float]] = {}
-    curves, rates, unbiased = {}, {}, True
+    curves, rates = {}, {}
     for name, build in networks.items():
         figures[f"{name}: step time, weights perturbed over backpropagation"] = _step_ratios(
             build, split)
@@ -45,9 +45,10 @@ def forward_gradient(scale: Scale) -> Outcome:
             rates[f"{name}: {rule}"] = rate = min(tried, key=tried.__getitem__)
             runs[rule] = [_train(build, make, split, rate, seed, steps) for seed in (1, 2, 3)]
             seconds = statistics.fmean(taken for _, taken in runs[rule])
-            curves[f"{name}: {rule}"] = Curve([seconds * (i + 1) * EVERY
-                                               for i in range(steps // EVERY)],
-                                              [losses for losses, _ in runs[rule]])
+            if name != "logistic regression":  # one stage: perturbing activities is exact there
+                curves[f"{name}: {rule}"] = Curve([seconds * (i + 1) * EVERY
+                                                   for i in range(steps // EVERY)],
+                                                  [losses for losses, _ in runs[rule]])
             figures[f"{name}: loss after {steps} steps, {rule}"] = [losses[-1] for losses, _
                                                                     in runs[rule]]
         for rule in list(RULES)[1:]:
@@ -57,10 +58,9 @@ def forward_gradient(scale: Scale) -> Outcome:
     cosines = {perturb: [_cosines(perturb, split, seed) for seed in (1, 2, 3)]
                for perturb in ("weights", "activities")}
     for perturb, found in cosines.items():
-        curves[f"cosine with the gradient: {perturb} perturbed"] = Curve(COUNTS, found)
-        for i in (0, len(COUNTS) - 1):
-            figures[f"cosine with the gradient, {COUNTS[i]} directions, {perturb} perturbed"] = [
-                found[seed][i] for seed in range(3)]
+        for i, count in enumerate(COUNTS):
+            figures[f"cosine with the gradient, {count} directions, {perturb} perturbed"] = [
+                values[i] for values in found]
     parameters = sum(p.numel() for p in networks["logistic regression"]().parameters())
     theory = math.sqrt(COUNTS[-1] / (COUNTS[-1] + parameters + 1))
     unbiased = all(abs(c[-1] / theory - 1) < 0.15 for c in cosines["weights"])
@@ -86,9 +86,9 @@ def forward_gradient(scale: Scale) -> Outcome:
              "gradient was faster. It counts training alone, and both rules ran alternately on "
              "one core. Rates were chosen by 200 steps of a seed that is not reported. The paper "
              "reports the gain on a GPU and with learning rates that it gave to both methods; "
-             "here each has its own best one, which favours the exact gradient.",
-        curves=curves, axes=("seconds of training, or directions",
-                             "held-out loss, or cosine with the gradient"))
+             "here each has its own best one, which favours the exact gradient. With one stage "
+             "(logistic regression) perturbing activities is backpropagation.",
+        curves=curves, axes=("seconds of training", "MNIST held-out loss"))
 
 
 def _train(build: Callable[[], nn.Module], make: Make, split: Split, rate: float, seed: int,
