@@ -1,4 +1,5 @@
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,16 @@ class Rule(nn.Module):
         self.network: nn.Module = network.model if isinstance(network, Stages) else network
         self.generator = generator
 
+    def __call__(self, x: Any, *rest: Any, **options: Any) -> Any:
+        """Return `forward`'s loss, with gradients on and `x` cut off from whatever made it."""
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.enable_grad():
+                return self(x, *rest, **options)
+        rest = tuple([_cut_off(value) for value in rest])
+        if options:
+            options = {name: _cut_off(value) for name, value in options.items()}
+        return super().__call__(_cut_off(x), *rest, **options)
+
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the batch's update to `.grad` of the parameters; return the detached loss."""
         raise TypeError(f"{type(self).__name__} must define forward(x, y)")
@@ -37,6 +48,23 @@ class Rule(nn.Module):
         """Return the network's output for `x`, in eval mode, without a graph."""
         with evaluating(self):
             return call(self.network, x)
+
+
+def _cut_off(value: Any) -> Any:
+    """Return `value` with its tensors outside the graph that made them, and as it is if they are.
+
+    What was made in inference mode is copied, since no graph may keep it.
+    """
+    if isinstance(value, Tensor):
+        value = value.detach() if value.requires_grad else value
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, Mapping):
+        parts = {key: _cut_off(part) for key, part in value.items()}
+        return value if all(parts[key] is value[key] for key in parts) else parts
+    if isinstance(value, (tuple, list)):
+        cut = [_cut_off(part) for part in value]
+        return value if all(map(operator.is_, cut, value)) else tuple(cut)
+    return value
 
 
 def checked(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Tensor) -> Tensor:

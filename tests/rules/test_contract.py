@@ -239,6 +239,48 @@ def test_fewer_labels_than_inputs_are_refused_before_anything_changes(
 
 
 @every_rule
+def test_the_update_stops_at_the_input(name: str, options: dict[str, Any]) -> None:
+    case, plain = Contract(name, options), Contract(name, options)
+    made_of = torch.ones(FEATURES, requires_grad=True)
+    assert torch.equal(case(case.x * made_of), plain())
+    assert made_of.grad is None
+    assert_same(case.gradients(), plain.gradients())
+    leaf = case.x.clone().requires_grad_()
+    case(leaf)
+    assert leaf.grad is None
+    assert torch.equal(leaf, case.x)
+    assert leaf.requires_grad
+
+
+@every_rule
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_the_update_is_the_same_where_gradients_are_off(
+        name: str, options: dict[str, Any], without: Callable[[], Any]) -> None:
+    case, plain = Contract(name, options), Contract(name, options)
+    with without():
+        x, y = case.x + 0, case.y + 0
+        loss = case(x, y)
+    assert torch.equal(loss, plain())
+    assert_same(case.gradients(), plain.gradients())
+    assert torch.equal(case(x, y), loss)  # tensors of inference mode, outside of it
+    with without():
+        scores = case.rule.predict(case.x)
+    assert torch.equal(scores, case.rule.predict(case.x))
+
+
+@every_rule
+def test_parts_of_an_input_are_cut_off_too(name: str, options: dict[str, Any]) -> None:
+    if name == "ForwardForward":
+        pytest.skip("it writes labels into x, which must be a tensor")
+    case, plain = Contract(name, options), Contract(name, options)
+    leaf = case.x.clone().requires_grad_()
+    loss = case((leaf,))  # type: ignore[arg-type]
+    assert torch.equal(loss, plain())
+    assert leaf.grad is None
+    assert_same(case.gradients(), plain.gradients())
+
+
+@every_rule
 def test_a_deep_copy_stands_alone(name: str, options: dict[str, Any]) -> None:
     case = Contract(name, options)
     before, copied = case.state(), deepcopy(case)
