@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from string import Template
@@ -171,6 +172,7 @@ def picture(comparison: Comparison, path: str | Path, task: str | None = None) -
     """Write accuracy against peak memory and against training time as an SVG; return its path.
 
     One row of panels a task, or `task` alone. The Pareto front is dotted, its points are ringed.
+    Costs, and the errors that an accuracy leaves, are on a log scale where they differ much.
 
     Raises:
         ValueError: the comparison has no such task, or nothing that could be drawn.
@@ -189,19 +191,22 @@ def picture(comparison: Comparison, path: str | Path, task: str | None = None) -
         parts.append(f'<text x="24" y="{top + 30}" class="task">{_xml(name)}</text>')
         for column, key in enumerate(("peak_bytes", "train_time")):
             parts.append(_panel(rows, key, looks, 40 + 470 * column, top + 44))
-        top += 390
+        top += 420
     drawn = dict.fromkeys(r.change for rows in chosen.values() for r in rows)
     for i, change in enumerate(drawn):
         u, v = 30 + 236 * (i % 4), top + 16 + 22 * (i // 4)
-        parts.append(f'<circle class="key" r="5.5" fill="{PALETTE[looks[change] % 10][0]}" '
-                     f'cx="{u}" cy="{v}"/><text x="{u + 12}" y="{v + 4}">'
+        parts.append(f'<g class="hue{looks[change] % len(PALETTE)}"><circle class="key" r="5.5" '
+                     f'cx="{u}" cy="{v}"/></g><text x="{u + 12}" y="{v + 4}">'
                      f"{_xml(_ending(change))}</text>")
     top += 22 * math.ceil(len(drawn) / 4) + 8
+    light, dark = ("".join(f".hue{i} *{{fill:{pair[shade]}}}.hue{i} line{{stroke:{pair[shade]}}}"
+                           for i, pair in enumerate(PALETTE)) for shade in (0, 1))
     style = ("text{font:13px system-ui,sans-serif;fill:#1b2330}.task{font-weight:600;"
              "font-size:16px}.soft{fill:#5d6879;font-size:12px}.grid{stroke:#e0e4ea}"
-             ".front{stroke:#1b2330;fill:none}.page{fill:#fff}"
+             ".front{stroke:#1b2330;fill:none}.lead{stroke:#8a94a3;stroke-width:.8}"
+             f".page{{fill:#fff}}{light}"
              "@media(prefers-color-scheme:dark){text{fill:#e7ebf1}.soft{fill:#9aa6b6}"
-             ".grid{stroke:#2d3643}.front{stroke:#e7ebf1}.page{fill:#11151b}}")
+             f".grid{{stroke:#2d3643}}.front{{stroke:#e7ebf1}}.page{{fill:#0d1117}}{dark}}}")
     return _write(path, f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 980 {top + 8}" '
                         f'role="img" aria-label="Score against memory and time">'
                         f'<style>{style}</style><rect class="page" width="980" '
@@ -619,59 +624,128 @@ def _setting(value: Any) -> str:
 
 # The picture.
 
+class _Axis(NamedTuple):
+    """Ticks, and where a value stands on the axis, from 0 at its start to 1 at its end."""
+
+    ticks: list[float]
+    at: Callable[[float], float]
+    log: bool
+
+
 def _panel(rows: Sequence[Row], key: str, looks: Mapping[str, int], left: float,
            top: float) -> str:
-    width, height, names = 400, 260, []
+    width, height = 370, 290
     known = [r for r in rows if math.isfinite(_value(r, key))]
     figure = next(f for f in FIGURES if f.key == key)
     factor, unit = _unit(key, [_value(r, key) for r in known])
-    at = {r.change: _value(r, key) / factor for r in known}
-    xs = _ticks(0, max(at.values(), default=1))
-    lows = [_score(r, r.mean - _spread(r)) for r in known] or [0.0]
-    highs = [_score(r, r.mean + _spread(r)) for r in known] or [1.0]
-    ys = _ticks(min(lows), max(highs))
+    costs = [_value(r, key) / factor for r in known]
+    across, up = _cost_axis(costs), _score_axis(known)
+    left, top = left + 30, top + 14
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return (left + 30 + (width - 30) * x / xs[-1],
-                top + height - height * (y - ys[0]) / ((ys[-1] - ys[0]) or 1))
+        return left + width * across.at(x), top + height * (1 - up.at(y))
 
-    parts = [f'<text x="{left - 16}" y="{top + 2}" class="soft">{_xml(_metric_title(rows[0]))}'
-             "</text>"]
-    top += 14
-    for y in ys:
-        _, v = place(0, y)
-        parts.append(f'<line class="grid" x1="{left + 30}" x2="{left + width}" y1="{v:.1f}" '
-                     f'y2="{v:.1f}"/><text class="soft" text-anchor="end" x="{left + 24}" '
+    title = _metric_title(rows[0]) + (", by the error on a log scale" if up.log else "")
+    parts = [f'<text x="{left - 46}" y="{top - 12}" class="soft">{_xml(title)}</text>']
+    for y in up.ticks:
+        v = top + height * (1 - up.at(y))
+        parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{v:.1f}" '
+                     f'y2="{v:.1f}"/><text class="soft" text-anchor="end" x="{left - 6}" '
                      f'y="{v + 4:.1f}">{y:g}</text>')
-    for x in xs:
-        u, v = place(x, ys[0])
-        parts.append(f'<text class="soft" text-anchor="middle" x="{u:.1f}" y="{v + 18:.1f}">'
-                     f"{x:g}</text>")
-    parts.append(f'<text class="soft" text-anchor="middle" x="{left + 30 + (width - 30) / 2}" '
-                 f'y="{top + height + 38}">{figure.title} ({unit})</text>')
-    front = [known[i] for i in pareto(((at[r.change], r.mean) for r in known),
+    for x in across.ticks:
+        parts.append(f'<text class="soft" text-anchor="middle" x="{left + width * across.at(x):.1f}'
+                     f'" y="{top + height + 18}">{x:g}</text>')
+    parts.append(f'<text class="soft" text-anchor="middle" x="{left + width / 2}" '
+                 f'y="{top + height + 38}">{figure.title} ({unit}'
+                 f'{", log scale" if across.log else ""})</text>')
+    places = [place(x, _score(r, r.mean)) for x, r in zip(costs, known, strict=True)]
+    line = [places[i] for i in pareto(((x, r.mean) for x, r in zip(costs, known, strict=True)),
                                       higher_is_better=rows[0].higher_is_better)]
-    line = [place(at[r.change], _score(r, r.mean)) for r in front]
     parts.append('<polyline class="front" stroke-dasharray="2 4" points="'
                  + " ".join(f"{u:.1f},{v:.1f}" for u, v in line) + '"/>')
     parts += [f'<circle class="front" r="9" cx="{u:.1f}" cy="{v:.1f}"/>' for u, v in line]
-    places = [place(at[r.change], _score(r, r.mean)) for r in known]
-    sides = _spots([(u, -v) for u, v in [*places, (left + 30, top), (left + width, top + height)]],
-                   [*(r.change for r in known), "", ""], left + 30, (width - 30, height))
-    for r, (u, v), side in zip(known, places, sides, strict=False):
-        _, low = place(0, _score(r, r.mean - _spread(r)))
-        _, high = place(0, _score(r, r.mean + _spread(r)))
-        hue = PALETTE[looks[r.change] % len(PALETTE)][0]
-        parts.append(f'<line stroke="{hue}" opacity=".6" x1="{u:.1f}" x2="{u:.1f}" '
-                     f'y1="{low:.1f}" y2="{high:.1f}"/><circle r="5.5" fill="{hue}" '
-                     f'cx="{u:.1f}" cy="{v:.1f}"><title>{_xml(r.change)}</title></circle>')
-        move, anchor = {"right": ((13, 4), "start"), "left": ((-13, 4), "end"),
-                        "above": ((0, -13), "middle"), "below": ((0, 22), "middle"),
-                        "": ((0, 0), "")}[side]
-        if anchor:
-            names.append(f'<text x="{u + move[0]:.1f}" y="{v + move[1]:.1f}" '
-                         f'text-anchor="{anchor}">{_xml(_ending(r.change))}</text>')
+    hues = [f"hue{looks[r.change] % len(PALETTE)}" for r in known]
+    names = _callouts(places, [_ending(r.change) for r in known], hues, line,
+                      (left, top - 8, left + width + 24, top + height))
+    for r, x, (u, v), hue in zip(known, costs, places, hues, strict=True):
+        _, low = place(x, _score(r, r.mean - _spread(r)))
+        _, high = place(x, _score(r, r.mean + _spread(r)))
+        parts.append(f'<g class="{hue}"><line opacity=".6" '
+                     f'x1="{u:.1f}" x2="{u:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+                     f'<circle r="5.5" cx="{u:.1f}" cy="{v:.1f}"><title>{_xml(r.change)}</title>'
+                     "</circle></g>")
     return "".join(parts + names)
+
+
+def _cost_axis(costs: Sequence[float]) -> _Axis:
+    low, high = min(costs, default=0), max(costs, default=1)
+    if low > 0 and high > 4 * low:
+        return _log_axis(low / 1.4, high * 1.2)
+    ticks = _ticks(0, high)
+    return _Axis(ticks, lambda x: x / ticks[-1], False)
+
+
+def _score_axis(rows: Sequence[Row]) -> _Axis:
+    """Return an axis of scores: of accuracies by the log of the error, where errors differ much."""
+    errors = [100 - _score(r, r.mean) for r in rows]
+    if errors and all(map(_is_share, rows)) and min(errors) > 0 and max(errors) > 4 * min(errors):
+        least, most = min(errors) / 1.5, min(100, max(errors) * 1.3)
+        by_error = _log_axis(least, most)
+        return _Axis([round(100 - e, 8) for e in by_error.ticks],
+                     lambda y: 1 - by_error.at(min(max(100 - y, least), most)), True)
+    ticks = _ticks(min((_score(r, r.mean - _spread(r)) for r in rows), default=0),
+                   max((_score(r, r.mean + _spread(r)) for r in rows), default=1))
+    span = (ticks[-1] - ticks[0]) or 1
+    return _Axis(ticks, lambda y: (y - ticks[0]) / span, False)
+
+
+def _log_axis(low: float, high: float) -> _Axis:
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if last - first < 4 else (1,)
+    marks = [round(m * 10.0 ** k, 10 - k) for k in range(first, last + 1) for m in steps]
+    span = math.log(high / low)
+    return _Axis([mark for mark in marks if low <= mark <= high],
+                 lambda x: math.log(x / low) / span, True)
+
+
+def _callouts(places: Sequence[tuple[float, float]], names: Sequence[str], hues: Sequence[str], line: Sequence[tuple[float, float]],
+              frame: tuple[float, float, float, float]) -> list[str]:
+    """Return each point's name as near to it as `frame` and `line` leave room."""
+    taken = [(u - 8, v - 8, u + 8, v + 8) for u, v in places]
+    for (a, b), (c, d) in pairwise(line):
+        along = [(a + (c - a) * i / 24, b + (d - b) * i / 24) for i in range(25)]
+        taken += [(u - 1, v - 1, u + 1, v + 1) for u, v in along]
+    drawn = []
+    for (u, v), name, hue in sorted(zip(places, names, hues, strict=True)):
+        long = 7.2 * len(name)
+        found = None
+        for reach in (13, 24, 34, 46, 60, 76, 94, 114):
+            for turn in (0, 1, 11, 2, 10, 3, 9, 6, 4, 8, 5, 7):  # from the right
+                du, dv = math.cos(turn * math.pi / 6), math.sin(turn * math.pi / 6)
+                x, y = u + reach * du, v + reach * dv
+                start = x - (0 if du > 0.1 else long if du < -0.1 else long / 2)
+                box = (start - 2, y - 8, start + long + 2, y + 8)
+                lead = [(u + f * reach * du, v + f * reach * dv) for f in (0.5, 0.7, 0.9)]
+                dots = [(a - 1, b - 1, a + 1, b + 1) for a, b in lead] if reach > 13 else []
+                if (frame[0] <= box[0] and box[2] <= frame[2] and frame[1] <= box[1]
+                        and box[3] <= frame[3]
+                        and not any(_overlap(box, other) for other in taken)
+                        and not any(_overlap(dot, other) for dot in dots for other in taken
+                                    if not _overlap(other, (u - 8, v - 8, u + 8, v + 8)))):
+                    found = (x, y, start, box, dots)
+                    break
+            if found:
+                break
+        if found is None:
+            continue
+        x, y, start, box, dots = found
+        taken += [box, *dots]
+        if dots:
+            drawn.append(f'<line class="lead" x1="{u:.1f}" y1="{v:.1f}" x2="{x:.1f}" '
+                         f'y2="{y:.1f}"/>')
+        drawn.append(f'<g class="{hue}"><text x="{start:.1f}" y="{y + 4:.1f}">{_xml(name)}</text>'
+                     "</g>")
+    return drawn
 
 
 def _ticks(low: float, high: float) -> list[float]:

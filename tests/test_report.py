@@ -216,6 +216,27 @@ def test_the_picture_survives_strange_rows(tmp_path):
     assert ElementTree.parse(path).getroot().tag.endswith("svg")
 
 
+def test_the_picture_names_every_change_beside_its_point_and_no_name_covers_another(tmp_path):
+    scores = [0.973, 0.971, 0.969, 0.968, 0.957, 0.956, 0.41]
+    close = Comparison([Row("digits", f"Change{i}", scores=[score], train_time=[1 + i / 10],
+                            peak_bytes=1_000_000 + 50_000 * i)
+                        for i, score in enumerate(scores)])
+    path = report.picture(close, tmp_path / "picture.svg")
+    names = [(e.text, float(e.get("x")), float(e.get("y"))) for e in ElementTree.parse(path).iter()
+             if (e.text or "").startswith("Change")]
+    assert [name for name, *_ in names].count("Change3") == 3  # two panels and the key
+    for i, (_, u, v) in enumerate(names):
+        assert all(abs(u - x) >= 50 or abs(v - y) >= 13 for _, x, y in names[:i])
+
+
+@pytest.mark.parametrize("best", [0.99, 1.0])
+def test_accuracies_go_by_the_error_unless_one_is_perfect(tmp_path, best):
+    rows = [Row("digits", "A", scores=[best], train_time=[1], peak_bytes=1),
+            Row("digits", "B", scores=[0.9], train_time=[2], peak_bytes=2)]
+    text = report.picture(Comparison(rows), tmp_path / "picture.svg").read_text("utf-8")
+    assert ("by the error on a log scale" in text) == (best < 1)
+
+
 def test_a_picture_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="comparison has no scores to draw"):
         report.picture(Comparison([Row("digits", "Backprop")]), tmp_path / "picture.svg")
