@@ -530,6 +530,13 @@ def test_sequence_without_stages(network: nn.Module, match: str) -> None:
         nw.stages(network)
 
 
+@pytest.mark.parametrize("example", [None, torch.randn(2, 4)])
+def test_compiled_network_has_no_parts(example: Tensor | None) -> None:
+    compiled = torch.compile(mlp(), backend="eager")
+    with pytest.raises(CannotStage, match="compiled by torch.compile.*give the module"):
+        nw.stages(compiled, example)  # type: ignore[arg-type]
+
+
 def test_example_of_the_wrong_shape_names_the_layer() -> None:
     network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(5, 2))
     with pytest.raises(CannotStage, match=r"shape \(2, 4\).*failed at 2 \(Linear"):

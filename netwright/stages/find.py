@@ -56,6 +56,10 @@ def stages(network: nn.Module | Stages, example: Any = None,
         return network if cuts is None else stages(network.model, example, cuts)
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be a module or its Stages, got {type(network).__name__}")
+    if hasattr(network, "_orig_mod"):
+        raise CannotStage("network was compiled by torch.compile, which hides its parts; give the "
+                          "module that was compiled, and call its own compile() where the whole "
+                          "network is to run compiled")
     names = _checked(network, cuts)
     if example is not None:
         check_example(network, example)
