@@ -533,7 +533,7 @@ def test_sequence_without_stages(network: nn.Module, match: str) -> None:
 @pytest.mark.parametrize("example", [None, torch.randn(2, 4)])
 def test_compiled_network_has_no_parts(example: Tensor | None) -> None:
     compiled = torch.compile(mlp(), backend="eager")
-    with pytest.raises(CannotStage, match="compiled by torch.compile.*give the module"):
+    with pytest.raises(CannotStage, match=r"compiled by torch\.compile.*give the module"):
         nw.stages(compiled, example)  # type: ignore[arg-type]
 
 
