@@ -1,5 +1,7 @@
 """Makes the pages and pictures that come from the catalogue and the measured evidence."""
 
+import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +11,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from netwright import evidence, papers
-from netwright.results import Comparison
+from netwright.results import Comparison, Row
 
 HERE = Path(__file__).parent
 MARK = "<!-- measured comparison -->"
+COST = re.compile(r"<!-- measured cost of (\w+) -->")
+PICTURE = re.compile(r"^!\[[^]]*\]\(\.\./pictures/(\w+)\.svg\)$", re.MULTILINE)
 
 sys.path.insert(0, str(HERE))
 from _pictures import draw  # noqa: E402 - it stands beside this file, which is no package
@@ -29,28 +33,64 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the recorded comparison where a page asks for it."""
-    if MARK not in markdown:
-        return markdown
-    return markdown.replace(MARK, _comparison(Comparison.load(HERE / "comparison.json")))
+    """Put what was measured where a page asks for it, and the verdict below each picture."""
+    found = Comparison.load(HERE / "comparison.json")
+    if MARK in markdown:
+        markdown = markdown.replace(MARK, _comparison(found))
+    markdown = COST.sub(lambda asked: _cost(asked[1], found), markdown)
+    return PICTURE.sub(lambda shown: f"{shown[0]}\n\n{_verdict(shown[1])}", markdown)
+
+
+def _cost(rule: str, found: Comparison) -> str:
+    """Return a rule's figures beside backprop's, and how its memory grows with depth."""
+    rows = {(row.task, row.change): row for row in found.rows}
+    parts = ["| measured on | accuracy % | Backprop's % | step time | peak memory | saved for "
+             "backward | parameters | FLOPs a step |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for task in dict.fromkeys(row.task for row in found.rows):
+        row, base = rows[task, rule], rows[task, "Backprop"]
+        parts.append(f"| {task} | {_percent(row)} | {_percent(base)} | "
+                     f"{_multiples(row, base)} |")
+    depth = json.loads((HERE.parent / "benchmarks/results/memory.json").read_text("utf-8"))
+    shallow, deep = depth["stages"]
+    grows = {name: depth["rules"][name]["working_ratio"] for name in (rule, "Backprop")}
+    return "\n".join([
+        *parts, "", "Costs are multiples of Backprop's on the same network "
+        "([the whole comparison](index.md#what-they-cost-and-how-well-they-do)). On an MLP of "
+        f"{deep} stages a step's working memory is {grows[rule]:.2f} times that on {shallow} "
+        f"(Backprop: {grows['Backprop']:.2f})."])
+
+
+def _verdict(name: str) -> str:
+    """Return what is claimed and what was found, to stand below a picture."""
+    result = evidence.recorded().get(name)
+    if result is None:
+        return ""  # MkDocs warns of the picture that is missing
+    return (f"*Claim:* {result['claim']} *Verdict:* **{result['verdict']}**. "
+            f"[What was run, and every figure](../evidence.md#{name}).")
+
+
+def _percent(row: Row) -> str:
+    return f"{100 * row.mean:.1f} ± {100 * row.spread:.1f}"
+
+
+def _multiples(row: Row, base: Row) -> str:
+    return " | ".join(f"{getattr(row, name) / getattr(base, name):.2f}" for name in
+                      ("step_time", "peak_bytes", "saved_bytes", "parameters", "flops"))
 
 
 def _comparison(found: Comparison) -> str:
     """Return a table of every rule's figures, as multiples of backprop's where they are costs."""
     shared = found.settings
     parts = [f"`netwright compare` with its defaults: {shared['trials']} tuning trials and "
-             f"{len(shared['seeds'])} seeds for each; costs are multiples of backprop's on the same "
-             "network.", ""]
+             f"{len(shared['seeds'])} seeds for each; costs are multiples of backprop's on "
+             "the same network.", ""]
     for task in dict.fromkeys(row.task for row in found.rows):
         rows = [row for row in found.rows if row.task == task]
         base = next(row for row in rows if row.change == "Backprop")
         parts += [f"**{task}**", "", "| rule | accuracy % | step time | peak memory | "
                   "saved for backward | parameters | FLOPs a step |",
                   "|---|---:|---:|---:|---:|---:|---:|"]
-        parts += [f"| `{row.change}` | {100 * row.mean:.1f} ± {100 * row.spread:.1f} | "
-                  + " | ".join(f"{getattr(row, name) / getattr(base, name):.2f}" for name in
-                               ("step_time", "peak_bytes", "saved_bytes", "parameters", "flops"))
-                  + " |" for row in rows]
+        parts += [f"| `{row.change}` | {_percent(row)} | {_multiples(row, base)} |" for row in rows]
         parts.append("")
     return "\n".join([*parts, "![accuracy against memory and time](../comparison.svg)"])
 
@@ -69,18 +109,34 @@ def _evidence(results: Mapping[str, Mapping[str, Any]]) -> str:
         machine = result["machine"]
         parts += ["", f"## {name}", "",
                   f"*{papers.paper(result['paper']).title}* ({result['paper']})", "",
-                  f"**Claim.** {result['claim']}", "", f"**Verdict: {result['verdict']}.** "
-                  f"{result['note']}", "", "| measured | mean | deviation | seeds |",
+                  f"**Claim.** {result['claim']}", "", f"**Verdict: {result['verdict']}.**", "",
+                  result["note"], "", "| measured | mean | deviation | seeds |",
                   "|---|---:|---:|---:|"]
-        parts += [f"| {figure} | {spread['mean']:.4g} | {spread['deviation']:.2g} | "
+        parts += [f"| {figure} | {_number(spread['mean'], 4)} | "
+                  f"{_number(spread['deviation'], 2) if spread['seeds'] > 1 else '–'} | "
                   f"{spread['seeds']} |" for figure, spread in result["summary"].items()]
         parts += ["", f"![what was measured for {name}](pictures/{name}.svg)", "",
-                  "**Setting.** " + "; ".join(f"{key}: {value}" for key, value
-                                              in result["setting"].items())
-                  + f". Scale {result['scale']}, {result['seconds']} s on {machine['device']} "
-                  f"({machine['cores']} cores, {machine['threads']} threads), "
-                  f"PyTorch {machine['torch']}, {result['date']}."]
+                  "**Setting.**", "", *(f"- {key}: {_said(value)}" for key, value
+                                        in result["setting"].items()),
+                  f"- run: scale {result['scale']}, {result['seconds']:.0f} s on "
+                  f"{machine['device']} (cores: {machine['cores']}, threads: "
+                  f"{machine['threads']}), PyTorch {machine['torch']}, {result['date']}"]
     return "\n".join(parts) + "\n"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10 ** digits else f"{value:.{digits}g}"
+
+
+def _said(value: Any) -> str:
+    """Return a setting in words, without brackets and quotes."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {_said(part)}" for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_said, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return _number(value, 4) if isinstance(value, (int, float)) else str(value)
 
 
 def _papers() -> str:

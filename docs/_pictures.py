@@ -1,15 +1,21 @@
 """Draws what was measured, from the committed results of the evidence."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from netwright.report import PALETTE
 
 matplotlib.rcParams.update({
     "svg.fonttype": "none", "svg.hashsalt": "netwright", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "axes.prop_cycle": matplotlib.cycler(color=[pair[0] for pair in PALETTE]),
 })
 MOST_BARS = 24
 
@@ -34,8 +40,22 @@ def _curves(result: Mapping[str, Any]) -> str:
                           color=drawn.get_color(), linewidth=0)
     axes.set_xlabel(result["axes"][0])
     axes.set_ylabel(result["axes"][1])
-    axes.legend(frameon=False, fontsize=8, loc="best")
+    _scale(axes, [x for curve in result["curves"].values() for x in curve["x"]])
+    if len(result["curves"]) > 3:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3,
+                      frameon=False, fontsize=8)
+    else:
+        axes.legend(frameon=False, fontsize=8, loc="best")
     return _svg(figure)
+
+
+def _scale(axes: Axes, places: Sequence[float]) -> None:
+    """Mark whole numbers where all places are, and powers where they go over decades."""
+    steps = [b / a for a, b in pairwise(sorted(set(places))) if a > 0]
+    if min(places) > 0 and max(places) > 100 * min(places) and min(steps) > 1.5:
+        axes.set_xscale("log")
+    elif all(float(x).is_integer() for x in places):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _bars(result: Mapping[str, Any]) -> str:
