@@ -14,6 +14,7 @@ from netwright.stages import call
 Distance = Literal["angular", "euclidean", "jensen-shannon"] | Callable[[Tensor, Tensor], Tensor]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
                     distance: Distance = "angular") -> nn.Module:
@@ -73,6 +74,7 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     return _finished(pruned, removed)
 
 
+@torch.inference_mode(False)
 def sublayers(model: nn.Module, example: Any) -> list[str]:
     """Return the names of the sublayers that `prune_sublayers` could remove, first to last.
 
@@ -83,6 +85,7 @@ def sublayers(model: nn.Module, example: Any) -> list[str]:
     return [sublayer.name for sublayer in _found(model, example).sublayers]
 
 
+@torch.inference_mode(False)
 def without_sublayers(model: nn.Module, example: Any, names: list[str]) -> nn.Module:
     """Return a copy without the sublayers called `names`, by a choice of one's own.
 
@@ -106,6 +109,9 @@ def without_sublayers(model: nn.Module, example: Any, names: list[str]) -> nn.Mo
 
 
 def _found(model: nn.Module, x: Any) -> Trace:
+    if hasattr(model, "_orig_mod"):
+        raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
+                               "the module that was compiled, and compile the result")
     with same_random_state():
         found = trace(deepcopy(model), x)
     if not found.sublayers:

@@ -302,6 +302,20 @@ def test_mode_dtype_and_frozen_parameters_are_kept():
     assert all(p.requires_grad for p in model[2].parameters())
 
 
+def test_it_is_the_same_in_inference_mode():
+    network = residual()
+    x = torch.randn(6, 5)
+    expected = prune_sublayers(network, x, remove=2)
+    with torch.inference_mode():
+        pruned = prune_sublayers(network, x + 0, remove=2)
+        chosen = without_sublayers(network, x + 0, list(pruned.removed_sublayers))
+    assert pruned.removed_sublayers == expected.removed_sublayers
+    for result in (pruned, chosen):
+        assert not any(p.is_inference() for p in result.parameters())
+        assert torch.equal(result(x), expected(x))
+        result(x).sum().backward()
+
+
 def test_the_norms_of_a_post_norm_stream_stay():
     pruned = prune_sublayers(hugging_face("bert"), padded(), remove=6)
     left = {name.split(".", 4)[-1] for name, _ in pruned.named_parameters() if ".layer." in name}
@@ -322,6 +336,12 @@ def test_a_plain_chain_has_nothing_to_remove():
     with pytest.raises(NothingToReshape, match="Sequential has no sublayer"):
         prune_sublayers(nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)),
                         torch.randn(2, 5), remove=1)
+
+
+def test_a_compiled_network_is_refused():
+    compiled = torch.compile(residual(), backend="eager")
+    with pytest.raises(NothingToReshape, match=r"compiled by torch\.compile.*compile the result"):
+        prune_sublayers(compiled, torch.randn(6, 5))
 
 
 @pytest.mark.parametrize("remove", [0, -1, 5])
