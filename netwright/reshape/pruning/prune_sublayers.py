@@ -22,6 +22,10 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
 
     s_k = argmin_s d(f(x), f_k(x)),  f_k = f without s_1, ..., s_k-1 and s.
 
+    f gives the network's own outputs, such as logits, of the whole network before anything was
+    removed; every sublayer that is left is tried at each step (the authors' program can also
+    spare the first layers).
+
     A sublayer is a branch of a residual stream, such as attention or a feed-forward network:
     h := h + g(h) becomes h := h. They are found by watching one run, in any network whose sums
     h + g(h) are made with tensors and whose g ends in a module; g's last module and what feeds

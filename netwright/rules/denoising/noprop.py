@@ -49,8 +49,8 @@ class NoProp(Rule):
             not known, or y does not fit it.
 
     Paper: Li, Teh, Pascanu, 2025, NoProp: Training Neural Networks without Back-propagation or
-    Forward-propagation (its discrete-time variant; the paper's blocks differ in their layers,
-    and it does not give `offset`).
+    Forward-propagation (its discrete-time variant, with the linear one of its two classifiers;
+    the paper's blocks differ in their layers, and it does not give `offset`).
 
     >>> network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     >>> rule = NoProp(network, example=torch.randn(2, 4), blocks=3)

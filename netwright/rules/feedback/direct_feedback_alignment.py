@@ -15,7 +15,7 @@ class DirectFeedbackAlignment(Rule):
     """Train every stage with a random projection of the output error of its own.
 
     e = dL/dlogits;  dL/dh_i := e B_i in hidden stages, e in the last;  B_i ~ N(0, 1/classes).
-    share: B_i = the first prod(size_i) columns of one B ~ N(0, 1/its columns), as Launay has it.
+    share: B_i = the first prod(size_i) columns of one B ~ N(0, 1/its columns).
     sign_symmetric: B_i = |B_i| sign(W_last ... W_(i+1)), where those are all linear layers.
     kolen_pollack: dL/dB_i := e^T h_i, the update that W_last would have if it read h_i.
 
@@ -23,6 +23,10 @@ class DirectFeedbackAlignment(Rule):
     of h_i are those of the logits (tokens, nodes), each of their positions receives the
     projection of its own error; else all of a sample's error is projected to all of its h_i.
     An h_i with shorter axes than the example's takes the part of B_i that it has.
+
+    How B is drawn is a choice of this rule: Launay's program too divides the shared B by the root
+    of its columns, but draws it evenly from [-1, 1). `sign_symmetric`, which these papers do not
+    have, is what Liao, Leibo and Poggio do in feedback alignment.
 
     With `kolen_pollack`, W_last - B of the last hidden stage shrinks by the optimizer's weight
     decay and by nothing else, so give the optimizer one that is decoupled (SGD's, AdamW's).

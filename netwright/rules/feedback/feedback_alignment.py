@@ -27,6 +27,10 @@ class FeedbackAlignment(Rule):
     their weights themselves: recurrent layers, `nn.MultiheadAttention`, subclasses of a layer
     with a forward of their own. Any network does: it need not be a chain of stages.
 
+    How B is drawn is a choice of this rule, made so that an error keeps its size from layer to
+    layer. Of Liao's magnitudes beside W's signs (all equal, drawn anew for each batch, drawn
+    once) these are the ones that are drawn once.
+
     With `kolen_pollack`, W - B shrinks by the optimizer's weight decay and by nothing else, so
     give the optimizer one that is decoupled (SGD's, AdamW's).
 

@@ -56,7 +56,8 @@ class ForwardForward(Rule):
     a stage as one batch, which is what its norms see, except where x is a tuple.
 
     Not in the paper: the input is divided by its rms too, as the author's published program does
-    (`normalise_input`); the temperature is 1 there.
+    (`normalise_input`); the temperature is 1 there. Left out is peer normalisation, a pull on
+    each unit's mean activity that keeps units from being always on or always off.
 
     Args:
         network: What is trained; it returns class scores, unless `classifier=False`.

@@ -32,7 +32,8 @@ class ForwardGradient(Rule):
     loss (e) and within each stage (dh_i/dw_i), never from stage to stage, and the stages'
     activations are stored. Where samples depend on each other (batch norm in training, graphs),
     which is found out at the first batch, the slope is the sum over samples, as it must be for
-    the estimate to stay unbiased. Stages without trainable parameters are not perturbed.
+    the estimate to stay unbiased. Stages without trainable parameters are not perturbed. What is
+    perturbed is a stage's output, behind its activation function where that is part of the stage.
 
     Under autocast the forward-mode passes keep the parameters' own precision, since PyTorch's
     derivatives of norms do not follow autocast's dtypes.
