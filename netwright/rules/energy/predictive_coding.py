@@ -85,6 +85,8 @@ class PredictiveCoding(Rule):
                 parameter.grad.add_(total)
         return loss
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def energies(self, x: Any, y: Tensor) -> list[float]:
         """Return the mean of F over the targets after 0, 1, ..., `steps` steps; change nothing."""
         with same_buffers(self.network), same_random_state():
@@ -208,7 +210,10 @@ class _Batch:
         self.stale = len(self.outputs)
 
     def _input(self, i: int) -> Any:
-        return self.inputs[i].to(self.outputs[i - 1].dtype) if i else self.inputs[0]
+        if i == 0:
+            return self.inputs[0]
+        # A view, since PyTorch's FLOP counter cannot hook a leaf that autograd.grad is asked for.
+        return self.inputs[i].view_as(self.inputs[i]).to(self.outputs[i - 1].dtype)
 
 
 def _targets(logits: Tensor, y: Tensor) -> Tensor:

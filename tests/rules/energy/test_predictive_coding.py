@@ -1,11 +1,13 @@
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, mse_loss
+from torch.utils.flop_counter import FlopCounterMode
 
 from netwright.data import digits
 from netwright.losses import cross_entropy
@@ -211,6 +213,17 @@ def test_a_state_rate_that_is_too_large_shows_in_the_energies() -> None:
     assert energies != sorted(energies, reverse=True)
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_energies_are_found_where_gradients_are_off(without: Callable[[], Any]) -> None:
+    rule = PredictiveCoding(mlp())
+    expected = rule.energies(inputs(), LABELS)
+    x = inputs()
+    with without():
+        found = rule.energies(x, LABELS)
+    assert found == expected
+    assert len(set(found)) > 1
+
+
 def test_energies_start_at_the_loss_and_follow_the_reference() -> None:
     network, x = mlp(), inputs()
     energies = PredictiveCoding(network, steps=3, state_rate=0.3).energies(x, LABELS)
@@ -315,6 +328,23 @@ def test_weights_come_back_when_a_step_fails() -> None:
     with pytest.raises(RuntimeError, match="no more"):
         PredictiveCoding(network, incremental=True, loss=loss)(inputs(), LABELS)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_a_step_runs_only_stages_that_an_error_has_reached() -> None:
+    network, x, widths = mlp(), inputs(), [5 * 7, 7 * 7, 7 * 3]
+    with FlopCounterMode(display=False) as counter:
+        PredictiveCoding(network, steps=4)(x, LABELS)
+    states = widths[2] + 3 * sum(widths[1:])  # its vjp in the first step, and in later ones
+    again = widths[2] + 3 * sum(widths[1:])
+    assert counter.get_total_flops() == 2 * len(x) * (2 * sum(widths) + states + again)
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+def test_the_flop_counter_can_watch(incremental: bool) -> None:
+    rule = PredictiveCoding(convolutional(), incremental=incremental)
+    with FlopCounterMode(display=False) as counter:
+        rule(torch.randn(6, 1, 8, 8), LABELS)
+    assert counter.get_total_flops() > 0
 
 
 def test_squared_error_on_real_targets_weighs_samples_alike() -> None:
