@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from netwright import evidence, papers
@@ -27,6 +28,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     results = evidence.recorded()
     pages = {"evidence.md": _evidence(results), "papers.md": _papers()}
     pages |= {f"pictures/{name}.svg": draw(result) for name, result in results.items()}
+    pages |= {f"pictures/digits_{rule}.svg": draw(curves) for rule, curves
+              in _by_epoch(Comparison.load(HERE / "comparison.json")).items()}
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
@@ -44,6 +47,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def _cost(rule: str, found: Comparison) -> str:
     """Return a rule's figures beside backprop's, and how its memory grows with depth."""
     rows = {(row.task, row.change): row for row in found.rows}
+    if not any(change == rule for _, change in rows):
+        raise PluginError(f"docs/comparison.json has no run of {rule}: record it as "
+                          "CONTRIBUTING.md says, or take the line that asks for it out of its page")
     parts = ["| measured on | accuracy % | Backprop's % | step time | peak memory | saved for "
              "backward | parameters | FLOPs a step |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
     for task in dict.fromkeys(row.task for row in found.rows):
@@ -60,11 +66,22 @@ def _cost(rule: str, found: Comparison) -> str:
         f"(Backprop: {grows['Backprop']:.2f})."])
 
 
+def _by_epoch(found: Comparison) -> dict[str, dict[str, Any]]:
+    """Return each rule's accuracy by epoch beside backprop's, as what a picture is drawn from."""
+    lines = {(row.task, row.change): {
+        "x": [epoch for epoch, *_ in row.curves[0]],
+        "y": [[100 * metric for *_, metric in seed] for seed in row.curves]}
+        for row in found.rows if row.curves}
+    return {rule: {"axes": ["epoch", "test accuracy (%)"], "curves": {
+        f"{task}: {change}": line for (task, change), line in lines.items()
+        if change in (rule, "Backprop")}} for rule in {change for _, change in lines}}
+
+
 def _verdict(name: str) -> str:
     """Return what is claimed and what was found, to stand below a picture."""
     result = evidence.recorded().get(name)
     if result is None:
-        return ""  # MkDocs warns of the picture that is missing
+        return ""  # a picture of the comparison, or one that MkDocs says is missing
     return (f"*Claim:* {result['claim']} *Verdict:* **{result['verdict']}**. "
             f"[What was run, and every figure](../evidence.md#{name}).")
 
@@ -145,19 +162,20 @@ def _papers() -> str:
     done = [entry for entry in entries if entry.names]
     parts = ["# Papers", "", f"{len(entries)} papers, of which {len(done)} are implemented. "
              "`netwright papers WORDS` searches them.", ""]
+    parts += ["## Implemented here", "", "| id | paper | claim | here |", "|---|---|---|---|"]
+    parts += [f"| `{entry.id}` | {_cell(entry.title)} | {_cell(entry.claim)} | {_here(entry)} |"
+              for entry in done]
     for family, whole in sorted(papers.FAMILIES.items(), key=lambda item: item[1]):
-        members = [entry for entry in entries if entry.family == family]
-        parts += [f"## {whole.capitalize()} ({family})", "", "| id | paper | what it does | here |",
-                  "|---|---|---|---|"]
-        parts += [f"| {entry.id} | {_cell(entry.title)} | {_cell(entry.gist)} | {_here(entry)} |"
-                  for entry in members]
-        parts.append("")
-    return "\n".join(parts)
+        parts += ["", f"## {whole[0].upper()}{whole[1:]} ({family})", "",
+                  "| id | paper | what it does |", "|---|---|---|"]
+        parts += [f"| `{entry.id}` | {_cell(entry.title)} | {_cell(entry.gist)} |"
+                  for entry in entries if entry.family == family]
+    return "\n".join(parts) + "\n"
 
 
 def _here(entry: papers.Paper) -> str:
     names = [f"`{name}`" for name in entry.names]
-    return ", ".join(names + [f"[{name}](evidence.md#{name})" for name in entry.evidence])
+    return ", ".join(names + [f"[measured](evidence.md#{name})" for name in entry.evidence])
 
 
 def _cell(text: str) -> str:

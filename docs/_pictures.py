@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -15,7 +16,7 @@ from netwright.report import PALETTE
 matplotlib.rcParams.update({
     "svg.fonttype": "none", "svg.hashsalt": "netwright", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "axes.prop_cycle": matplotlib.cycler(color=[pair[0] for pair in PALETTE]),
+    "axes.prop_cycle": cycler(color=[pair[0] for pair in PALETTE]),
 })
 MOST_BARS = 24
 

@@ -708,8 +708,9 @@ def _log_axis(low: float, high: float) -> _Axis:
                  lambda x: math.log(x / low) / span, True)
 
 
-def _callouts(places: Sequence[tuple[float, float]], names: Sequence[str], hues: Sequence[str], line: Sequence[tuple[float, float]],
-              frame: tuple[float, float, float, float]) -> list[str]:
+def _callouts(places: Sequence[tuple[float, float]], names: Sequence[str], hues: Sequence[str],
+              line: Sequence[tuple[float, float]], frame: tuple[float, float, float, float],
+              ) -> list[str]:
     """Return each point's name as near to it as `frame` and `line` leave room."""
     taken = [(u - 8, v - 8, u + 8, v + 8) for u, v in places]
     for (a, b), (c, d) in pairwise(line):
