@@ -174,6 +174,49 @@ def test_a_frozen_layer_stays_as_it_is(name: str, options: dict[str, Any], layer
 
 
 @every_rule
+def test_a_frozen_network_gets_no_gradient(name: str, options: dict[str, Any]) -> None:
+    case = Contract(name, options)
+    case.network.requires_grad_(False)
+    if name in ("Backprop", "ForwardGradient"):  # the others may have parameters of their own
+        with pytest.raises(ValueError, match="network has no trainable parameters"):
+            case()
+    else:
+        assert torch.isfinite(case())
+    assert all(p.grad is None for p in case.network.parameters())
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_rule_follows_when_it_is_converted(name: str, options: dict[str, Any],
+                                             dtype: torch.dtype) -> None:
+    case = Contract(name, options)
+    case()
+    case.rule.zero_grad()
+    case.rule.to(dtype)
+    assert torch.isfinite(case(case.x.to(dtype)))
+    assert case.gradients()
+    assert all(gradient.dtype == dtype and gradient.isfinite().all()
+               for gradient in case.gradients().values())
+    assert case.rule.predict(case.x.to(dtype)).isfinite().all()
+
+
+@every_rule
+def test_batches_of_any_size_and_layout_do(name: str, options: dict[str, Any]) -> None:
+    case, plain = Contract(name, options), Contract(name, options)
+    columns = case.x.T.contiguous().T
+    assert not columns.is_contiguous()
+    torch.testing.assert_close(case(columns, torch.stack([case.y, case.y], 1)[:, 0]), plain())
+    repeated = case.x[:1].expand(6, FEATURES)
+    case(repeated, torch.ones_like(case.y))  # one class only
+    assert torch.equal(repeated, case.x[:1].repeat(6, 1))
+    for size in (1, 4, 2):
+        case.rule.zero_grad()
+        assert torch.isfinite(case(case.x[:size], case.y[:size]))
+        assert all(gradient.isfinite().all() for gradient in case.gradients().values())
+        assert case.rule.predict(case.x[:size]).shape == (size, CLASSES)
+
+
+@every_rule
 def test_everything_follows_the_network_to_float64(name: str, options: dict[str, Any]) -> None:
     case = Contract(name, options, dtype=torch.float64)
     floating = [value for value in case.rule.state_dict().values() if value.is_floating_point()]

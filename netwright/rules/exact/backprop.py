@@ -17,6 +17,9 @@ class Backprop(Rule):
 
     Shapes: x as the network takes it; y as the loss takes it.
 
+    Raises:
+        ValueError: nothing in the network is trainable.
+
     Paper: Rumelhart, Hinton, Williams, 1986, Learning Representations by Back-Propagating Errors.
 
     >>> import torch
@@ -37,5 +40,7 @@ class Backprop(Rule):
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add dL/dw to `.grad`; return the detached loss."""
         loss = checked(self.loss, call(self.network, x), y)
+        if not loss.requires_grad:
+            raise ValueError("network has no trainable parameters; set requires_grad on some")
         loss.backward()
         return loss.detach()
