@@ -65,7 +65,8 @@ def direct_feedback_alignment(scale: Scale) -> Outcome:
              "weighted layers inside. The angle is the mean over the hidden stages, on one "
              "training batch. The networks are far smaller than the paper's, and its view "
              "synthesis and recommender tasks were not run. Each rule had the same learning rates "
-             "to choose from, chosen with a seed that is not among those reported.",
+             "to choose from, chosen with a seed that is not among those reported. "
+             + _at_the_edge(rates),
         curves=curves,
         axes=("tenth of the training", "share of validation answers that are wrong"))
 
@@ -195,6 +196,14 @@ def _angle(rule: Rule, x: Any, y: Tensor) -> float:
                        for grads in updates)
         cosines.append(float(torch.cosine_similarity(ours, exact, dim=0)))
     return statistics.fmean(math.degrees(math.acos(cosine)) for cosine in cosines)
+
+
+def _at_the_edge(rates: dict[str, float]) -> str:
+    edge = [key for key, rate in rates.items() if rate in (RATES[0], RATES[-1])]
+    if not edge:
+        return "No chosen rate was the smallest or largest tried."
+    return ("The chosen rate was the smallest or largest tried for "
+            f"{'; '.join(edge)}: another might do better there.")
 
 
 def _mean(values: list[float]) -> float:
