@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import netwright as nw
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -24,6 +26,18 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = compile(blocks(page), str(page), "exec")
     assert exec(code, {"__name__": "__page__"}) is None
+
+
+@pytest.mark.parametrize("rule", sorted(set(nw.rules.__all__) - {"Rule"}))
+def test_every_rule_has_a_page_in_the_menu_and_a_line_in_the_map(rule):
+    (page,) = [page for page in PAGES if f"::: netwright.rules.{rule}\n" in
+               page.read_text(encoding="utf-8")]
+    text, rules = page.read_text(encoding="utf-8"), ROOT / "docs" / "rules"
+    assert page.parent == rules
+    assert f"rules/{page.name}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert f"[`{rule}`]({page.name})" in (rules / "index.md").read_text(encoding="utf-8")
+    for part in ("What it costs.", "When to use it.", "Options.", "What differs from the paper"):
+        assert f"**{part}" in text, f"{page.name} does not say: {part}"
 
 
 def test_the_site_builds_without_warnings(tmp_path):
