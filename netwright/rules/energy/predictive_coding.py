@@ -23,10 +23,11 @@ class PredictiveCoding(Rule):
     over the steps. The weights are put back before the rule returns: SGD with lr=weight_rate
     then ends where those steps did, and any other optimizer can take g.
 
-    An error travels one stage a step. A small `nudge` brings g near the exact gradient. `loss`
-    is a mean over targets: labels other than -100, or rows of the network's output where y does
-    not hold whole numbers. Dropout keeps one mask for all steps, and running statistics see the
-    forward pass alone.
+    An error travels one stage a step: `steps` are by default 2 (L - 2), and never fewer than let
+    the first stage learn. A small `nudge` brings g near the exact gradient. `loss` is a mean over
+    targets: labels other than -100, or rows of the network's output where y does not hold whole
+    numbers. Dropout keeps one mask for all steps, and running statistics see the forward pass
+    alone.
 
     Shapes: x as the network takes it; h_i as stage i returns it; y as the loss takes it.
 
@@ -55,8 +56,8 @@ class PredictiveCoding(Rule):
                  incremental: bool = False, weight_rate: float = 0.001,
                  generator: Generator | None = None) -> None:
         chain = stages(network, example)
-        steps = len(chain) + 2 if steps is None else steps
         least = len(chain) if incremental else len(chain) - 1
+        steps = max(least, 2 * len(chain) - 4) if steps is None else steps
         if steps < least:
             raise ValueError(f"steps must be at least {least} for {len(chain)} stages, got "
                              f"{steps}; an error travels one stage a step and would not reach "

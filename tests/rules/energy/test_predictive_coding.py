@@ -320,7 +320,7 @@ def test_weights_come_back_when_a_step_fails() -> None:
 
     def loss(logits: Tensor, y: Tensor) -> Tensor:
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 3:
             raise RuntimeError("no more")
         return cross_entropy(logits, y)
 
@@ -490,6 +490,16 @@ def test_digits_are_learned_and_controls_are_not(incremental: bool, seed: int) -
     assert learned > 0.9
     assert learned > frozen + 0.2
     assert shuffled < 0.3
+
+
+@pytest.mark.parametrize(("depth", "steps"), [(1, 0), (2, 1), (3, 2), (4, 4), (6, 8)])
+def test_default_steps_grow_with_depth_and_reach_the_first_stage(depth: int, steps: int) -> None:
+    network = mlp(depth=depth)
+    rule = PredictiveCoding(network)
+    rule(inputs(), LABELS)
+    assert rule.steps == steps
+    assert PredictiveCoding(network, incremental=True).steps == max(depth, steps)
+    assert network[0].weight.grad.any()
 
 
 @pytest.mark.parametrize(("options", "match"), [
