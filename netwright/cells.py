@@ -94,9 +94,11 @@ class Cell:
         if self._tuned is None:
             trials = self.tune.trials()
             tuned = self.tune.standing([job.key for job in self.jobs], self.forgiven[0], trials)
-            broken = [standing for standing in tuned.values() if _broken(standing)]
-            if broken:
-                return self._seen(None, None, tuned, {}, failure=broken[0].failure)
+            # What fails with its defaults cannot run here; what fails with other settings gave
+            # one trial that found nothing.
+            first = tuned[self.jobs[0].key]
+            if _broken(first):
+                return self._seen(None, None, tuned, {}, failure=first.failure)
             if any(s.done is None and s.failed is None for s in tuned.values()):
                 job = next((job for job in self.jobs if tuned[job.key].open), None)
                 return self._seen(job, self.tune, tuned, {})
@@ -265,4 +267,5 @@ def _broken(standing: Standing) -> bool:
 
 
 def _diverged(standings: list[Standing]) -> str:
-    return f"all {len(standings)} tuning trials diverged; the first: {standings[0].failure}"
+    what = "failed" if any(map(_broken, standings)) else "diverged"
+    return f"all {len(standings)} tuning trials {what}; the first: {standings[0].failure}"

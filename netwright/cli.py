@@ -23,15 +23,20 @@ app.add_typer(evidence_app, name="evidence")
 ClickException: Any = typer.BadParameter.__mro__[2]
 
 
+STOPPED = "stopped; run the same command again to go on where it stopped"
+
+
 def main() -> None:
     """Run the command line; bad input gets one line and exit status 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if status == 130:  # how some releases of Typer return from Ctrl-C
+            status = _refuse(STOPPED, status)
     except ClickException as error:
         status = _refuse(error.format_message())
     except (typer.Abort, KeyboardInterrupt):
-        status = _refuse("stopped; run the same command again to go on where it stopped", 130)
+        status = _refuse(STOPPED, 130)
     except (NetwrightError, ValueError, OSError, ImportError) as error:
         status = _refuse(str(error) or type(error).__name__)
     except Exception as error:  # what the user's own code raises, and netwright's own mistakes

@@ -93,14 +93,11 @@ def _class(kind: type, seen: dict[int, Any]) -> Iterator[str | bytes]:
     yield from _parts([base for base in kind.__bases__ if base is not object], seen)
     for name, value in sorted(vars(kind).items()):
         value = getattr(value, "__func__", value)
-        if isinstance(value, (FunctionType, str, int, float, tuple, list, dict)) \
-                and name not in _ABOUT:
+        # Other names with two underscores describe the class, and Python adds some of them later.
+        if isinstance(value, FunctionType) or (not name.startswith("__") and isinstance(
+                value, (str, int, float, tuple, list, dict))):
             yield name
             yield from _parts(value, seen)
-
-
-_ABOUT = ("__doc__", "__module__", "__qualname__", "__annotations__", "__static_attributes__",
-          "__firstlineno__", "__dataclass_fields__", "__dataclass_params__", "__match_args__")
 
 
 def _foreign(module: str) -> bool:

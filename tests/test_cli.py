@@ -140,6 +140,16 @@ def test_a_task_file_that_raises_is_named_with_its_line(netwright, tmp_path):
     assert "line 2" in err
 
 
+def test_control_c_says_how_to_go_on(netwright, monkeypatch, tmp_path):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("netwright.compare", stop)
+    status, _, err = netwright("compare", "digits-mlp", "--quiet")
+    assert status == 130
+    assert "run the same command again to go on where it stopped" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 RAISING = """
 def network():
     raise KeyError("boom")

@@ -199,6 +199,19 @@ def test_a_trial_that_diverges_costs_only_that_trial():
     assert len(row.scores) == 2
 
 
+def test_settings_that_cannot_run_cost_only_their_trial():
+    class Picky(Diverging):
+        def forward(self, x, y):
+            if self.strength == 2.0:
+                raise ValueError("strength 2 needs another network")
+            return super().forward(x, y)
+    storage = InMemoryStorage()
+    row, = trained([Picky], trials=4, storage=storage).rows
+    assert (row.failure, row.hyperparameters["strength"], len(row.scores)) == ("", 1.0, 2)
+    assert 1 <= row.trials < 4
+    assert nw.recorded(storage).rows == [row]
+
+
 def test_all_trials_diverge():
     row, = trained({"never": partial(Diverging, strength=2.0)}).rows
     assert row.failure.startswith("all 3 tuning trials diverged; the first: loss is nan at epoch")

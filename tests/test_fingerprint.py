@@ -1,6 +1,8 @@
+import copy
 import subprocess
 import sys
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -67,3 +69,12 @@ def test_use_does_not_change_a_rule():
         rule(torch.randn(2, 4), torch.tensor([0, 1]))
     for _ in range(3):
         assert before == {name: fingerprint(getattr(nw.rules, name)) for name in nw.rules.__all__}
+
+
+def test_copies_do_not_change_a_class():
+    class Pair(NamedTuple):
+        left: int
+    before = fingerprint(Pair)
+    copy.deepcopy(Pair(1))
+    assert hasattr(Pair, "__slotnames__")  # Python's note for itself
+    assert fingerprint(Pair) == before

@@ -15,7 +15,7 @@ def test_the_catalogue_is_whole():
     assert len(entries) == len({entry["id"] for entry in entries}) == 635
     for entry in entries:
         assert entry["family"] in papers.FAMILIES
-        assert entry["title"] and entry["gist"] and entry["claim"] and entry["experiment"]
+        assert all(entry[key] for key in ("title", "gist", "claim", "experiment"))
         assert "abstract" not in entry
 
 

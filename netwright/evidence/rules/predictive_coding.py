@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from netwright.data import Split, mnist
-from netwright.evidence.evidence import Curve, Outcome, Scale, evidence
+from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
 from netwright.rules import Backprop, PredictiveCoding, Rule
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -15,6 +15,7 @@ BATCH, ENOUGH = 128, 0.85
 @evidence(paper="003-167", claim="At equal multiplications, incremental predictive coding reaches "
           "a higher accuracy than predictive coding and keeps it over more learning rates.")
 def incremental_predictive_coding(scale: Scale) -> Outcome:
+    """Compare both variants and backpropagation over learning rates on MNIST."""
     data, seeds, batches = mnist(), range(3 if scale == "desk" else 5), 250
     if scale == "full":
         batches = 2000
@@ -34,7 +35,7 @@ def incremental_predictive_coding(scale: Scale) -> Outcome:
     more_accurate = lead > spread
     more_robust = (statistics.fmean(survived["incremental"])
                    > statistics.fmean(survived["standard"]))
-    verdict = ("shown" if more_accurate and more_robust
+    verdict: Verdict = ("shown" if more_accurate and more_robust
                else "partly shown" if more_accurate or more_robust else "not shown")
     return Outcome(
         verdict=verdict,

@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -95,6 +95,8 @@ class ForwardForward(Rule):
     >>> rule.predict(torch.randn(5, 20)).shape
     torch.Size([5, 3])
     """
+
+    search: ClassVar = {"predict_by": ["softmax", None]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  num_classes: int | None = None, goodness: Literal["sum", "mean"] = "sum",

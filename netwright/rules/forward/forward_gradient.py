@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -57,6 +57,8 @@ class ForwardGradient(Rule):
     >>> network[0].weight.grad.shape
     torch.Size([8, 4])
     """
+
+    search: ClassVar = {"perturb": ["weights", "activities"], "directions": [1, 16]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  perturb: Literal["weights", "activities"] = "weights", directions: int = 1,
