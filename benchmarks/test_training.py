@@ -76,7 +76,7 @@ def main() -> None:
     data = list(Batches(split.x_train, split.y_train, 128))
     found = {}
     for name, make in networks().items():
-        rounds, epochs = (31, 20) if name.startswith("MLP") else (15, 10)
+        rounds, epochs = (61, 20) if name.startswith("MLP") else (61, 10)
         found[name] = compare(make, data, epochs=epochs, rounds=rounds) | {"limit": LIMITS[name]}
         print(f"{name:20} bare {found[name]['bare_us_per_step']:8.0f} us/step  "
               f"fit {found[name]['fit_us_per_step']:8.0f} us/step  "

@@ -13,4 +13,6 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     >>> cross_entropy(torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long)).shape
     torch.Size([])
     """
+    if logits.ndim == 2 and y.ndim == 1:
+        return functional.cross_entropy(logits, y)
     return functional.cross_entropy(logits.flatten(0, -2), y.flatten())

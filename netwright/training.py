@@ -178,8 +178,7 @@ class _Training:
         self.parameters = [p for p in rule.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.batches = len(train) if isinstance(train, Sized) else None
-        stepped = {id(p) for p in _stepped(optimizer)}
-        self.unstepped = [p for p in self.parameters if id(p) not in stepped]
+        self.cleared: list[Tensor] = []
         self.generators = _generators([*rule.modules(), *_parts(train), *_parts(validation)])
         processes.join(self.device)
         self.world = processes.world()
@@ -264,7 +263,10 @@ class _Training:
 
     def _one_epoch(self) -> None:
         batches = self._open()
-        use = self._closure_step if isinstance(self.optimizer, torch.optim.LBFGS) else self._batch
+        use = self._closure_step if isinstance(self.optimizer, torch.optim.LBFGS) else \
+            self._grouped if self.options.accumulate > 1 or self.world > 1 else self._batch
+        self.cleared = list({id(p): p for p in [*self.parameters, *_stepped(self.optimizer)]
+                             }.values())
         self.started = time.perf_counter()
         for x, y in batches:
             use(_to(x, self.device), _to(y, self.device))
@@ -355,23 +357,26 @@ class _Training:
     # One step
 
     def _batch(self, x: Any, y: Tensor) -> None:
+        """Step with the update of one batch."""
+        self._clear()
+        self.at.batch += 1
+        self._note(self._call(x, y), y.shape[0] if y.ndim else 1, x, y)
+        self._step()
+
+    def _grouped(self, x: Any, y: Tensor) -> None:
         """Add the update of one batch; step where that completes the group."""
-        group, options = self.group, self.options
+        group, samples = self.group, _targets(y)
         if not group.batches:
             self._clear()
-        if options.accumulate == 1 and self.world == 1:
-            samples = len(y)
-        else:
-            samples = _targets(y)
-            if group.samples and samples and samples != group.last:
-                self._scale(group.last / samples)  # so that .grad is always in units of one mean
-            group.last = samples or group.last
+        if group.samples and samples and samples != group.last:
+            self._scale(group.last / samples)  # so that .grad is always in units of one mean
+        group.last = samples or group.last
         group.batches += 1
         group.samples += samples
         self.at.batch += 1
         if samples or self.world == 1:
             self._note(self._call(x, y), samples, x, y)
-        if group.batches == options.accumulate:
+        if group.batches == self.options.accumulate:
             self._update()
 
     def _call(self, x: Any, y: Tensor) -> Tensor:
@@ -423,6 +428,9 @@ class _Training:
             self._scale(group.last / group.samples)
         if self.world > 1:
             self._average(group)
+        self._step()
+
+    def _step(self) -> None:
         if self.options.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
         if self.optimizer is not None:
@@ -483,9 +491,7 @@ class _Training:
             self.started = time.perf_counter()
 
     def _clear(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
-        for p in self.unstepped:
+        for p in self.cleared:
             p.grad = None
 
     def _scale(self, factor: float) -> None:

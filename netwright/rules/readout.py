@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional
 
 from netwright.stages import Stages
 
@@ -51,7 +52,7 @@ class Readout(nn.Module):
 
     def forward(self, h: Tensor, y: Tensor | None = None, x: Any = None) -> Tensor:
         """Return the scores for labels of the shape of `y`; `x` tells which tokens are padding."""
-        return self.scores(self.features(h, y, x))
+        return self.scores(h if h.ndim == 2 else self.features(h, y, x))
 
     def features(self, h: Tensor, y: Tensor | None = None, x: Any = None) -> Tensor:
         """Return what the matrix reads of `h`: (batch, features) or (batch, tokens, features)."""
@@ -61,14 +62,16 @@ class Readout(nn.Module):
 
     def scores(self, a: Tensor) -> Tensor:
         """Return a M^T."""
-        if isinstance(self.linear, nn.LazyLinear) and self.linear.has_uninitialized_params():
-            self.linear.initialize_parameters(a)
+        linear = self.linear
+        if isinstance(linear, nn.LazyLinear) and linear.has_uninitialized_params():
+            linear.initialize_parameters(a)
             self._draw()
-        if a.shape[-1] != self.weight.shape[1]:
+        weight = linear.weight
+        if a.shape[-1] != weight.shape[1]:
             raise ValueError(f"stage {self.stage} gives {a.shape[-1]} features, and its matrix was "
-                             f"made for {self.weight.shape[1]}; keep the input's size, and give "
+                             f"made for {weight.shape[1]}; keep the input's size, and give "
                              "example= if the network was read wrongly")
-        return self.linear(a)
+        return functional.linear(a, weight)
 
     def _rows(self, h: Tensor) -> Tensor:
         if h.ndim == 3 and not self.channels_first:

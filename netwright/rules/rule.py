@@ -34,10 +34,9 @@ class Rule(nn.Module):
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.enable_grad():
                 return self(x, *rest, **options)
-        rest = tuple([_cut_off(value) for value in rest])
         if options:
             options = {name: _cut_off(value) for name, value in options.items()}
-        return super().__call__(_cut_off(x), *rest, **options)
+        return super().__call__(_cut_off(x), *[_cut_off(value) for value in rest], **options)
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the batch's update to `.grad` of the parameters; return the detached loss."""

@@ -22,11 +22,14 @@ def call(model: nn.Module, x: Any) -> Tensor:
     >>> call(nn.Bilinear(2, 3, 4), (torch.randn(5, 2), torch.randn(5, 3))).shape
     torch.Size([5, 4])
     """
-    return tensor_of(apply(model, x))
+    output = model(x) if isinstance(x, Tensor) else apply(model, x)
+    return output if isinstance(output, Tensor) else tensor_of(output)
 
 
 def apply(function: Callable[..., Any], x: Any, **options: Any) -> Any:
     """Return `function` of `x`: a tensor, a tuple of arguments or a mapping of keywords."""
+    if isinstance(x, Tensor):  # asked first, since that takes the least time
+        return function(x, **options)
     if isinstance(x, Mapping):
         return function(**{**x, **options})
     if isinstance(x, (tuple, list)):
