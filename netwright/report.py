@@ -338,7 +338,8 @@ def _task_data(rows: Sequence[Row], looks: Mapping[str, int]) -> dict[str, Any]:
                         (None if log else 0.0), (480, 270))
         figures[key] = {"title": figure.title, "unit": unit, "front": front, "log": log,
                         "spots": [_SIDES[side] for side in labels],
-                        "dtick": 1 if log and max(positive) > 1000 * min(positive) else "D2"}
+                        "ticks": _log_axis(min(positive) / 2, max(positive) * 2).ticks if log
+                        else None}
     described = [{
         "change": r.change, "name": _label(r.change), "look": looks[r.change],
         "shown": _shown(r), "score": _score(r, r.mean), "spread": _score(r, _spread(r)),
