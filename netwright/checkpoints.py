@@ -19,7 +19,7 @@ from netwright.errors import CorruptCheckpoint
 
 FILE = "checkpoint.json"
 FORMAT = 1
-_TENSORS = re.compile(r"tensors-[0-9a-f]{32}\.safetensors")
+_OURS = re.compile(r"tensors-[0-9a-f]{32}\.safetensors|(tensors|checkpoint)\.tmp")
 
 
 def save(folder: str | Path, state: Mapping[str, Any]) -> None:
@@ -59,8 +59,18 @@ def save(folder: str | Path, state: Mapping[str, Any]) -> None:
     _flush(folder)  # the tensors' name reaches the disk before the JSON that refers to it
     os.replace(temporary, folder / FILE)
     _flush(folder)
+    _clear(folder, name)
+
+
+def tidy(folder: str | Path) -> None:
+    """Delete what writings that a kill broke off have left in `folder`."""
+    stored = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
+    _clear(Path(folder), stored["content"]["tensors"])
+
+
+def _clear(folder: Path, kept: str) -> None:
     for path in folder.iterdir():
-        if _TENSORS.fullmatch(path.name) and path.name != name:
+        if _OURS.fullmatch(path.name) and path.name != kept:
             path.unlink()
 
 

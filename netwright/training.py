@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from netwright import processes
-from netwright.checkpoints import FILE, load, random_state, save, set_random_state
+from netwright.checkpoints import FILE, load, random_state, save, set_random_state, tidy
 from netwright.diagnosis import bad_batch, weights_not_finite, where_not_finite
 from netwright.errors import CorruptCheckpoint, Diverged
 from netwright.history import Epoch, History
@@ -225,6 +225,8 @@ class _Training:
             self._agree(stored is not None)
         if stored is not None:
             self._resume(stored)
+            if processes.rank() == 0:
+                tidy(str(folder))
         elif seed is not None:
             seed += processes.rank()
             torch.manual_seed(seed)
