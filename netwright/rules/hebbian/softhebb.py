@@ -101,7 +101,7 @@ class SoftHebb(Rule):
         column = (-1, *[1] * (w.ndim - 1))
         scores = u.detach()
         if layer.bias is not None:
-            scores = scores - layer.bias.detach().view(column[1:])
+            scores = scores - layer.bias.detach().view(column[:-1])
         y = torch.softmax(scores / temperature, units)
         if self.anti_hebbian:
             y = torch.where(scores == scores.amax(units, keepdim=True), y, -y)
