@@ -34,16 +34,17 @@ class SoftHebb(Rule):
     The step is meant for SGD without momentum or weight decay. Adam divides it by its own size,
     and with it what makes it vanish as the lengths approach 1.
 
-    `initial_norm` draws the hidden weights anew, w_ki ~ N(0, initial_norm^2 / inputs); None
-    leaves them as they are. The papers start far outside the unit sphere, at 25, so that units
-    move far before they settle; PyTorch's own weights have length 0.6 and settle at once.
+    When the rule is made it draws the hidden weights that are not frozen anew, since the method
+    needs a start far outside the unit sphere: w_ki ~ N(0, initial_norm^2 / inputs). PyTorch's own
+    weights have length 0.6 and settle at once, with most units silent. `initial_norm=None` leaves
+    the weights as they are, for a network that has been trained.
 
     Shapes: Linear x (*, inputs), u, y (*, units); convolutions x (batch, channels, *size).
 
     Raises:
         ValueError: a hidden stage has not exactly one weighted layer, or one that is no Linear or
             Conv; `temperature`, `norm_power` or `initial_norm` is out of range, or `temperature`
-            has not one entry a hidden stage; `initial_norm` is given and a layer is lazy.
+            has not one entry a hidden stage; `initial_norm` is not None and a layer is lazy.
 
     Papers: Journé, Garcia Rodriguez, Guo, Moraitis, 2023, Hebbian Deep Learning Without Feedback
     (the losers' sign, the rate by length, convolutions; max |D| is in its published code only);
@@ -51,18 +52,18 @@ class SoftHebb(Rule):
     Hebbian Soft Winner-Take-All Networks (`anti_hebbian=False`, without its learned biases).
 
     >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    >>> rule = SoftHebb(network, initial_norm=25)
+    >>> rule = SoftHebb(network)
     >>> rule(torch.randn(2, 4), torch.tensor([0, 2])).requires_grad
     False
     >>> network[0].weight.grad.shape, network[0].bias.grad
     (torch.Size([8, 4]), None)
     """
 
-    search: ClassVar = {"temperature": (0.1, 10.0), "initial_norm": [None, 25.0]}
+    search: ClassVar = {"temperature": (0.1, 10.0), "anti_hebbian": [True, False]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  temperature: float | Sequence[float] = 1.0, anti_hebbian: bool = True,
-                 norm_power: float = 0.5, initial_norm: float | None = None,
+                 norm_power: float = 0.5, initial_norm: float | None = 25.0,
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
@@ -121,7 +122,7 @@ class SoftHebb(Rule):
         for name, layer in zip(self.stages.names, self.layers, strict=False):
             if is_lazy(layer.weight):
                 raise ValueError(f"initial_norm needs weights to draw, and stage {name} is lazy; "
-                                 "run the network once before")
+                                 "run the network once before, or set initial_norm=None")
         for w in (layer.weight for layer in self.layers if layer.weight.requires_grad):
             generator = self.generator
             drawn = w if generator is None else torch.empty(

@@ -40,8 +40,10 @@ def by_hand(patches, w, temperature, *, anti_hebbian=True, power=0.5):
 
 
 @pytest.mark.parametrize("anti_hebbian", [True, False])
-def test_dense_steps_equal_explicit_sums(anti_hebbian):
-    rule = SoftHebb(mlp().double(), temperature=[0.5, 2.0], anti_hebbian=anti_hebbian)
+@pytest.mark.parametrize("initial_norm", [None, 25.0])
+def test_dense_steps_equal_explicit_sums(anti_hebbian, initial_norm):
+    rule = SoftHebb(mlp().double(), temperature=[0.5, 2.0], anti_hebbian=anti_hebbian,
+                    initial_norm=initial_norm)
     x = X.double()
     rule(x, Y)
     for layer, inputs, temperature in ((rule.network[0], x, 0.5),
@@ -57,7 +59,8 @@ def test_dense_steps_equal_explicit_sums(anti_hebbian):
 def test_convolutions_steps_equal_explicit_sums_over_patches(options):
     layer = nn.Conv2d(4, 6, 3, **options).double()
     rule = SoftHebb(nn.Sequential(layer, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1),
-                                  nn.Flatten(), nn.Linear(6, 3).double()), temperature=0.7)
+                                  nn.Flatten(), nn.Linear(6, 3).double()), temperature=0.7,
+                    initial_norm=2)
     rule(IMAGES, Y)
     padded = IMAGES
     if layer.padding_mode == "reflect":
@@ -72,7 +75,8 @@ def test_convolutions_steps_equal_explicit_sums_over_patches(options):
 
 def test_channels_of_all_groups_compete_and_see_their_own_group():
     layer = nn.Conv2d(4, 6, 1, groups=2, bias=False).double()
-    rule = SoftHebb(nn.Sequential(layer, nn.Flatten(), nn.Linear(6 * 49, 3).double()))
+    rule = SoftHebb(nn.Sequential(layer, nn.Flatten(), nn.Linear(6 * 49, 3).double()),
+                    initial_norm=None)
     rule(IMAGES, Y)
     w = layer.weight.detach().flatten(1)
     dense = torch.zeros(6, 4).double()
@@ -90,8 +94,8 @@ def test_convolutions_over_one_axis_and_three_are_linear_layers_where_they_see_a
         dense = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3))
         dense[0].weight.data.copy_(network[0].weight.data.flatten(1))
         dense[0].bias.data.copy_(network[0].bias.data)
-        SoftHebb(network)(X.view(6, 5, *[1] * (network[0].weight.ndim - 2)), Y)
-        SoftHebb(dense)(X, Y)
+        SoftHebb(network, initial_norm=None)(X.view(6, 5, *[1] * (network[0].weight.ndim - 2)), Y)
+        SoftHebb(dense, initial_norm=None)(X, Y)
         torch.testing.assert_close(network[0].weight.grad.flatten(1), dense[0].weight.grad)
 
 
@@ -123,13 +127,13 @@ def test_hidden_stages_see_neither_labels_nor_later_weights():
 
 
 def test_a_bias_takes_no_part_in_the_competition():
-    network = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3))
+    network = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)).double()
     rule = SoftHebb(network)
-    rule(X, Y)
+    rule(X.double(), Y)
     before = network[0].weight.grad.clone()
     rule.zero_grad()
     network[0].bias.data.add_(torch.arange(8.0))
-    rule(X, Y)
+    rule(X.double(), Y)
     torch.testing.assert_close(network[0].weight.grad, before)
 
 
@@ -164,18 +168,18 @@ def test_lengths_approach_one(initial_norm):
     assert (rule.layers[0].weight.norm(dim=1) - 1).abs().max() < 0.01
 
 
-def test_initial_norm_draws_the_weights_that_are_trained_and_only_with_leave():
+def test_initial_norm_draws_the_hidden_weights_that_are_trained():
     network = nn.Sequential(nn.Linear(400, 50), nn.Linear(50, 400), nn.Linear(400, 3))
     network[1].requires_grad_(False)
     kept = [p.clone() for p in network.parameters()]
-    SoftHebb(network)
+    SoftHebb(network, initial_norm=None)
     assert all(map(torch.equal, network.parameters(), kept))
-    SoftHebb(network, initial_norm=25, generator=torch.Generator().manual_seed(1))
+    SoftHebb(network, generator=torch.Generator().manual_seed(1))
     lengths = network[0].weight.norm(dim=1)
     assert lengths.mean().item() == pytest.approx(25, rel=0.03)
     assert all(map(torch.equal, list(network.parameters())[1:], kept[1:]))
     drawn = network[0].weight.clone()
-    SoftHebb(network, initial_norm=25, generator=torch.Generator().manual_seed(1))
+    SoftHebb(network, generator=torch.Generator().manual_seed(1))
     assert torch.equal(network[0].weight, drawn)
 
 
@@ -187,7 +191,7 @@ def test_labels_left_out_train_the_hidden_stages_all_the_same():
     half = network[4].weight.grad
     other = mlp()
     other.load_state_dict(network.state_dict())
-    SoftHebb(other)(X[:3], Y[:3])
+    SoftHebb(other, initial_norm=None)(X[:3], Y[:3])
     torch.testing.assert_close(half, other[4].weight.grad)
     assert not torch.allclose(network[0].weight.grad, other[0].weight.grad)
 
@@ -210,7 +214,7 @@ def test_features_learned_without_labels_beat_the_same_layers_at_random():
         norm = nn.BatchNorm1d(64, affine=False).eval()
         norm.running_mean, norm.running_var = x.mean(0), x.var(0)
         network = nn.Sequential(norm, nn.Linear(64, 10, bias=False), Triangle(), nn.Linear(10, 10))
-        rule = SoftHebb(network, initial_norm=25)
+        rule = SoftHebb(network)
         hidden = torch.optim.SGD(network[1].parameters(), 0.1)
         for batch in torch.randperm(len(x)).repeat(4).split(20) if learn else ():
             hidden.zero_grad()
@@ -254,7 +258,11 @@ def test_errors():
         assert torch.equal(network[0].weight, before)
     network = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.LazyLinear(7), nn.Linear(7, 3))
     before = network[0].weight.clone()
-    with pytest.raises(ValueError, match="stage 2 is lazy"):
-        SoftHebb(network, initial_norm=25)
+    with pytest.raises(ValueError, match="stage 2 is lazy; .* or set initial_norm=None"):
+        SoftHebb(network)
     assert torch.equal(network[0].weight, before)
-    assert SoftHebb(network)(X, Y).isfinite()
+    rule = SoftHebb(network, initial_norm=None)
+    assert rule(X, Y).isfinite()
+    with pytest.raises(RuntimeError, match="4"):
+        rule(X[:, :4], Y)
+    assert not any(module._forward_hooks for module in network.modules())
