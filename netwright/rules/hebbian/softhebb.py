@@ -105,7 +105,8 @@ class SoftHebb(Rule):
             scores = scores - layer.bias.detach().view(column[:-1])
         y = torch.softmax(scores / temperature, units)
         if self.anti_hebbian:
-            y = torch.where(scores == scores.amax(units, keepdim=True), y, -y)
+            share, winner = y.max(units, keepdim=True)
+            y = y.neg_().scatter_(units, winner, share)
         # The gradient of <u, y> is the sum of y x, for any padding, stride and number of groups.
         (toward,) = torch.autograd.grad(u, layer.weight, y.to(u.dtype))
         away = (y * scores).movedim(units, 0).flatten(1).sum(1)

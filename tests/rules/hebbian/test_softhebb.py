@@ -258,7 +258,7 @@ def test_errors():
         assert torch.equal(network[0].weight, before)
     network = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.LazyLinear(7), nn.Linear(7, 3))
     before = network[0].weight.clone()
-    with pytest.raises(ValueError, match="stage 2 is lazy; .* or set initial_norm=None"):
+    with pytest.raises(ValueError, match=r"stage 2 is lazy; .* or set initial_norm=None"):
         SoftHebb(network)
     assert torch.equal(network[0].weight, before)
     rule = SoftHebb(network, initial_norm=None)
