@@ -24,8 +24,8 @@ class SoftHebb(Rule):
 
     n counts samples and, in a convolution, positions, where x_n is a patch and the channels
     compete at each position. A unit that wins moves towards its input, and the others away from
-    it; `anti_hebbian=False` moves all of them towards it. D_k pulls the length of w_k to 1, and
-    its step vanishes there.
+    it; `anti_hebbian=False` moves all of them towards it. D_k pulls the length of w_k to 1 where
+    the sum of y_k u_k is positive, as it is in a unit that wins, and the step vanishes there.
 
     No gradient passes into a hidden stage or out of the last one, and nothing of a hidden stage
     is kept. What a hidden stage has besides its weights stays as it is; a bias counts in the
