@@ -40,6 +40,7 @@ UNEQUAL: dict[str, tuple[str, dict]] = {
     "PredictiveCoding, incremental": ("PredictiveCoding", {"incremental": True,
                                                            "weight_rate": 0.05}),
     # steps on the weights within a batch, by what this process sees of it
+    "SoftHebb": ("SoftHebb", {}),  # divides its steps by the largest of its share
 }
 
 
