@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from netwright.data import Batches, Split, cifar10, digits
 from netwright.evidence import Curve, Outcome, evidence
@@ -41,11 +42,11 @@ def lls(scale: Scale) -> Outcome:
     seeds = 3 if desk else 5
     plans = {
         "digits": _Plan(digits(test=0.3), lambda: mlp(64, 10), "64-256-256-10, ReLU",
-                        1000, 500, 10 if desk else 30),
+                        1000, 500, 20 if desk else 60),
         "CIFAR-10": _Plan(cifar10(), _convolutional, "convolutions of 16 (5 by 5, stride 2) and 32 "
                           "channels with batch norm, leaky ReLU and pooling, the last one to 2 by "
                           "2, and a linear layer",
-                          *((2000, 2000, 6) if desk else (45_000, 10_000, 50))),
+                          *((3000, 2000, 8) if desk else (45_000, 10_000, 50))),
     }
     figures: dict[str, list[float]] = {}
     curves: dict[str, Curve] = {}
@@ -72,13 +73,18 @@ def lls(scale: Scale) -> Outcome:
     return Outcome(
         verdict="shown" if all(base) else
         "partly shown" if any(near.values()) or all(above.values()) else "not shown",
-        setting={**setting, "batch": 64, "optimizer": "Adam", "tuning": f"for each rule and data "
-                 f"set the better of {len(RATES)} learning rates on held-out training images, one "
-                 "run each", f"at most {NEAR:g} points below backpropagation": near,
+        setting={**setting, "batch": 64, "optimizer": "Adam, the learning rate falling linearly "
+                 "over the second half of training", "tuning": f"for each rule and data set the "
+                 f"better of {len(RATES)} learning rates on held-out training images, one run of "
+                 "a third of the epochs each",
+                 f"at most {NEAR:g} points below backpropagation": near,
                  "above feedback alignment": above},
         figures=figures,
         note="The verdict is about plain LLS, with the library's defaults (cosines, temperature "
-             "0.5, 2 positions an axis). The networks, the training sets and the training are far "
+             "0.5, 2 positions an axis). Tried before, with a constant learning rate, 10 epochs "
+             "(digits) and 2000 images for 6 epochs (CIFAR-10): plain LLS, which learns more "
+             "slowly than its variants, was 2.2 and 5.1 points below backpropagation, and on "
+             "digits 1.1 below feedback alignment. Networks, training sets and training are far "
              "smaller than the paper's, and its other data sets, among them MNIST and Visual Wake "
              "Words, were not run.",
         curves=curves, axes=("epoch", "test accuracy (%)"))
@@ -100,9 +106,11 @@ def _train(name: str, plan: _Plan, rate: float, seed: int, *, tune: bool = False
     torch.manual_seed(seed)
     rule = RULES[name](plan.network(), split.x_train[:2])
     curve: list[float] = []
+    epochs = max(2, plan.epochs // 3) if tune else plan.epochs
     fit(rule, Batches(split.x_train[:n], split.y_train[:n], 64, seed=seed),
-        epochs=max(2, plan.epochs // 3) if tune else plan.epochs, seed=seed,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, rate),
+        epochs=epochs, seed=seed, optimizer=lambda parameters: torch.optim.Adam(parameters, rate),
+        scheduler=lambda optimizer: LambdaLR(optimizer,
+                                             lambda epoch: min(1, 2 * (1 - epoch / epochs))),
         on_epoch=lambda _: curve.append(_accuracy(rule, *tested)), progress=False)
     return curve
 
