@@ -14,3 +14,9 @@ from netwright.rules.rule import Rule
 __all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
            "ForwardGradient", "MonoForward", "NoProp", "PredictiveCoding", "Rule",
            "SoftHebb"]
+from netwright.rules.local.lls import LLS
+from netwright.rules.local.mono_forward import MonoForward
+from netwright.rules.rule import Rule
+
+__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
+           "ForwardGradient", "MonoForward", "NoProp", "PredictiveCoding", "Rule"]
