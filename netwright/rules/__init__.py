@@ -8,15 +8,9 @@ from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.forward.forward_forward import ForwardForward
 from netwright.rules.forward.forward_gradient import ForwardGradient
 from netwright.rules.hebbian.softhebb import SoftHebb
-from netwright.rules.local.mono_forward import MonoForward
-from netwright.rules.rule import Rule
-
-__all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "MonoForward", "NoProp", "PredictiveCoding", "Rule",
-           "SoftHebb"]
 from netwright.rules.local.lls import LLS
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
 __all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "MonoForward", "NoProp", "PredictiveCoding", "Rule"]
+           "ForwardGradient", "MonoForward", "NoProp", "PredictiveCoding", "Rule", "SoftHebb"]
