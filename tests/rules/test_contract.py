@@ -22,6 +22,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "ForwardGradient": [{}, {"perturb": "activities"}, {"directions": 3}],
     "MonoForward": [{}, {"predict_by": "sum"}],
     "NoProp": [{"blocks": 3}, {"blocks": 3, "embedding": "one-hot"}],
+    "Pepita": [{}, {"presynaptic": "clean"}, {"presynaptic": "own"}, {"feedback": "mirror"}],
     "PredictiveCoding": [{}, {"incremental": True}],
 }
 CASES = [pytest.param(name, options, id=" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
