@@ -137,4 +137,4 @@ def _likeness(rule: Rule, batch: tuple[Tensor, Tensor], weight: Tensor) -> float
         assert weight.grad is not None
         updates.append(weight.grad.flatten())
     rule.zero_grad()
-    return float(cosine_similarity(*updates, dim=0))
+    return float(cosine_similarity(updates[0], updates[1], dim=0))

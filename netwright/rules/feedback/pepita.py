@@ -23,7 +23,6 @@ from netwright.rules.rule import Rule, check_labels
 from netwright.stages import Stage, Stages, stages
 from netwright.stages.stage import Context
 
-NOISE = 0.1  # the deviation of what the mirrors look at
 INSIDE = "the first stage's output"
 # activations that mix the units they read, or have weights of their own
 MIXING = (nn.GLU, nn.MultiheadAttention, nn.PReLU, nn.Softmax, nn.Softmax2d, nn.Softmin,
@@ -52,9 +51,10 @@ class Pepita(Rule):
     nor a mask. Where that is token ids, F shifts the first stage's output instead, which then
     changes by F e alone: that stage learns by direct feedback alignment.
 
-    With `mirror` each B_l is a parameter, dL/dB_l := B_l - the covariance of noise and what the
-    stage makes of it, and c keeps F at the size it was drawn with. The minus is the paper's: it
-    makes the shift lower the loss, and h_l - g_l a step back along the error.
+    With `mirror` each B_l is a parameter, dL/dB_l := B_l - the covariance of N(0, 1) and what the
+    stage makes of it, and c keeps F at the size it was drawn with. The minus
+    makes the shift lower the loss, and h_l - g_l a step back along the error. (Without biases the
+    noise may have any size; with them, one of 0.1 would let them decide which units answer it.)
 
     h_l - g_l is a small difference of large numbers; in bfloat16 most of it is rounding, which a
     larger `scale` outgrows.
@@ -204,10 +204,10 @@ class Pepita(Rule):
             for i, (stage, size) in enumerate(zip(net, self._sizes, strict=False)):
                 B = self.feedback[stage.name]
                 noise = draw((*lead, *size), 1.0, B, self.generator)
-                made = stage(_with(x, place, noise * NOISE) if i == 0 and place is not INSIDE
-                             else noise * NOISE, context)
+                made = stage(_with(x, place, noise) if i == 0 and place is not INSIDE else noise,
+                             context)
                 made, noise = made.detach().reshape(-1, B.shape[0]), noise.reshape(-1, B.shape[1])
-                update = B.detach() - made.to(B.dtype).T @ noise / (NOISE * len(noise))
+                update = B.detach() - made.to(B.dtype).T @ noise / len(noise)
                 B.grad = update if B.grad is None else B.grad + update
 
 
