@@ -19,7 +19,7 @@ from netwright.rules import (
 )
 
 RATES = (0.03, 0.1, 0.3)
-HELD_OUT = 5000
+HELD_OUT = 2000
 PEPITA, ADAPTIVE = "Pepita", "adaptive feedback alignment"
 MAKE: dict[str, Callable[..., Rule]] = {
     "Backprop": Backprop,
@@ -36,7 +36,7 @@ MAKE: dict[str, Callable[..., Rule]] = {
 def pepita(scale: Scale) -> Outcome:
     """Train an MLP on MNIST by PEPITA and its relatives; compare accuracy and updates."""
     desk = scale == "desk"
-    seeds, epochs, hidden, count = (3, 5, 256, 15_000) if desk else (5, 50, 1024, 60_000)
+    seeds, epochs, hidden, count = (3, 5, 256, 10_000) if desk else (5, 50, 1024, 60_000)
     full = mnist()
     split = Split(full.x_train[:count].flatten(1), full.y_train[:count],
                   full.x_test.flatten(1), full.y_test)
