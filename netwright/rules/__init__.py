@@ -6,10 +6,12 @@ from netwright.rules.exact.backprop import Backprop
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.feedback.pepita import Pepita
+from netwright.rules.feedback.product_feedback import ProductFeedback
 from netwright.rules.forward.forward_forward import ForwardForward
 from netwright.rules.forward.forward_gradient import ForwardGradient
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
 __all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "MonoForward", "NoProp", "Pepita", "PredictiveCoding", "Rule"]
+           "ForwardGradient", "MonoForward", "NoProp", "Pepita", "PredictiveCoding",
+           "ProductFeedback", "Rule"]

@@ -24,6 +24,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "NoProp": [{"blocks": 3}, {"blocks": 3, "embedding": "one-hot"}],
     "Pepita": [{}, {"presynaptic": "clean"}, {"presynaptic": "own"}, {"feedback": "mirror"}],
     "PredictiveCoding": [{}, {"incremental": True}],
+    "ProductFeedback": [{}],
 }
 CASES = [pytest.param(name, options, id=" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
          for name, variants in OPTIONS.items() for options in variants]
