@@ -14,7 +14,7 @@ from netwright.models import mlp
 from netwright.rules import Backprop, FeedbackAlignment, ProductFeedback, Rule
 
 RATES = (0.01, 0.03, 0.1)
-DECAY = 5e-3
+DECAY = 2e-3
 HELD_OUT = 300
 RULES: tuple[type[Rule], ...] = (Backprop, FeedbackAlignment, ProductFeedback)
 
@@ -23,7 +23,7 @@ RULES: tuple[type[Rule], ...] = (Backprop, FeedbackAlignment, ProductFeedback)
           "and performs comparably in deep convolutional networks, unlike feedback alignment.")
 def product_feedback(scale: Scale) -> Outcome:
     """Train an MLP and a CNN of five layers by three rules; compare accuracy and direction."""
-    seeds, epochs = (3, 15) if scale == "desk" else (5, 100)
+    seeds, epochs = (3, 20) if scale == "desk" else (5, 100)
     split = digits()
     figures: dict[str, list[float]] = {}
     curves: dict[str, Curve] = {}

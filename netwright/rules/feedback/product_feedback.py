@@ -118,7 +118,7 @@ class _Linear(Function):
         dx = r @ R if of_x else None
         gradient, r, x = (t.reshape(-1, t.shape[-1]) for t in (gradient, r, x))
         return (dx, gradient.T @ x if of_weight else None, gradient.sum(0) if of_bias else None,
-                None, r.T @ x if of_R else None)
+                None, r.T @ x if of_R and of_weight else None)
 
 
 def _linear(module: Any, feedback: Products, name: str, signed: bool, x: Tensor) -> Tensor:
