@@ -5,6 +5,8 @@ from netwright.rules.energy.predictive_coding import PredictiveCoding
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
+from netwright.rules.feedback.pepita import Pepita
+from netwright.rules.feedback.product_feedback import ProductFeedback
 from netwright.rules.forward.forward_forward import ForwardForward
 from netwright.rules.forward.forward_gradient import ForwardGradient
 from netwright.rules.hebbian.softhebb import SoftHebb
@@ -14,3 +16,6 @@ from netwright.rules.rule import Rule
 
 __all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
            "ForwardGradient", "MonoForward", "NoProp", "PredictiveCoding", "Rule", "SoftHebb"]
+__all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
+           "ForwardGradient", "MonoForward", "NoProp", "Pepita", "PredictiveCoding",
+           "ProductFeedback", "Rule"]

@@ -23,8 +23,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "LLS": [{}, {"variant": "M"}, {"variant": "MxM"}, {"basis": "square"}],
     "MonoForward": [{}, {"predict_by": "sum"}],
     "NoProp": [{"blocks": 3}, {"blocks": 3, "embedding": "one-hot"}],
+    "Pepita": [{}, {"presynaptic": "clean"}, {"presynaptic": "own"}, {"feedback": "mirror"}],
     "PredictiveCoding": [{}, {"incremental": True}],
     "SoftHebb": [{}, {"anti_hebbian": False, "temperature": [0.5, 2.0]}, {"initial_norm": None}],
+    "ProductFeedback": [{}],
 }
 CASES = [pytest.param(name, options, id=" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
          for name, variants in OPTIONS.items() for options in variants]

@@ -62,50 +62,75 @@ class FeedbackAlignment(Rule):
                              f"got {feedback!r}")
         self.loss, self.signed = loss, feedback == "sign_symmetric"
         self.feedback = Matrices(learned=feedback == "kolen_pollack")
-        self.exact: list[str] = []
+        layers, self.exact = find_layers(self.network)
         self._layers: list[tuple[nn.Module, Callable[..., Tensor]]] = []
-        self._find_layers()
+        for module, name in layers:
+            if self.network.get_submodule(name) is module:  # else its weight has its B already
+                self.feedback.add(name, _drawn(module, self.generator))
+            forward: Any = forward_of(module)
+            self._layers.append((module, partial(forward, module, self.feedback, name,
+                                                 self.signed)))
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the update of feedback alignment to `.grad`; return the detached loss."""
-        own = [(module.__dict__, module.__dict__.get("forward")) for module, _ in self._layers]
-        try:  # around the backward pass too: checkpoints run forward there
-            for module, forward in self._layers:
-                module.__dict__["forward"] = forward
-            logits = call(self.network, x)
-            if self.loss is cross_entropy:
-                check_labels(y, logits.shape[-1])
-            loss = self.loss(logits, y)
-            if loss.requires_grad:
-                loss.backward()
-        finally:
-            for attributes, before in own:
-                if before is None:
-                    attributes.pop("forward", None)
-                else:
-                    attributes["forward"] = before
-        return loss.detach()
+        return send_back(self.network, self._layers, self.loss, x, y)
 
-    def _find_layers(self) -> None:
-        names: dict[int, str] = {}
-        inside = {id(m) for parent in self.network.modules()
-                  if isinstance(parent, nn.MultiheadAttention) for m in parent.children()}
-        for name, module in self.network.named_modules():
+
+def send_back(network: nn.Module, layers: list[tuple[nn.Module, Callable[..., Tensor]]],
+              loss: Callable[[Tensor, Tensor], Tensor], x: Any, y: Tensor) -> Tensor:
+    """Differentiate the loss while `layers` have the forwards beside them; return it, detached."""
+    own = [(module.__dict__, module.__dict__.get("forward")) for module, _ in layers]
+    try:  # around the backward pass too: checkpoints run forward there
+        for module, forward in layers:
+            module.__dict__["forward"] = forward
+        logits = call(network, x)
+        if loss is cross_entropy:
+            check_labels(y, logits.shape[-1])
+        value = loss(logits, y)
+        if value.requires_grad:
+            value.backward()
+    finally:
+        for attributes, before in own:
+            if before is None:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = before
+    return value.detach()
+
+
+def find_layers(network: nn.Module) -> tuple[list[tuple[Any, str]], list[str]]:
+    """Return the layers that feedback can serve, and the names of the other weighted modules.
+
+    Each layer comes with the name of the first one that has its weight.
+
+    Raises:
+        ValueError: there is no such layer, or one has no weight yet.
+    """
+    layers: list[tuple[Any, str]] = []
+    names: dict[int, str] = {}
+    exact: list[str] = []
+    inside = {id(m) for parent in network.modules()
+              if isinstance(parent, nn.MultiheadAttention) for m in parent.children()}
+    for name, module in network.named_modules():
+        if id(module) in inside or forward_of(module) is None:
             weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
-            forward = None if id(module) in inside else _forward_of(module)
-            if forward is None:
-                if weights and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                    self.exact.append(name)
-                continue
-            key = id(module.weight) if isinstance(module.weight, Parameter) else id(module)
-            if key not in names:
-                names[key] = name
-                self.feedback.add(name, _drawn(name, module, self.generator))
-            self._layers.append((module, partial(
-                forward, module, self.feedback, names[key], self.signed)))
-        if not self._layers:
-            raise ValueError(f"network must hold a linear or convolutional layer, got "
-                             f"{type(self.network).__name__} without one; use Backprop")
+            if weights and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                exact.append(name)
+            continue
+        if isinstance(module.weight, UninitializedParameter):
+            raise ValueError(f"network must have all its weights, got none yet in {name!r}; run "
+                             "it once on an example first")
+        key = id(module.weight) if isinstance(module.weight, Parameter) else id(module)
+        layers.append((module, names.setdefault(key, name)))
+    if not layers:
+        raise ValueError(f"network must hold a linear or convolutional layer, got "
+                         f"{type(network).__name__} without one; use Backprop")
+    return layers, exact
+
+
+def outputs_axis(module: nn.Module) -> int:
+    """Return the axis of the outputs in the weight: 1 in `Conv1D` and transposed convolutions."""
+    return int(forward_of(module) in (_transposed_linear, _transposed_convolution))
 
 
 class _Linear(Function):
@@ -218,18 +243,14 @@ _BY_NAME = {("transformers.pytorch_utils", "Conv1D"): _transposed_linear,
             ("torch_geometric.nn.dense.linear", "Linear"): _linear}
 
 
-def _forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
+def forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
+    """Return `module`'s forward(module, feedback, name, signed, x), None where there is none."""
     # a subclass with a forward of its own may do anything with the weight: it keeps that
     kind = type(module)
     return _FORWARDS.get(kind.forward) or _BY_NAME.get((kind.__module__, kind.__name__))
 
 
-def _drawn(name: str, module: Any, generator: Generator | None) -> Tensor:
-    weight = module.weight
-    if isinstance(weight, UninitializedParameter):
-        raise ValueError(f"network must have all its weights, got none yet in {name!r}; run it "
-                         "once on an example first")
-    # W's inputs: on axis 0 of `Conv1D` and transposed convolutions, on axis 1 of the others
-    swapped = _forward_of(module) in (_transposed_linear, _transposed_convolution)
+def _drawn(module: Any, generator: Generator | None) -> Tensor:
+    weight, swapped = module.weight, outputs_axis(module)
     inputs = weight.shape[0] if swapped else weight.shape[1] * getattr(module, "groups", 1)
     return draw(weight.shape, (inputs / weight.numel()) ** 0.5, weight, generator)
