@@ -15,7 +15,5 @@ from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
 __all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "MonoForward", "NoProp", "PredictiveCoding", "Rule", "SoftHebb"]
-__all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
            "ForwardGradient", "MonoForward", "NoProp", "Pepita", "PredictiveCoding",
-           "ProductFeedback", "Rule"]
+           "ProductFeedback", "Rule", "SoftHebb"]
