@@ -20,6 +20,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "FeedbackAlignment": [{}, {"feedback": "sign_symmetric"}, {"feedback": "kolen_pollack"}],
     "ForwardForward": [{}, {"goodness": "mean"}, {"predict_by": "softmax"}],
     "ForwardGradient": [{}, {"perturb": "activities"}, {"directions": 3}],
+    "LocalLosses": [{}, {"blocks": 2}],
     "MonoForward": [{}, {"predict_by": "sum"}],
     "NoProp": [{"blocks": 3}, {"blocks": 3, "embedding": "one-hot"}],
     "PredictiveCoding": [{}, {"incremental": True}],
