@@ -8,8 +8,10 @@ from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.forward.forward_forward import ForwardForward
 from netwright.rules.forward.forward_gradient import ForwardGradient
 from netwright.rules.local.local_losses import LocalLosses
+from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
 __all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "LocalLosses", "MonoForward", "NoProp", "PredictiveCoding", "Rule"]
+           "ForwardGradient", "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp",
+           "PredictiveCoding", "Rule"]
