@@ -44,8 +44,9 @@ def local_losses(scale: Scale) -> Outcome:
                     for name, value in level.items()}},
         note="Shown means mean accuracies that fall in the order end to end, 2 blocks, a block "
              "for each stage, and working memory that falls in the same order, both in the network "
-             "that was trained, which at desk scale is so small that the heads' hidden layers count "
-             "for more than its maps, and in one whose maps keep their size. No rule was tuned.",
+             "that was trained, which at desk scale is so small that the heads' hidden layers "
+             "count for more than its maps, and in one whose maps keep their size. No rule was "
+             "tuned.",
         curves=curves, axes=("epoch", "test accuracy (%)"))
 
 
