@@ -21,6 +21,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "ForwardForward": [{}, {"goodness": "mean"}, {"predict_by": "softmax"}],
     "ForwardGradient": [{}, {"perturb": "activities"}, {"directions": 3}],
     "LLS": [{}, {"variant": "M"}, {"variant": "MxM"}, {"basis": "square"}],
+    "LocalLosses": [{}, {"blocks": 2}],
+    "MomentumAuxiliary": [{}, {"blocks": 2}],
     "MonoForward": [{}, {"predict_by": "sum"}],
     "NoProp": [{"blocks": 3}, {"blocks": 3, "embedding": "one-hot"}],
     "Pepita": [{}, {"presynaptic": "clean"}, {"presynaptic": "own"}, {"feedback": "mirror"}],
