@@ -11,17 +11,11 @@ from netwright.rules.forward.forward_forward import ForwardForward
 from netwright.rules.forward.forward_gradient import ForwardGradient
 from netwright.rules.hebbian.softhebb import SoftHebb
 from netwright.rules.local.lls import LLS
-from netwright.rules.local.mono_forward import MonoForward
-from netwright.rules.rule import Rule
-
-__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "MonoForward", "NoProp", "Pepita", "PredictiveCoding",
-           "ProductFeedback", "Rule", "SoftHebb"]
 from netwright.rules.local.local_losses import LocalLosses
 from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
-__all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
+__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
            "ForwardGradient", "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp",
-           "PredictiveCoding", "Rule"]
+           "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb"]
