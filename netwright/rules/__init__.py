@@ -2,6 +2,7 @@
 
 from netwright.rules.denoising.noprop import NoProp
 from netwright.rules.energy.predictive_coding import PredictiveCoding
+from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
 from netwright.rules.estimators.zeroth_order import ZerothOrder
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
@@ -12,5 +13,5 @@ from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
 __all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "MonoForward", "NoProp", "PredictiveCoding", "Rule",
-           "ZerothOrder"]
+           "ForwardGradient", "LikelihoodRatio", "MonoForward", "NoProp", "PredictiveCoding",
+           "Rule", "ZerothOrder"]

@@ -20,6 +20,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "FeedbackAlignment": [{}, {"feedback": "sign_symmetric"}, {"feedback": "kolen_pollack"}],
     "ForwardForward": [{}, {"goodness": "mean"}, {"predict_by": "softmax"}],
     "ForwardGradient": [{}, {"perturb": "activities"}, {"directions": 3}],
+    "LikelihoodRatio": [{"copies": 4}, {"copies": 2, "control": "antithetic"},
+                        {"copies": 1, "control": None}],
     "MonoForward": [{}, {"predict_by": "sum"}],
     "NoProp": [{"blocks": 3}, {"blocks": 3, "embedding": "one-hot"}],
     "PredictiveCoding": [{}, {"incremental": True}],
@@ -180,7 +182,7 @@ def test_a_frozen_network_gets_no_gradient(name: str, options: dict[str, Any]) -
     case = Contract(name, options)
     case.network.requires_grad_(False)
     # the others may have parameters of their own
-    if name in ("Backprop", "ForwardGradient", "ZerothOrder"):
+    if name in ("Backprop", "ForwardGradient", "LikelihoodRatio", "ZerothOrder"):
         with pytest.raises(ValueError, match="network has no trainable parameters"):
             case()
     else:

@@ -119,7 +119,7 @@ def hugging_face(name: str) -> tuple[nn.Module, Any, Tensor]:
 def test_transformers(name):
     network, x, y = hugging_face(name)
     # Llama's norms compute in float32, where small differences of the loss are lost
-    options = {"epsilon": 3e-3, "close": 1e-2} if name == "llama" else {}
+    options = {"epsilon": 1e-3, "close": 2e-2} if name == "llama" else {}
     assert check_projection(network.train(), x, y, **options).stages is not None
 
 
