@@ -24,8 +24,8 @@ class LikelihoodRatio(Rule):
     differentiated from stage to stage, and the loss not at all. Stages without trainable
     parameters get no noise. `control` says how the estimate's own noise is lowered, its mean
     being the same: "baseline", b is the mean loss of the sample's other copies; "antithetic",
-    copies come in pairs with noise e and -e, so that what the loss has in common in both falls
-    out, and b = 0; None, b = 0.
+    copies come in pairs with noise e and -e, and b = 0: what the loss has in common in both falls
+    out where both see the same input, as the first stage does; None, b = 0.
 
     Each copy is one forward pass without a graph, for its losses, and a second one that draws
     the same noise from its seed and differentiates each stage by itself, so that no more than
