@@ -2,6 +2,8 @@
 
 from netwright.rules.denoising.noprop import NoProp
 from netwright.rules.energy.predictive_coding import PredictiveCoding
+from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
+from netwright.rules.estimators.zeroth_order import ZerothOrder
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
@@ -19,3 +21,6 @@ from netwright.rules.rule import Rule
 __all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
            "ForwardGradient", "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp",
            "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb"]
+__all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
+           "ForwardGradient", "LikelihoodRatio", "MonoForward", "NoProp", "PredictiveCoding",
+           "Rule", "ZerothOrder"]
