@@ -26,6 +26,9 @@ KEPT = 4
 IMAGE = "pixel_values"
 TINY = 1e-6
 
+# Goodness, and the unit that it is measured in, of one stage or added up over several.
+Sum = tuple[Tensor | float, Tensor | float]
+
 
 class ForwardForward(Rule):
     """Train every stage to tell real samples from false ones by the size of its own activity.
@@ -104,6 +107,7 @@ class ForwardForward(Rule):
                  negatives: Literal["label_overlay"] | Callable[[Any, Any], Any] = "label_overlay",
                  amplitude: float = 1.0, hard_negatives: bool = True,
                  predict_by: Literal["goodness", "softmax"] | None = None, skip: int = 1,
+                 collaborate: bool | Literal["earlier"] = False,
                  classifier: bool = True, normalise_input: bool = True, max_rows: int = 4096,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
@@ -142,6 +146,7 @@ class ForwardForward(Rule):
         self.negatives, self.amplitude = negatives, amplitude
         self.hard_negatives = hard_negatives and self.overlays
         self.predict_by, self.classifier = predict_by, classifier
+        self.collaborate = collaborate
         self.normalise_input, self.max_rows = normalise_input, max_rows
         self.softmax_is_read = self.hard_negatives or predict_by == "softmax"
         read = range(self.first_read, depth - classifier) if self.softmax_is_read else ()
@@ -179,6 +184,10 @@ class ForwardForward(Rule):
     def _contrast(self, passes: list[Any], y: Tensor | None) -> Tensor:
         """Train the hidden stages on one pass of both halves, or on positives, then negatives."""
         hs, contexts = list(passes), [self.stages.context(x) for x in passes]
+        sums: list[Sum] = [(0.0, 0.0)] * len(passes)
+        if self.collaborate is True:
+            with rehearsing(self.network):
+                sums = self._sums(passes, contexts)
         losses = []
         for stage in list(self.stages)[:self.depth]:
             for k, (x, context) in enumerate(zip(passes, contexts, strict=True)):
@@ -186,24 +195,45 @@ class ForwardForward(Rule):
                 sign = torch.ones(len(h), device=h.device)
                 sign[len(h) // 2 if len(passes) == 1 else (1 - k) * len(h):] = -1
                 weight = _weights(y, len(h), 3 - len(passes)).to(h.device) / len(passes)
-                loss, hs[k] = self._learn(h, x, sign, weight)
+                loss, hs[k], sums[k] = self._learn(h, x, sign, weight, sums[k])
                 losses.append(loss)
         return torch.stack(losses).sum() / self.depth
 
-    def _learn(self, h: Tensor, x: Any, sign: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one stage's gradient; return its loss and what goes on to the next stage."""
+    def _sums(self, passes: list[Any], contexts: list[Any]) -> list[Sum]:
+        """Return each pass's goodness of all hidden stages; draw as the pass that learns will."""
+        hs, sums = list(passes), [cast(Sum, (0.0, 0.0))] * len(passes)
+        for stage in list(self.stages)[:self.depth]:
+            for k, (x, context) in enumerate(zip(passes, contexts, strict=True)):
+                h = stage(hs[k], context)
+                _, square, features = self._square(h, x)
+                sums[k] = _added(sums[k], self._size(square, features))
+                hs[k] = self._onward(h, square, features)
+        return sums
+
+    def _learn(self, h: Tensor, x: Any, sign: Tensor, weight: Tensor,
+               shared: Sum) -> tuple[Tensor, Tensor, Sum]:
+        """Add one stage's gradient; return its loss, what goes on, and the goodness shared so far.
+
+        `shared` is the goodness of all stages, this one too, or of those before this one.
+        """
         activity, square, features = self._square(h, x)
-        unit = features if self.goodness == "sum" else 1.0
+        own = self._size(square, features)
+        if self.collaborate is not True:
+            shared = _added(shared, own)
+        size, unit = shared if self.collaborate else own
         threshold = unit if self.threshold is None else self.threshold
         temperature = unit / 10 if self.temperature is None else self.temperature
-        size = square if self.goodness == "sum" else square / features
         z = sign * (size - threshold) / temperature
         if h.requires_grad:  # a frozen stage has nothing to learn
             slope = -2 * weight * sign * torch.sigmoid(-z) / temperature
             if self.goodness == "mean":
                 slope = slope / features
             h.backward((activity * slope.unsqueeze(1)).view_as(h).to(h.dtype))
-        return (softplus(-z) * weight).sum(), self._onward(h, square, features)
+        return (softplus(-z) * weight).sum(), self._onward(h, square, features), shared
+
+    def _size(self, square: Tensor, features: Tensor | float) -> Sum:
+        """Return a stage's goodness and the unit that it is measured in."""
+        return (square, features) if self.goodness == "sum" else (square / features, 1.0)
 
     def _square(self, h: Tensor, x: Any) -> tuple[Tensor, Tensor, Tensor | float]:
         """Return the activity (batch, features), its sum of squares and how many features count."""
@@ -351,6 +381,10 @@ class ForwardForward(Rule):
         if isinstance(x, Mapping):
             return {key: _unit(value) if key == IMAGE else value for key, value in x.items()}
         return _unit(x) if isinstance(x, Tensor) else (_unit(x[0]), *x[1:])
+
+
+def _added(a: Sum, b: Sum) -> Sum:
+    return a[0] + b[0], a[1] + b[1]
 
 
 def _unit(value: Any) -> Any:

@@ -79,6 +79,68 @@ def test_one_linear_layer_in_closed_form():
     torch.testing.assert_close(W.grad, expected.detach())
 
 
+@pytest.mark.parametrize("collaborate", [True, "earlier"])
+@pytest.mark.parametrize(("options", "unit_of"), [
+    ({}, lambda h: h.shape[1]), ({"goodness": "mean"}, lambda h: 1),
+    ({"threshold": 2.0, "temperature": 3.0}, None)])
+def test_layers_that_collaborate_count_the_frozen_goodness_of_the_others(collaborate, options,
+                                                                         unit_of):
+    network = mlp(12, 8, 7, 6, 3).double()
+    hs, goodness, units = [torch.cat([labelled(X.double(), Y),
+                                      labelled(X.double(), next_label(0))])], [], []
+    for layer in (network[:2], network[2:4], network[4:6]):
+        h = layer(hs[-1])
+        goodness.append(h.square().mean(1) if "goodness" in options else h.square().sum(1))
+        units.append(unit_of(h) if unit_of else 0)
+        hs.append(unit(h).detach())
+    losses, expected = [], []
+    for i, own in enumerate(goodness):
+        counted = [j for j in range(3) if j < i or (collaborate is True and j > i)]
+        gamma = sum(goodness[j].detach() for j in counted)
+        u = sum(units[j] for j in [i, *counted])
+        z = (own + gamma - (u or 2)) / (u / 10 or 3)
+        losses.append(softplus(-TRUE_AND_FALSE * z).mean())
+        expected += torch.autograd.grad(losses[-1], list(network[2 * i].parameters()))
+    rule = plain(network, collaborate=collaborate, **options)
+    torch.testing.assert_close(rule(X.double(), Y), torch.stack(losses).mean().detach())
+    for parameter, gradient in zip(network[:6].parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert network[6].weight.grad is None
+
+
+def test_the_first_of_two_passes_leaves_no_trace_and_draws_what_the_second_does():
+    torch.manual_seed(0)
+    layers = [m for _ in range(3) for m in
+              (nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5))]
+    rule = plain(nn.Sequential(*layers, nn.Linear(12, 3)), collaborate=True)
+    own, foretold = [], []
+    learn = rule._learn
+
+    def watch(h, x, sign, weight, shared):
+        own.append(h.detach().square().sum(1))
+        foretold.append(shared[0])
+        return learn(h, x, sign, weight, shared)
+
+    rule._learn = watch
+    rule(X, Y)
+    for total in foretold:
+        torch.testing.assert_close(total, sum(own))
+    assert [m.num_batches_tracked.item() for m in rule.modules()
+            if isinstance(m, nn.BatchNorm1d)] == [1, 1, 1]
+
+
+def test_layers_that_collaborate_take_positives_and_negatives_one_by_one_too():
+    for collaborate in (True, "earlier"):
+        network = mlp(12, 8, 7, 3)
+        false = torch.rand(6, 12)
+        rule = ForwardForward(network, negatives=lambda x, y: false, collaborate=collaborate)  # noqa: B023
+        rule(X)
+        together = network[2].weight.grad.clone()
+        rule.zero_grad()
+        rule._contrast([unit(X), unit(false)], None)
+        torch.testing.assert_close(network[2].weight.grad, together)
+
+
 def test_no_gradient_crosses_a_boundary():
     network = mlp(12, 8, 8, 3)
     rule = ForwardForward(network, generator=torch.Generator().manual_seed(0))
@@ -265,9 +327,10 @@ def test_frozen_stages_stay_and_autocast_trains_every_stage():
     assert all(network[i].weight.grad.abs().sum() > 0 for i in (2, 4))
 
 
-def test_memory_does_not_grow_with_depth():
+@pytest.mark.parametrize("options", [{}, {"collaborate": True}, {"collaborate": "earlier"}])
+def test_memory_does_not_grow_with_depth(options):
     def working_bytes(depth):
-        rule = ForwardForward(mlp(64, *[64] * (depth - 1), 10))
+        rule = ForwardForward(mlp(64, *[64] * (depth - 1), 10), **options)
         return cost(rule, (torch.rand(512, 64), torch.randint(10, (512,))), repeats=1,
                     warmup=0).working_bytes
     assert working_bytes(32) < 1.15 * working_bytes(8)
