@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -9,6 +9,9 @@ from torch.nn.functional import one_hot, softplus
 from netwright.errors import UnknownName
 from netwright.losses import cross_entropy
 from netwright.modes import evaluating, random_state, rehearsing, set_random_state
+from netwright.rules.forward._blocks import in_blocks
+from netwright.rules.forward._class_goodness import channels, class_goodness
+from netwright.rules.forward._samples import TINY, joined, rms, unit, weights
 from netwright.rules.readout import (
     Readout,
     count_classes,
@@ -24,7 +27,6 @@ from netwright.stages import Stages, stages
 # inputs of more are computed a second time, so that memory does not grow with depth.
 KEPT = 4
 IMAGE = "pixel_values"
-TINY = 1e-6
 
 # Goodness, and the unit that it is measured in, of one stage or added up over several.
 Sum = tuple[Tensor | float, Tensor | float]
@@ -102,31 +104,46 @@ class ForwardForward(Rule):
     search: ClassVar = {"predict_by": ["softmax", None]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
-                 num_classes: int | None = None, goodness: Literal["sum", "mean"] = "sum",
+                 num_classes: int | None = None,
+                 goodness: Literal["sum", "mean", "by_class"] = "sum",
                  threshold: float | None = None, temperature: float | None = None,
                  negatives: Literal["label_overlay"] | Callable[[Any, Any], Any] = "label_overlay",
                  amplitude: float = 1.0, hard_negatives: bool = True,
-                 predict_by: Literal["goodness", "softmax"] | None = None, skip: int = 1,
+                 predict_by: Literal["goodness", "softmax"] | None = None, skip: int | None = None,
                  collaborate: bool | Literal["earlier"] = False,
-                 classifier: bool = True, normalise_input: bool = True, max_rows: int = 4096,
+                 blocks: int | Sequence[str] | None = None, classifier: bool = True,
+                 normalise_input: bool = True, max_rows: int = 4096,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        self.overlays = not callable(negatives)
+        self.by_class = goodness == "by_class"
+        self.overlays = not callable(negatives) and not self.by_class
         if predict_by is None:
-            predict_by = "goodness" if self.overlays else "softmax"
-        if negatives != "label_overlay" and self.overlays:
+            predict_by = "softmax" if callable(negatives) else "goodness"
+        if negatives != "label_overlay" and not callable(negatives):
             raise UnknownName("way of making negatives", str(negatives), ["label_overlay"])
-        if goodness not in ("sum", "mean"):
-            raise UnknownName("goodness", goodness, ["sum", "mean"])
+        if goodness not in ("sum", "mean", "by_class"):
+            raise UnknownName("goodness", goodness, ["sum", "mean", "by_class"])
         if predict_by not in ("goodness", "softmax"):
             raise UnknownName("way of predicting", predict_by, ["goodness", "softmax"])
-        if predict_by == "goodness" and not self.overlays:
+        if collaborate not in (True, False, "earlier"):
+            raise UnknownName("way to collaborate", str(collaborate), ["True", "False", "earlier"])
+        if self.by_class:
+            for name, value, usual in (("threshold", threshold, None),
+                                       ("negatives", negatives, "label_overlay"),
+                                       ("collaborate", collaborate, False)):
+                if value != usual:
+                    raise ValueError(f"{name} must be left out where goodness='by_class', since "
+                                     "there the classes of one sample compete with each other, "
+                                     f"got {value}; give goodness='sum' for it")
+        if predict_by == "goodness" and callable(negatives):
             raise ValueError("predict_by must be 'softmax' where negatives is a function, since "
                              "there is no label in x to compare goodness for, got 'goodness'")
-        for name, value in (("temperature", temperature), ("amplitude", amplitude),
-                            ("max_rows", max_rows)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
+        for name, size in (("temperature", temperature), ("amplitude", amplitude),
+                           ("max_rows", max_rows)):
+            if size is not None and size <= 0:
+                raise ValueError(f"{name} must be above 0, got {size}")
+        if skip is None:
+            skip = 0 if self.by_class else 1
         if skip < 0:
             raise ValueError(f"skip must be 0 or more hidden stages, got {skip}")
 
@@ -135,6 +152,9 @@ class ForwardForward(Rule):
         if depth < 1:
             raise ValueError("network must have a hidden stage before its classifier, got one "
                              "stage; add a layer, or give classifier=False if it gives no scores")
+        if blocks is not None:
+            self.stages = in_blocks(self.stages, blocks, depth)
+            depth = len(self.stages) - classifier
         sizes, channels_first = widths(self.stages, example)
         if not classifier and num_classes is None:
             raise ValueError("num_classes is needed with classifier=False, since no stage has one "
@@ -149,16 +169,24 @@ class ForwardForward(Rule):
         self.collaborate = collaborate
         self.normalise_input, self.max_rows = normalise_input, max_rows
         self.softmax_is_read = self.hard_negatives or predict_by == "softmax"
+        like = first_parameter(self.stages)
         read = range(self.first_read, depth - classifier) if self.softmax_is_read else ()
         self.readouts = nn.ModuleDict({
             str(i): Readout(self.stages.names[i], sizes[i], self.num_classes, zero=True,
-                            channels_first=channels_first[i], like=first_parameter(self.stages))
+                            channels_first=channels_first[i], like=like)
             for i in read})
+        self.kernels = nn.ModuleList(
+            Readout(self.stages.names[i], width, self.num_classes, like=like, generator=generator,
+                    channels_first=channels_first[i])
+            for i, width in enumerate(channels(self.stages, example, channels_first)[:depth])
+            ) if self.by_class else None
 
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
         """Add each stage's own gradient to `.grad`; return the mean of the stages' losses."""
+        if self.by_class:
+            return self._compete(self._input(x), y)
         if callable(self.negatives):
-            passes = _joined(x, self.negatives(x, y))
+            passes = joined(x, self.negatives(x, y))
             if y is not None and self.softmax_is_read:
                 check_labels(y, self.num_classes)
                 self._read(self._input(x), y)
@@ -177,9 +205,44 @@ class ForwardForward(Rule):
         """Return each class's goodness, or the softmax's logits, in eval mode, without a graph."""
         with evaluating(self):
             if self.predict_by == "goodness":
-                return self._goodness_by_class(x)
+                return self._votes(self._input(x)) if self.by_class else self._tried_labels(x)
             return self._softmax(self._overlaid(x, self._neutral()) if self.overlays
                                  else self._input(x))
+
+    def _compete(self, x: Any, y: Tensor | None) -> Tensor:
+        """Train the hidden stages to have the largest goodness for the sample's own class."""
+        if y is None:
+            raise ValueError("y must hold the classes that goodness='by_class' tells apart, got "
+                             "None; give negatives= to learn without labels")
+        check_labels(y, self.num_classes)
+        if self.softmax_is_read:
+            self._read(x, y)
+        h, context, losses = x, self.stages.context(x), []
+        for i in range(self.depth):
+            h = self.stages[i](h, context)
+            goodness = class_goodness(self._kernel(i), h, x, per_token=y.shape == h.shape[:2])
+            loss = cross_entropy(goodness / (self.temperature or 1.0), y)
+            if loss.requires_grad:
+                loss.backward()
+            losses.append(loss.detach())
+            _, square, features = self._square(h, x)
+            h = self._onward(h, square, features)
+        return torch.stack(losses).mean()
+
+    def _votes(self, x: Any) -> Tensor:
+        """Return the mean of the stages' goodness of each class."""
+        h, context, votes = x, self.stages.context(x), []
+        for i in range(self.depth):
+            h = self.stages[i](h, context)
+            if i >= self.first_read:
+                votes.append(class_goodness(self._kernel(i), h, x))
+            _, square, features = self._square(h, x)
+            h = self._onward(h, square, features)
+        return torch.stack(votes).mean(0)
+
+    def _kernel(self, i: int) -> Readout:
+        assert self.kernels is not None
+        return cast(Readout, self.kernels[i])
 
     def _contrast(self, passes: list[Any], y: Tensor | None) -> Tensor:
         """Train the hidden stages on one pass of both halves, or on positives, then negatives."""
@@ -194,7 +257,7 @@ class ForwardForward(Rule):
                 h = stage(hs[k], context)
                 sign = torch.ones(len(h), device=h.device)
                 sign[len(h) // 2 if len(passes) == 1 else (1 - k) * len(h):] = -1
-                weight = _weights(y, len(h), 3 - len(passes)).to(h.device) / len(passes)
+                weight = weights(y, len(h), 3 - len(passes)).to(h.device) / len(passes)
                 loss, hs[k], sums[k] = self._learn(h, x, sign, weight, sums[k])
                 losses.append(loss)
         return torch.stack(losses).sum() / self.depth
@@ -220,9 +283,9 @@ class ForwardForward(Rule):
         own = self._size(square, features)
         if self.collaborate is not True:
             shared = _added(shared, own)
-        size, unit = shared if self.collaborate else own
-        threshold = unit if self.threshold is None else self.threshold
-        temperature = unit / 10 if self.temperature is None else self.temperature
+        size, units = shared if self.collaborate else own
+        threshold = units if self.threshold is None else self.threshold
+        temperature = units / 10 if self.temperature is None else self.temperature
         z = sign * (size - threshold) / temperature
         if h.requires_grad:  # a frozen stage has nothing to learn
             slope = -2 * weight * sign * torch.sigmoid(-z) / temperature
@@ -248,8 +311,8 @@ class ForwardForward(Rule):
         return activity, torch.linalg.vector_norm(activity, dim=1).square(), count
 
     def _onward(self, h: Tensor, square: Tensor, features: Tensor | float) -> Tensor:
-        rms = (square / features).sqrt().clamp_min(TINY).to(h.dtype)
-        return h.detach() / rms.view(-1, *[1] * (h.ndim - 1))
+        norm = (square / features).sqrt().clamp_min(TINY).to(h.dtype)
+        return h.detach() / norm.view(-1, *[1] * (h.ndim - 1))
 
     def _hidden(self, x: Any, context: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield number, sum of squares and normalised activity of each hidden stage."""
@@ -306,7 +369,7 @@ class ForwardForward(Rule):
         axes = parts[-1].ndim
         return torch.stack([mean_of_tokens(p, x) if p.ndim > axes else p for p in parts]).sum(0)
 
-    def _goodness_by_class(self, x: Any) -> Tensor:
+    def _tried_labels(self, x: Any) -> Tensor:
         image, found = self._image(x), []
         for labels in torch.eye(self.num_classes).split(max(1, self.max_rows // len(image))):
             labelled = self._overlaid(x, labels.repeat_interleave(len(image), 0))
@@ -342,7 +405,7 @@ class ForwardForward(Rule):
         rows = drawn.view(len(drawn), -1)
         rows[:, :self.num_classes] = self.amplitude * labels.to(drawn)
         if self.normalise_input:
-            rows /= _rms(rows)
+            rows /= rms(rows)
         if not isinstance(x, Mapping):
             return drawn
         return {key: drawn if key == IMAGE else copied(value)
@@ -379,46 +442,9 @@ class ForwardForward(Rule):
         if not self.normalise_input:
             return x
         if isinstance(x, Mapping):
-            return {key: _unit(value) if key == IMAGE else value for key, value in x.items()}
-        return _unit(x) if isinstance(x, Tensor) else (_unit(x[0]), *x[1:])
+            return {key: unit(value) if key == IMAGE else value for key, value in x.items()}
+        return unit(x) if isinstance(x, Tensor) else (unit(x[0]), *x[1:])
 
 
 def _added(a: Sum, b: Sum) -> Sum:
     return a[0] + b[0], a[1] + b[1]
-
-
-def _unit(value: Any) -> Any:
-    """Return each sample divided by its rms, and what is no sample of real numbers as it is."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
-        return value
-    rows = value.reshape(len(value), -1)
-    return (rows / _rms(rows)).view_as(value)
-
-
-def _rms(rows: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return (norm / rows.shape[1] ** 0.5).clamp_min(TINY)
-
-
-def _joined(positive: Any, negative: Any) -> list[Any]:
-    """Return positives and negatives as one batch where they can be one, else one by one."""
-    if isinstance(positive, Tensor) and isinstance(negative, Tensor):
-        return [torch.cat([positive, negative])] if _alike(positive, negative) else [
-            positive, negative]
-    if isinstance(positive, Mapping) and isinstance(negative, Mapping) and (
-            set(positive) == set(negative)) and all(_alike(v, negative[k])
-                                                    for k, v in positive.items()):
-        return [{k: torch.cat([v, negative[k]]) for k, v in positive.items()}]
-    return [positive, negative]
-
-
-def _alike(a: Any, b: Any) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim > 0 and a.shape == b.shape
-
-
-def _weights(y: Tensor | None, rows: int, halves: int) -> Tensor:
-    """Return what each of `rows` samples counts, 1 in all; labels below 0 leave samples out."""
-    if y is None or y.ndim != 1 or len(y) * halves != rows:
-        return torch.full((rows,), 1 / rows)
-    counts = (y >= 0).repeat(halves).float()
-    return counts / counts.sum().clamp_min(1)
