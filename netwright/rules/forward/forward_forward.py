@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -11,7 +11,15 @@ from netwright.losses import cross_entropy
 from netwright.modes import evaluating, random_state, rehearsing, set_random_state
 from netwright.rules.forward._blocks import in_blocks
 from netwright.rules.forward._class_goodness import channels, class_goodness
-from netwright.rules.forward._samples import TINY, joined, rms, unit, weights
+from netwright.rules.forward._samples import (
+    TINY,
+    check_written,
+    image_of,
+    joined,
+    normalised,
+    overlaid,
+    weights,
+)
 from netwright.rules.readout import (
     Readout,
     count_classes,
@@ -26,7 +34,6 @@ from netwright.stages import Stages, stages
 # The most readouts whose inputs are kept until the scores that they add up to are known; the
 # inputs of more are computed a second time, so that memory does not grow with depth.
 KEPT = 4
-IMAGE = "pixel_values"
 
 # Goodness, and the unit that it is measured in, of one stage or added up over several.
 Sum = tuple[Tensor | float, Tensor | float]
@@ -60,6 +67,23 @@ class ForwardForward(Rule):
     next stage runs. The returned loss is the mean of the L_i. Positives and negatives go through
     a stage as one batch, which is what its norms see, except where x is a tuple.
 
+    With `collaborate` p counts the frozen goodness of the other hidden stages too: of all of them
+    (True), or of the earlier ones (`"earlier"`), so that a stage learns what they leave open:
+    p_i = sigmoid((g(h_i) + sum_{j != i} g(h_j) - threshold) / temperature), with nothing but g(h_i)
+    differentiated. The stages change at once after a step, so all goodness is that of the weights
+    before it. True finds it by one more forward pass, since to keep the activities instead would
+    take memory in proportion to depth; `"earlier"` needs none.
+
+    With `goodness="by_class"` no label is in x and there are no negative samples: a 1 x 1
+    convolution M_i of the rule's own (`kernels`) reads one channel a class off each stage,
+    g_c = mean over places of (M_i h_i)_c², L_i = -log softmax(g / temperature)_y, and predictions
+    are the mean of the stages' g. So x may be what can carry no label: token ids, graphs. The paper
+    normalises what goes on by its mean and deviation; here it is divided by its rms.
+
+    With `blocks` consecutive hidden stages are one: g is that of the block's end, its gradient is
+    exact inside of the block (but for what passes beside the signal, such as T5's position bias),
+    and none crosses to another.
+
     Not in the paper: the input is divided by its rms too, as the author's published program does
     (`normalise_input`); the temperature is 1 there. Left out is peer normalisation, a pull on
     each unit's mean activity that keeps units from being always on or always off.
@@ -68,29 +92,38 @@ class ForwardForward(Rule):
         network: What is trained; it returns class scores, unless `classifier=False`.
         example: An input, where the stages or their widths cannot be known without one.
         num_classes: The number of classes; the last stage's width by default.
-        goodness: `"sum"` or `"mean"` of squares; the unit of `threshold` and `temperature`.
+        goodness: `"sum"` or `"mean"` of squares, the unit of `threshold` and `temperature`; or
+            `"by_class"`.
         threshold: The goodness that is as likely real as false; by default the number of
-            features (1 where goodness is the mean), as in the author's program.
+            features (1 where goodness is the mean), as in the author's program, of all stages
+            that are counted.
         temperature: What the distance from the threshold is divided by; by default a tenth of
-            the number of features (0.1 where goodness is the mean).
+            the stage's number of features (0.1 where goodness is the mean, 1 by class).
         negatives: `"label_overlay"`, or a function of (x, y) that returns negative samples.
         amplitude: The value of a label's one.
         hard_negatives: Whether labels of negatives follow the network's own predictions.
         predict_by: `"goodness"` or `"softmax"`, all that there is where `negatives` is a function.
         skip: How many hidden stages, from the first, predictions leave out; one is always read.
+            By default 1, and 0 with `collaborate` and by class.
+        collaborate: Whether stages count the goodness of the others: True, False or `"earlier"`.
+        blocks: How many blocks the hidden stages are joined into, or the names of those that begin
+            one; by default each stage is by itself.
         classifier: Whether the last stage gives class scores; if not it is a hidden stage too.
         normalise_input: Whether the network's input is divided by its rms.
         max_rows: The most samples that a prediction by goodness runs at once.
-        generator: Where negative labels are drawn.
+        generator: Where negative labels and the first `kernels` are drawn.
 
     Shapes: x (batch, *size), or a mapping that holds `pixel_values`, or with a function for
-    `negatives` whatever the network takes; y (batch,), with such a function also (batch, tokens)
-    or None; h_i (batch, *size_i).
+    `negatives` and by class whatever the network takes; y (batch,), there also (batch, tokens),
+    with such a function also None; h_i (batch, *size_i); M_i (classes, channels_i).
 
     Raises:
         ValueError: a label cannot be written into x, or an option does not fit the others.
 
-    Paper: Hinton, 2022, The Forward-Forward Algorithm: Some Preliminary Investigations.
+    Paper: Hinton, 2022, The Forward-Forward Algorithm: Some Preliminary Investigations;
+    `collaborate`: Lorberbom, Gat, Adi, Schwing, Hazan, 2023, Layer Collaboration in the
+    Forward-Forward Algorithm; `"by_class"` and `blocks`: Krutsylo, 2025, Scalable Forward-Forward
+    Algorithm.
 
     >>> network = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(),
     ...                         nn.Linear(8, 3))
@@ -143,7 +176,7 @@ class ForwardForward(Rule):
             if size is not None and size <= 0:
                 raise ValueError(f"{name} must be above 0, got {size}")
         if skip is None:
-            skip = 0 if self.by_class else 1
+            skip = 0 if self.by_class or collaborate else 1
         if skip < 0:
             raise ValueError(f"skip must be 0 or more hidden stages, got {skip}")
 
@@ -194,7 +227,7 @@ class ForwardForward(Rule):
         if y is None:
             raise ValueError("y must hold the classes that are written into x, got None; "
                              "give negatives= to learn without labels")
-        self._check(self._image(x), y)
+        check_written(self._image(x), y, self.num_classes)
         scores = self._read(self._overlaid(x, self._neutral()), y) if self.softmax_is_read else None
         others = self._other_labels(y, scores if self.hard_negatives else None)
         labels = torch.cat([y, others])
@@ -281,11 +314,11 @@ class ForwardForward(Rule):
         """
         activity, square, features = self._square(h, x)
         own = self._size(square, features)
-        if self.collaborate is not True:
+        if self.collaborate == "earlier":
             shared = _added(shared, own)
         size, units = shared if self.collaborate else own
         threshold = units if self.threshold is None else self.threshold
-        temperature = units / 10 if self.temperature is None else self.temperature
+        temperature = own[1] / 10 if self.temperature is None else self.temperature
         z = sign * (size - threshold) / temperature
         if h.requires_grad:  # a frozen stage has nothing to learn
             slope = -2 * weight * sign * torch.sigmoid(-z) / temperature
@@ -395,55 +428,16 @@ class ForwardForward(Rule):
 
     def _overlaid(self, x: Any, labels: Tensor) -> Any:
         """Return copies of `x` that carry `labels`, as many as there are labels for, normalised."""
-        image = self._image(x)
-        copies = max(1, len(labels) // len(image))
-
-        def copied(value: Tensor) -> Tensor:
-            return value.repeat(copies, *[1] * (value.ndim - 1))
-
-        drawn = copied(image)
-        rows = drawn.view(len(drawn), -1)
-        rows[:, :self.num_classes] = self.amplitude * labels.to(drawn)
-        if self.normalise_input:
-            rows /= rms(rows)
-        if not isinstance(x, Mapping):
-            return drawn
-        return {key: drawn if key == IMAGE else copied(value)
-                if isinstance(value, Tensor) and value.shape[:1] == image.shape[:1] else value
-                for key, value in x.items()}
+        return overlaid(x, self._image(x), labels, amplitude=self.amplitude,
+                        normalise=self.normalise_input)
 
     def _image(self, x: Any) -> Tensor:
         """Return the tensor of `x` that labels are written into."""
-        image = x.get(IMAGE) if isinstance(x, Mapping) else x
-        if not isinstance(image, Tensor) or not image.is_floating_point():
-            what = (f"{image.dtype}" if isinstance(image, Tensor)
-                    else f"a mapping of {', '.join(map(str, x))}" if isinstance(x, Mapping)
-                    else f"a {type(x).__name__}")
-            raise ValueError("x must be a floating-point tensor, or a mapping with one as "
-                             f"{IMAGE}, for a label to be written into it, got {what}; give "
-                             "negatives=, a function that makes negative samples of it")
-        if image[:1].numel() < self.num_classes:
-            raise ValueError(f"x must have at least {self.num_classes} numbers a sample for the "
-                             f"label, got {tuple(image.shape)}; give negatives=, a function that "
-                             "makes negative samples, or add empty numbers in front")
-        return image
-
-    def _check(self, image: Tensor, y: Tensor) -> None:
-        if y.shape != image.shape[:1]:
-            raise ValueError(f"y must have one class a sample, ({len(image)},), got "
-                             f"{tuple(y.shape)}; give negatives= for other labels")
-        check_labels(y, self.num_classes)
-        if y.device.type == "cpu" and bool((y < 0).any()):
-            raise ValueError("y must name a class for every sample, since it is written into x, "
-                             f"got {int(y.min())}; leave such samples out of the batch")
+        return image_of(x, self.num_classes)
 
     def _input(self, x: Any) -> Any:
         """Return a user's `x`, which carries no label, normalised."""
-        if not self.normalise_input:
-            return x
-        if isinstance(x, Mapping):
-            return {key: unit(value) if key == IMAGE else value for key, value in x.items()}
-        return unit(x) if isinstance(x, Tensor) else (unit(x[0]), *x[1:])
+        return normalised(x) if self.normalise_input else x
 
 
 def _added(a: Sum, b: Sum) -> Sum:
