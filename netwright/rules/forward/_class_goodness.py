@@ -8,21 +8,20 @@ from netwright.rules.readout import Readout, mean_of_tokens
 from netwright.stages import Stages
 
 
-def class_goodness(kernel: Readout, h: Tensor, x: Any = None, *, per_token: bool = False) -> Tensor:
+def class_goodness(kernel: Readout, h: Tensor, x: Any = None) -> Tensor:
     """Return the mean over places of the squared class channels that `kernel` reads off `h`.
 
     g_c = mean_p (sum_k M_ck h_kp)²
 
-    A place is a pixel, or a token that `x` does not call padding; `per_token` keeps tokens apart.
+    A place is a pixel, or a token that `x` does not call padding.
 
     Shapes: h (batch, channels, *places), (batch, tokens, channels) or (batch, channels);
-    M (classes, channels); g (batch, classes), or (batch, tokens, classes).
+    M (classes, channels); g (batch, classes).
     """
     if h.ndim == 2:
         return kernel.scores(h).square()
     if h.ndim == 3 and not kernel.channels_first:
-        squares = kernel.scores(h).square()
-        return squares if per_token else mean_of_tokens(squares, x)
+        return mean_of_tokens(kernel.scores(h).square(), x)
     return kernel.scores(h.flatten(2).transpose(1, 2)).square().mean(1)
 
 

@@ -114,8 +114,8 @@ class ForwardForward(Rule):
         generator: Where negative labels and the first `kernels` are drawn.
 
     Shapes: x (batch, *size), or a mapping that holds `pixel_values`, or with a function for
-    `negatives` and by class whatever the network takes; y (batch,), there also (batch, tokens),
-    with such a function also None; h_i (batch, *size_i); M_i (classes, channels_i).
+    `negatives` and by class whatever the network takes; y (batch,), with such a function also
+    (batch, tokens) or None; h_i (batch, *size_i); M_i (classes, channels_i).
 
     Raises:
         ValueError: a label cannot be written into x, or an option does not fit the others.
@@ -248,12 +248,15 @@ class ForwardForward(Rule):
             raise ValueError("y must hold the classes that goodness='by_class' tells apart, got "
                              "None; give negatives= to learn without labels")
         check_labels(y, self.num_classes)
+        if y.ndim != 1:
+            raise ValueError("y must have one class a sample where goodness='by_class', got "
+                             f"{tuple(y.shape)}; make each token a sample")
         if self.softmax_is_read:
             self._read(x, y)
         h, context, losses = x, self.stages.context(x), []
         for i in range(self.depth):
             h = self.stages[i](h, context)
-            goodness = class_goodness(self._kernel(i), h, x, per_token=y.shape == h.shape[:2])
+            goodness = class_goodness(self._kernel(i), h, x)
             loss = cross_entropy(goodness / (self.temperature or 1.0), y)
             if loss.requires_grad:
                 loss.backward()

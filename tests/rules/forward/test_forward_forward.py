@@ -523,7 +523,9 @@ def test_errors_name_what_was_wrong_and_leave_no_gradient():
                     {"collaborate": "later"}):
         with pytest.raises(UnknownName):
             ForwardForward(mlp(12, 8, 3), **options)
-    with pytest.raises(ValueError, match="give negatives= to learn without labels"):
-        ForwardForward(mlp(12, 8, 3), goodness="by_class")(X)
+    for y, message in [(None, "give negatives= to learn without labels"),
+                       (torch.zeros(6, 2, dtype=torch.int64), "one class a sample where")]:
+        with pytest.raises(ValueError, match=message):
+            ForwardForward(mlp(12, 8, 3), X, goodness="by_class")(X, y)
     with pytest.raises(ValueError, match="a hidden stage before its classifier"):
         ForwardForward(nn.Sequential(nn.Linear(12, 3)))
