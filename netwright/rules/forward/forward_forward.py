@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -9,6 +9,17 @@ from torch.nn.functional import one_hot, softplus
 from netwright.errors import UnknownName
 from netwright.losses import cross_entropy
 from netwright.modes import evaluating, random_state, rehearsing, set_random_state
+from netwright.rules.forward._blocks import in_blocks
+from netwright.rules.forward._class_goodness import channels, class_goodness
+from netwright.rules.forward._samples import (
+    TINY,
+    check_written,
+    image_of,
+    joined,
+    normalised,
+    overlaid,
+    weights,
+)
 from netwright.rules.readout import (
     Readout,
     count_classes,
@@ -23,8 +34,9 @@ from netwright.stages import Stages, stages
 # The most readouts whose inputs are kept until the scores that they add up to are known; the
 # inputs of more are computed a second time, so that memory does not grow with depth.
 KEPT = 4
-IMAGE = "pixel_values"
-TINY = 1e-6
+
+# Goodness, and the unit that it is measured in, of one stage or added up over several.
+Sum = tuple[Tensor | float, Tensor | float]
 
 
 class ForwardForward(Rule):
@@ -55,6 +67,23 @@ class ForwardForward(Rule):
     next stage runs. The returned loss is the mean of the L_i. Positives and negatives go through
     a stage as one batch, which is what its norms see, except where x is a tuple.
 
+    With `collaborate` p counts the frozen goodness of the other hidden stages too: of all of them
+    (True), or of the earlier ones (`"earlier"`), so that a stage learns what they leave open:
+    p_i = sigmoid((g(h_i) + sum_{j != i} g(h_j) - threshold) / temperature), with nothing but g(h_i)
+    differentiated. The stages change at once after a step, so all goodness is that of the weights
+    before it. True finds it by one more forward pass, since to keep the activities instead would
+    take memory in proportion to depth; `"earlier"` needs none.
+
+    With `goodness="by_class"` no label is in x and there are no negative samples: a 1 x 1
+    convolution M_i of the rule's own (`kernels`) reads one channel a class off each stage,
+    g_c = mean over places of (M_i h_i)_c², L_i = -log softmax(g / temperature)_y, and predictions
+    are the mean of the stages' g. So x may be what can carry no label: token ids, graphs. The paper
+    normalises what goes on by its mean and deviation; here it is divided by its rms.
+
+    With `blocks` consecutive hidden stages are one: g is that of the block's end, its gradient is
+    exact inside of the block (but for what passes beside the signal, such as T5's position bias),
+    and none crosses to another.
+
     Not in the paper: the input is divided by its rms too, as the author's published program does
     (`normalise_input`); the temperature is 1 there. Left out is peer normalisation, a pull on
     each unit's mean activity that keeps units from being always on or always off.
@@ -63,29 +92,38 @@ class ForwardForward(Rule):
         network: What is trained; it returns class scores, unless `classifier=False`.
         example: An input, where the stages or their widths cannot be known without one.
         num_classes: The number of classes; the last stage's width by default.
-        goodness: `"sum"` or `"mean"` of squares; the unit of `threshold` and `temperature`.
+        goodness: `"sum"` or `"mean"` of squares, the unit of `threshold` and `temperature`; or
+            `"by_class"`.
         threshold: The goodness that is as likely real as false; by default the number of
-            features (1 where goodness is the mean), as in the author's program.
+            features (1 where goodness is the mean), as in the author's program, of all stages
+            that are counted.
         temperature: What the distance from the threshold is divided by; by default a tenth of
-            the number of features (0.1 where goodness is the mean).
+            the stage's number of features (0.1 where goodness is the mean, 1 by class).
         negatives: `"label_overlay"`, or a function of (x, y) that returns negative samples.
         amplitude: The value of a label's one.
         hard_negatives: Whether labels of negatives follow the network's own predictions.
         predict_by: `"goodness"` or `"softmax"`, all that there is where `negatives` is a function.
         skip: How many hidden stages, from the first, predictions leave out; one is always read.
+            By default 1, and 0 with `collaborate` and by class.
+        collaborate: Whether stages count the goodness of the others: True, False or `"earlier"`.
+        blocks: How many blocks the hidden stages are joined into, or the names of those that begin
+            one; by default each stage is by itself.
         classifier: Whether the last stage gives class scores; if not it is a hidden stage too.
         normalise_input: Whether the network's input is divided by its rms.
         max_rows: The most samples that a prediction by goodness runs at once.
-        generator: Where negative labels are drawn.
+        generator: Where negative labels and the first `kernels` are drawn.
 
     Shapes: x (batch, *size), or a mapping that holds `pixel_values`, or with a function for
-    `negatives` whatever the network takes; y (batch,), with such a function also (batch, tokens)
-    or None; h_i (batch, *size_i).
+    `negatives` and by class whatever the network takes; y (batch,), with such a function also
+    (batch, tokens) or None; h_i (batch, *size_i); M_i (classes, channels_i).
 
     Raises:
         ValueError: a label cannot be written into x, or an option does not fit the others.
 
-    Paper: Hinton, 2022, The Forward-Forward Algorithm: Some Preliminary Investigations.
+    Paper: Hinton, 2022, The Forward-Forward Algorithm: Some Preliminary Investigations;
+    `collaborate`: Lorberbom, Gat, Adi, Schwing, Hazan, 2023, Layer Collaboration in the
+    Forward-Forward Algorithm; `"by_class"` and `blocks`: Krutsylo, 2025, Scalable Forward-Forward
+    Algorithm.
 
     >>> network = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(),
     ...                         nn.Linear(8, 3))
@@ -99,30 +137,46 @@ class ForwardForward(Rule):
     search: ClassVar = {"predict_by": ["softmax", None]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
-                 num_classes: int | None = None, goodness: Literal["sum", "mean"] = "sum",
+                 num_classes: int | None = None,
+                 goodness: Literal["sum", "mean", "by_class"] = "sum",
                  threshold: float | None = None, temperature: float | None = None,
                  negatives: Literal["label_overlay"] | Callable[[Any, Any], Any] = "label_overlay",
                  amplitude: float = 1.0, hard_negatives: bool = True,
-                 predict_by: Literal["goodness", "softmax"] | None = None, skip: int = 1,
-                 classifier: bool = True, normalise_input: bool = True, max_rows: int = 4096,
+                 predict_by: Literal["goodness", "softmax"] | None = None, skip: int | None = None,
+                 collaborate: bool | Literal["earlier"] = False,
+                 blocks: int | Sequence[str] | None = None, classifier: bool = True,
+                 normalise_input: bool = True, max_rows: int = 4096,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        self.overlays = not callable(negatives)
+        self.by_class = goodness == "by_class"
+        self.overlays = not callable(negatives) and not self.by_class
         if predict_by is None:
-            predict_by = "goodness" if self.overlays else "softmax"
-        if negatives != "label_overlay" and self.overlays:
+            predict_by = "softmax" if callable(negatives) else "goodness"
+        if negatives != "label_overlay" and not callable(negatives):
             raise UnknownName("way of making negatives", str(negatives), ["label_overlay"])
-        if goodness not in ("sum", "mean"):
-            raise UnknownName("goodness", goodness, ["sum", "mean"])
+        if goodness not in ("sum", "mean", "by_class"):
+            raise UnknownName("goodness", goodness, ["sum", "mean", "by_class"])
         if predict_by not in ("goodness", "softmax"):
             raise UnknownName("way of predicting", predict_by, ["goodness", "softmax"])
-        if predict_by == "goodness" and not self.overlays:
+        if collaborate not in (True, False, "earlier"):
+            raise UnknownName("way to collaborate", str(collaborate), ["True", "False", "earlier"])
+        if self.by_class:
+            for name, value, usual in (("threshold", threshold, None),
+                                       ("negatives", negatives, "label_overlay"),
+                                       ("collaborate", collaborate, False)):
+                if value != usual:
+                    raise ValueError(f"{name} must be left out where goodness='by_class', since "
+                                     "there the classes of one sample compete with each other, "
+                                     f"got {value}; give goodness='sum' for it")
+        if predict_by == "goodness" and callable(negatives):
             raise ValueError("predict_by must be 'softmax' where negatives is a function, since "
                              "there is no label in x to compare goodness for, got 'goodness'")
-        for name, value in (("temperature", temperature), ("amplitude", amplitude),
-                            ("max_rows", max_rows)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
+        for name, size in (("temperature", temperature), ("amplitude", amplitude),
+                           ("max_rows", max_rows)):
+            if size is not None and size <= 0:
+                raise ValueError(f"{name} must be above 0, got {size}")
+        if skip is None:
+            skip = 0 if self.by_class or collaborate else 1
         if skip < 0:
             raise ValueError(f"skip must be 0 or more hidden stages, got {skip}")
 
@@ -131,6 +185,9 @@ class ForwardForward(Rule):
         if depth < 1:
             raise ValueError("network must have a hidden stage before its classifier, got one "
                              "stage; add a layer, or give classifier=False if it gives no scores")
+        if blocks is not None:
+            self.stages = in_blocks(self.stages, blocks, depth)
+            depth = len(self.stages) - classifier
         sizes, channels_first = widths(self.stages, example)
         if not classifier and num_classes is None:
             raise ValueError("num_classes is needed with classifier=False, since no stage has one "
@@ -142,18 +199,27 @@ class ForwardForward(Rule):
         self.negatives, self.amplitude = negatives, amplitude
         self.hard_negatives = hard_negatives and self.overlays
         self.predict_by, self.classifier = predict_by, classifier
+        self.collaborate = collaborate
         self.normalise_input, self.max_rows = normalise_input, max_rows
         self.softmax_is_read = self.hard_negatives or predict_by == "softmax"
+        like = first_parameter(self.stages)
         read = range(self.first_read, depth - classifier) if self.softmax_is_read else ()
         self.readouts = nn.ModuleDict({
             str(i): Readout(self.stages.names[i], sizes[i], self.num_classes, zero=True,
-                            channels_first=channels_first[i], like=first_parameter(self.stages))
+                            channels_first=channels_first[i], like=like)
             for i in read})
+        self.kernels = nn.ModuleList(
+            Readout(self.stages.names[i], width, self.num_classes, like=like, generator=generator,
+                    channels_first=channels_first[i])
+            for i, width in enumerate(channels(self.stages, example, channels_first)[:depth])
+            ) if self.by_class else None
 
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
         """Add each stage's own gradient to `.grad`; return the mean of the stages' losses."""
+        if self.by_class:
+            return self._compete(self._input(x), y)
         if callable(self.negatives):
-            passes = _joined(x, self.negatives(x, y))
+            passes = joined(x, self.negatives(x, y))
             if y is not None and self.softmax_is_read:
                 check_labels(y, self.num_classes)
                 self._read(self._input(x), y)
@@ -161,7 +227,7 @@ class ForwardForward(Rule):
         if y is None:
             raise ValueError("y must hold the classes that are written into x, got None; "
                              "give negatives= to learn without labels")
-        self._check(self._image(x), y)
+        check_written(self._image(x), y, self.num_classes)
         scores = self._read(self._overlaid(x, self._neutral()), y) if self.softmax_is_read else None
         others = self._other_labels(y, scores if self.hard_negatives else None)
         labels = torch.cat([y, others])
@@ -172,38 +238,101 @@ class ForwardForward(Rule):
         """Return each class's goodness, or the softmax's logits, in eval mode, without a graph."""
         with evaluating(self):
             if self.predict_by == "goodness":
-                return self._goodness_by_class(x)
+                return self._votes(self._input(x)) if self.by_class else self._tried_labels(x)
             return self._softmax(self._overlaid(x, self._neutral()) if self.overlays
                                  else self._input(x))
+
+    def _compete(self, x: Any, y: Tensor | None) -> Tensor:
+        """Train the hidden stages to have the largest goodness for the sample's own class."""
+        if y is None:
+            raise ValueError("y must hold the classes that goodness='by_class' tells apart, got "
+                             "None; give negatives= to learn without labels")
+        check_labels(y, self.num_classes)
+        if y.ndim != 1:
+            raise ValueError("y must have one class a sample where goodness='by_class', got "
+                             f"{tuple(y.shape)}; make each token a sample")
+        if self.softmax_is_read:
+            self._read(x, y)
+        h, context, losses = x, self.stages.context(x), []
+        for i in range(self.depth):
+            h = self.stages[i](h, context)
+            goodness = class_goodness(self._kernel(i), h, x)
+            loss = cross_entropy(goodness / (self.temperature or 1.0), y)
+            if loss.requires_grad:
+                loss.backward()
+            losses.append(loss.detach())
+            _, square, features = self._square(h, x)
+            h = self._onward(h, square, features)
+        return torch.stack(losses).mean()
+
+    def _votes(self, x: Any) -> Tensor:
+        """Return the mean of the stages' goodness of each class."""
+        h, context, votes = x, self.stages.context(x), []
+        for i in range(self.depth):
+            h = self.stages[i](h, context)
+            if i >= self.first_read:
+                votes.append(class_goodness(self._kernel(i), h, x))
+            _, square, features = self._square(h, x)
+            h = self._onward(h, square, features)
+        return torch.stack(votes).mean(0)
+
+    def _kernel(self, i: int) -> Readout:
+        assert self.kernels is not None
+        return cast(Readout, self.kernels[i])
 
     def _contrast(self, passes: list[Any], y: Tensor | None) -> Tensor:
         """Train the hidden stages on one pass of both halves, or on positives, then negatives."""
         hs, contexts = list(passes), [self.stages.context(x) for x in passes]
+        sums: list[Sum] = [(0.0, 0.0)] * len(passes)
+        if self.collaborate is True:
+            with rehearsing(self.network):
+                sums = self._sums(passes, contexts)
         losses = []
         for stage in list(self.stages)[:self.depth]:
             for k, (x, context) in enumerate(zip(passes, contexts, strict=True)):
                 h = stage(hs[k], context)
                 sign = torch.ones(len(h), device=h.device)
                 sign[len(h) // 2 if len(passes) == 1 else (1 - k) * len(h):] = -1
-                weight = _weights(y, len(h), 3 - len(passes)).to(h.device) / len(passes)
-                loss, hs[k] = self._learn(h, x, sign, weight)
+                weight = weights(y, len(h), 3 - len(passes)).to(h.device) / len(passes)
+                loss, hs[k], sums[k] = self._learn(h, x, sign, weight, sums[k])
                 losses.append(loss)
         return torch.stack(losses).sum() / self.depth
 
-    def _learn(self, h: Tensor, x: Any, sign: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one stage's gradient; return its loss and what goes on to the next stage."""
+    def _sums(self, passes: list[Any], contexts: list[Any]) -> list[Sum]:
+        """Return each pass's goodness of all hidden stages; draw as the pass that learns will."""
+        hs, sums = list(passes), [cast(Sum, (0.0, 0.0))] * len(passes)
+        for stage in list(self.stages)[:self.depth]:
+            for k, (x, context) in enumerate(zip(passes, contexts, strict=True)):
+                h = stage(hs[k], context)
+                _, square, features = self._square(h, x)
+                sums[k] = _added(sums[k], self._size(square, features))
+                hs[k] = self._onward(h, square, features)
+        return sums
+
+    def _learn(self, h: Tensor, x: Any, sign: Tensor, weight: Tensor,
+               shared: Sum) -> tuple[Tensor, Tensor, Sum]:
+        """Add one stage's gradient; return its loss, what goes on, and the goodness shared so far.
+
+        `shared` is the goodness of all stages, this one too, or of those before this one.
+        """
         activity, square, features = self._square(h, x)
-        unit = features if self.goodness == "sum" else 1.0
-        threshold = unit if self.threshold is None else self.threshold
-        temperature = unit / 10 if self.temperature is None else self.temperature
-        size = square if self.goodness == "sum" else square / features
+        own = self._size(square, features)
+        if self.collaborate == "earlier":
+            shared = _added(shared, own)
+        size, units = shared if self.collaborate else own
+        threshold = units if self.threshold is None else self.threshold
+        temperature = own[1] / 10 if self.temperature is None else self.temperature
         z = sign * (size - threshold) / temperature
         if h.requires_grad:  # a frozen stage has nothing to learn
             slope = -2 * weight * sign * torch.sigmoid(-z) / temperature
             if self.goodness == "mean":
                 slope = slope / features
             h.backward((activity * slope.unsqueeze(1)).view_as(h).to(h.dtype))
-        return (softplus(-z) * weight).sum(), self._onward(h, square, features)
+        return (softplus(-z) * weight).sum(), self._onward(h, square, features), shared
+
+    def _size(self, square: Tensor, features: Tensor | float) -> Sum:
+        """Return a stage's goodness and the unit that it is measured in."""
+        return (square, features) if self.goodness == "sum" else (square / features, 1.0)
 
     def _square(self, h: Tensor, x: Any) -> tuple[Tensor, Tensor, Tensor | float]:
         """Return the activity (batch, features), its sum of squares and how many features count."""
@@ -218,8 +347,8 @@ class ForwardForward(Rule):
         return activity, torch.linalg.vector_norm(activity, dim=1).square(), count
 
     def _onward(self, h: Tensor, square: Tensor, features: Tensor | float) -> Tensor:
-        rms = (square / features).sqrt().clamp_min(TINY).to(h.dtype)
-        return h.detach() / rms.view(-1, *[1] * (h.ndim - 1))
+        norm = (square / features).sqrt().clamp_min(TINY).to(h.dtype)
+        return h.detach() / norm.view(-1, *[1] * (h.ndim - 1))
 
     def _hidden(self, x: Any, context: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield number, sum of squares and normalised activity of each hidden stage."""
@@ -276,7 +405,7 @@ class ForwardForward(Rule):
         axes = parts[-1].ndim
         return torch.stack([mean_of_tokens(p, x) if p.ndim > axes else p for p in parts]).sum(0)
 
-    def _goodness_by_class(self, x: Any) -> Tensor:
+    def _tried_labels(self, x: Any) -> Tensor:
         image, found = self._image(x), []
         for labels in torch.eye(self.num_classes).split(max(1, self.max_rows // len(image))):
             labelled = self._overlaid(x, labels.repeat_interleave(len(image), 0))
@@ -302,89 +431,17 @@ class ForwardForward(Rule):
 
     def _overlaid(self, x: Any, labels: Tensor) -> Any:
         """Return copies of `x` that carry `labels`, as many as there are labels for, normalised."""
-        image = self._image(x)
-        copies = max(1, len(labels) // len(image))
-
-        def copied(value: Tensor) -> Tensor:
-            return value.repeat(copies, *[1] * (value.ndim - 1))
-
-        drawn = copied(image)
-        rows = drawn.view(len(drawn), -1)
-        rows[:, :self.num_classes] = self.amplitude * labels.to(drawn)
-        if self.normalise_input:
-            rows /= _rms(rows)
-        if not isinstance(x, Mapping):
-            return drawn
-        return {key: drawn if key == IMAGE else copied(value)
-                if isinstance(value, Tensor) and value.shape[:1] == image.shape[:1] else value
-                for key, value in x.items()}
+        return overlaid(x, self._image(x), labels, amplitude=self.amplitude,
+                        normalise=self.normalise_input)
 
     def _image(self, x: Any) -> Tensor:
         """Return the tensor of `x` that labels are written into."""
-        image = x.get(IMAGE) if isinstance(x, Mapping) else x
-        if not isinstance(image, Tensor) or not image.is_floating_point():
-            what = (f"{image.dtype}" if isinstance(image, Tensor)
-                    else f"a mapping of {', '.join(map(str, x))}" if isinstance(x, Mapping)
-                    else f"a {type(x).__name__}")
-            raise ValueError("x must be a floating-point tensor, or a mapping with one as "
-                             f"{IMAGE}, for a label to be written into it, got {what}; give "
-                             "negatives=, a function that makes negative samples of it")
-        if image[:1].numel() < self.num_classes:
-            raise ValueError(f"x must have at least {self.num_classes} numbers a sample for the "
-                             f"label, got {tuple(image.shape)}; give negatives=, a function that "
-                             "makes negative samples, or add empty numbers in front")
-        return image
-
-    def _check(self, image: Tensor, y: Tensor) -> None:
-        if y.shape != image.shape[:1]:
-            raise ValueError(f"y must have one class a sample, ({len(image)},), got "
-                             f"{tuple(y.shape)}; give negatives= for other labels")
-        check_labels(y, self.num_classes)
-        if y.device.type == "cpu" and bool((y < 0).any()):
-            raise ValueError("y must name a class for every sample, since it is written into x, "
-                             f"got {int(y.min())}; leave such samples out of the batch")
+        return image_of(x, self.num_classes)
 
     def _input(self, x: Any) -> Any:
         """Return a user's `x`, which carries no label, normalised."""
-        if not self.normalise_input:
-            return x
-        if isinstance(x, Mapping):
-            return {key: _unit(value) if key == IMAGE else value for key, value in x.items()}
-        return _unit(x) if isinstance(x, Tensor) else (_unit(x[0]), *x[1:])
+        return normalised(x) if self.normalise_input else x
 
 
-def _unit(value: Any) -> Any:
-    """Return each sample divided by its rms, and what is no sample of real numbers as it is."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
-        return value
-    rows = value.reshape(len(value), -1)
-    return (rows / _rms(rows)).view_as(value)
-
-
-def _rms(rows: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return (norm / rows.shape[1] ** 0.5).clamp_min(TINY)
-
-
-def _joined(positive: Any, negative: Any) -> list[Any]:
-    """Return positives and negatives as one batch where they can be one, else one by one."""
-    if isinstance(positive, Tensor) and isinstance(negative, Tensor):
-        return [torch.cat([positive, negative])] if _alike(positive, negative) else [
-            positive, negative]
-    if isinstance(positive, Mapping) and isinstance(negative, Mapping) and (
-            set(positive) == set(negative)) and all(_alike(v, negative[k])
-                                                    for k, v in positive.items()):
-        return [{k: torch.cat([v, negative[k]]) for k, v in positive.items()}]
-    return [positive, negative]
-
-
-def _alike(a: Any, b: Any) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim > 0 and a.shape == b.shape
-
-
-def _weights(y: Tensor | None, rows: int, halves: int) -> Tensor:
-    """Return what each of `rows` samples counts, 1 in all; labels below 0 leave samples out."""
-    if y is None or y.ndim != 1 or len(y) * halves != rows:
-        return torch.full((rows,), 1 / rows)
-    counts = (y >= 0).repeat(halves).float()
-    return counts / counts.sum().clamp_min(1)
+def _added(a: Sum, b: Sum) -> Sum:
+    return a[0] + b[0], a[1] + b[1]

@@ -79,6 +79,68 @@ def test_one_linear_layer_in_closed_form():
     torch.testing.assert_close(W.grad, expected.detach())
 
 
+@pytest.mark.parametrize("collaborate", [True, "earlier"])
+@pytest.mark.parametrize(("options", "unit_of"), [
+    ({}, lambda h: h.shape[1]), ({"goodness": "mean"}, lambda h: 1),
+    ({"threshold": 2.0, "temperature": 3.0}, None)])
+def test_layers_that_collaborate_count_the_frozen_goodness_of_the_others(collaborate, options,
+                                                                         unit_of):
+    network = mlp(12, 8, 7, 6, 3).double()
+    hs, goodness, units = [torch.cat([labelled(X.double(), Y),
+                                      labelled(X.double(), next_label(0))])], [], []
+    for layer in (network[:2], network[2:4], network[4:6]):
+        h = layer(hs[-1])
+        goodness.append(h.square().mean(1) if "goodness" in options else h.square().sum(1))
+        units.append(unit_of(h) if unit_of else 0)
+        hs.append(unit(h).detach())
+    losses, expected = [], []
+    for i, own in enumerate(goodness):
+        counted = [j for j in range(3) if j < i or (collaborate is True and j > i)]
+        gamma = sum(goodness[j].detach() for j in counted)
+        u = sum(units[j] for j in [i, *counted])
+        z = (own + gamma - (u or 2)) / (units[i] / 10 or 3)
+        losses.append(softplus(-TRUE_AND_FALSE * z).mean())
+        expected += torch.autograd.grad(losses[-1], list(network[2 * i].parameters()))
+    rule = plain(network, collaborate=collaborate, **options)
+    torch.testing.assert_close(rule(X.double(), Y), torch.stack(losses).mean().detach())
+    for parameter, gradient in zip(network[:6].parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert network[6].weight.grad is None
+
+
+def test_the_first_of_two_passes_leaves_no_trace_and_draws_what_the_second_does():
+    torch.manual_seed(0)
+    layers = [m for _ in range(3) for m in
+              (nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5))]
+    rule = plain(nn.Sequential(*layers, nn.Linear(12, 3)), collaborate=True)
+    own, foretold = [], []
+    learn = rule._learn
+
+    def watch(h, x, sign, weight, shared):
+        own.append(h.detach().square().sum(1))
+        foretold.append(shared[0])
+        return learn(h, x, sign, weight, shared)
+
+    rule._learn = watch
+    rule(X, Y)
+    for total in foretold:
+        torch.testing.assert_close(total, sum(own))
+    assert [m.num_batches_tracked.item() for m in rule.modules()
+            if isinstance(m, nn.BatchNorm1d)] == [1, 1, 1]
+
+
+def test_layers_that_collaborate_take_positives_and_negatives_one_by_one_too():
+    for collaborate in (True, "earlier"):
+        network = mlp(12, 8, 7, 3)
+        false = torch.rand(6, 12)
+        rule = ForwardForward(network, negatives=lambda x, y: false, collaborate=collaborate)  # noqa: B023
+        rule(X)
+        together = network[2].weight.grad.clone()
+        rule.zero_grad()
+        rule._contrast([unit(X), unit(false)], None)
+        torch.testing.assert_close(network[2].weight.grad, together)
+
+
 def test_no_gradient_crosses_a_boundary():
     network = mlp(12, 8, 8, 3)
     rule = ForwardForward(network, generator=torch.Generator().manual_seed(0))
@@ -97,6 +159,118 @@ def test_no_gradient_crosses_a_boundary():
     assert torch.equal(network[0].weight.grad, plainly)
     assert not torch.equal(network[4].weight.grad, last)
     assert first.abs().sum() > 0
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"goodness": "mean"}, {"goodness": "by_class"}, {"collaborate": True}])
+def test_blocks_are_exact_inside_and_no_gradient_crosses_them(options):
+    options = {"hard_negatives": False, "predict_by": "goodness", **options}
+    network = mlp(12, 8, 7, 6, 5, 3).double()
+    rule = ForwardForward(network, X.double(), blocks=2,
+                          generator=torch.Generator().manual_seed(0), **options)
+    assert rule.stages.names == ["0", "4", "8"]
+    rule.generator.manual_seed(0)
+    by_class = rule.by_class
+    h = unit(X.double()) if by_class else torch.cat([labelled(X.double(), Y),
+                                                     labelled(X.double(), next_label(0))])
+    hs = []
+    for block in (network[:4], network[4:8]):
+        hs.append(block(h))
+        h = unit(hs[-1]).detach()
+    expected = []
+    for i, h in enumerate(hs):
+        if by_class:
+            loss = cross_entropy((h @ rule.kernels[i].weight.T).square(), Y)
+        else:
+            mean = "goodness" in options and not by_class
+            sizes = [a.square().mean(1) if mean else a.square().sum(1) for a in hs]
+            units = [1.0 if mean else a.shape[1] for a in hs]
+            collaborate = "collaborate" in options
+            others = sizes[1 - i].detach() if collaborate else 0
+            threshold = sum(units) if collaborate else units[i]
+            z = (sizes[i] + others - threshold) / (units[i] / 10)
+            loss = softplus(-TRUE_AND_FALSE * z).mean()
+        expected += torch.autograd.grad(loss, list(network[4 * i:4 * i + 4].parameters()),
+                                        retain_graph=True)
+    rule(X.double(), Y)
+    for parameter, gradient in zip(network[:8].parameters(), expected, strict=True):
+        assert gradient.abs().sum() > 0
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert network[8].weight.grad is None
+
+
+def test_blocks_by_name_and_one_block_a_stage():
+    network = mlp(12, 8, 7, 6, 3)
+    assert ForwardForward(network, blocks=["2"]).stages.names == ["0", "2", "6"]
+    assert ForwardForward(network, blocks=["0", "4"]).stages.names == ["0", "4", "6"]
+    single, plainly = plain(network, blocks=3), plain(network)
+    single(X, Y)
+    together = [network[i].weight.grad.clone() for i in (0, 2, 4)]
+    single.zero_grad()
+    plainly(X, Y)
+    for gradient, i in zip(together, (0, 2, 4), strict=True):
+        assert torch.equal(network[i].weight.grad, gradient)
+    torch.testing.assert_close(single.predict(X), plainly.predict(X))
+
+
+def test_goodness_by_class_is_the_mean_of_squared_class_channels():
+    cnn = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(),
+                        nn.Flatten(), nn.Linear(80, 3))
+    x = torch.rand(6, 1, 8, 8)
+    rule = ForwardForward(cnn, x, goodness="by_class")
+    assert [kernel.weight.shape for kernel in rule.kernels] == [(3, 4), (3, 80)]
+    M, N = (kernel.weight for kernel in rule.kernels)
+    a = cnn[:2](unit(x))
+    first = nn.functional.conv2d(a, M.view(3, 4, 1, 1)).square().mean((2, 3))
+    b = cnn[2:5](unit(a).detach())
+    second = (b @ N.T).square()
+    torch.testing.assert_close(rule.predict(x), ((first + second) / 2).detach())
+    losses = [cross_entropy(first, Y), cross_entropy(second, Y)]
+    expected = [*torch.autograd.grad(losses[0], [cnn[0].weight, M]),
+                *torch.autograd.grad(losses[1], [cnn[2].weight, N])]
+    torch.testing.assert_close(rule(x, Y), sum(losses).detach() / 2)
+    for parameter, gradient in zip([cnn[0].weight, M, cnn[2].weight, N], expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert cnn[5].weight.grad is None
+    last = ForwardForward(cnn, x, goodness="by_class", skip=1)
+    last.load_state_dict(rule.state_dict())
+    torch.testing.assert_close(last.predict(x), second.detach())
+    softmax = ForwardForward(cnn, x, goodness="by_class", predict_by="softmax")
+    assert softmax(x, Y).isfinite()
+    assert cnn[5].weight.grad is not None
+    assert softmax.predict(x).shape == (6, 3)
+
+
+def test_goodness_by_class_of_tokens_leaves_padding_out():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2,
+                                     num_attention_heads=2, intermediate_size=16, num_labels=3,
+                                     max_position_embeddings=8)
+    torch.manual_seed(0)
+    bert = transformers.BertForSequenceClassification(config)
+    ids, mask = torch.randint(20, (6, 5)), torch.ones(6, 5, dtype=torch.int64)
+    mask[:, 3:] = 0
+    x = {"input_ids": ids, "attention_mask": mask}
+    rule = ForwardForward(bert, x, goodness="by_class", blocks=1)
+    other = {"input_ids": ids * mask, "attention_mask": mask}
+    torch.testing.assert_close(rule.predict(x), rule.predict(other))
+    assert rule(x, Y).isfinite()
+    assert all(p.grad is not None for p in rule.stages[0].parameters())
+
+
+def test_goodness_by_class_of_nodes():
+    torch_geometric = pytest.importorskip("torch_geometric.nn")
+    network = torch_geometric.GCN(12, 8, 3, 3)
+    edges = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]])
+    y = Y.clone()
+    y[3:] = -100
+    rule = ForwardForward(network, (X, edges), goodness="by_class")
+    h = network.convs[0](unit(X), edges).relu()
+    loss = cross_entropy((h @ rule.kernels[0].weight.T).square()[:3], Y[:3])
+    (expected,) = torch.autograd.grad(loss, [network.convs[0].lin.weight])
+    rule((X, edges), y)
+    torch.testing.assert_close(network.convs[0].lin.weight.grad, expected)
+    assert rule.predict((X, edges)).shape == (6, 3)
 
 
 @pytest.mark.parametrize("depth", [3, 8])
@@ -265,9 +439,11 @@ def test_frozen_stages_stay_and_autocast_trains_every_stage():
     assert all(network[i].weight.grad.abs().sum() > 0 for i in (2, 4))
 
 
-def test_memory_does_not_grow_with_depth():
+@pytest.mark.parametrize("options", [{}, {"collaborate": True}, {"collaborate": "earlier"},
+                                     {"goodness": "by_class"}])
+def test_memory_does_not_grow_with_depth(options):
     def working_bytes(depth):
-        rule = ForwardForward(mlp(64, *[64] * (depth - 1), 10))
+        rule = ForwardForward(mlp(64, *[64] * (depth - 1), 10), torch.rand(2, 64), **options)
         return cost(rule, (torch.rand(512, 64), torch.randint(10, (512,))), repeats=1,
                     warmup=0).working_bytes
     assert working_bytes(32) < 1.15 * working_bytes(8)
@@ -297,6 +473,27 @@ def test_learns_what_frozen_stages_and_shuffled_labels_do_not():
     assert train(ForwardForward(mlp(64, 128, 128, 10)), split, shuffled=True) < 0.4
 
 
+def test_blocks_learn_by_class_what_frozen_ones_and_shuffled_labels_do_not():
+    def rule(*, frozen=False):
+        network = mlp(64, 12, 12, 12, 10).requires_grad_(not frozen)
+        return ForwardForward(network, torch.zeros(2, 64), goodness="by_class", blocks=2)
+
+    split = digits()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        assert train(rule(), split) > 0.9
+        assert train(rule(frozen=True), split) < 0.8
+    assert train(rule(), split, shuffled=True) < 0.4
+
+
+def test_layers_learn_together():
+    split = digits()
+    for collaborate in (True, "earlier"):
+        torch.manual_seed(0)
+        rule = ForwardForward(mlp(64, 64, 64, 10), hard_negatives=False, collaborate=collaborate)
+        assert train(rule, split) > 0.9
+
+
 def test_errors_name_what_was_wrong_and_leave_no_gradient():
     rule = ForwardForward(mlp(12, 8, 3))
     for x, y, message in [
@@ -313,11 +510,22 @@ def test_errors_name_what_was_wrong_and_leave_no_gradient():
     for options, message in [
             ({"num_classes": 4}, "num_classes=4 must be"), ({"temperature": 0}, "temperature"),
             ({"skip": -1}, "skip"), ({"classifier": False}, "num_classes is needed"),
-            ({"negatives": lambda x, y: x, "predict_by": "goodness"}, "must be 'softmax'")]:
+            ({"negatives": lambda x, y: x, "predict_by": "goodness"}, "must be 'softmax'"),
+            ({"goodness": "by_class", "threshold": 1.0}, "threshold must be left out"),
+            ({"goodness": "by_class", "negatives": lambda x, y: x}, "negatives must be left out"),
+            ({"goodness": "by_class", "collaborate": True}, "collaborate must be left out"),
+            ({"blocks": 0}, "blocks must be between 1 and the 1"), ({"blocks": 2}, "got 2"),
+            ({"blocks": ["1"]}, "no stage that can begin a block"),
+            ({"blocks": ["0", "0"]}, "each once; try")]:
         with pytest.raises(ValueError, match=message):
             ForwardForward(mlp(12, 8, 3), **options)
-    for options in ({"goodness": "summ"}, {"negatives": "label"}, {"predict_by": "soft"}):
+    for options in ({"goodness": "summ"}, {"negatives": "label"}, {"predict_by": "soft"},
+                    {"collaborate": "later"}):
         with pytest.raises(UnknownName):
             ForwardForward(mlp(12, 8, 3), **options)
+    for y, message in [(None, "give negatives= to learn without labels"),
+                       (torch.zeros(6, 2, dtype=torch.int64), "one class a sample where")]:
+        with pytest.raises(ValueError, match=message):
+            ForwardForward(mlp(12, 8, 3), X, goodness="by_class")(X, y)
     with pytest.raises(ValueError, match="a hidden stage before its classifier"):
         ForwardForward(nn.Sequential(nn.Linear(12, 3)))

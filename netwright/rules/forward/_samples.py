@@ -1,0 +1,104 @@
+"""The samples that Forward-Forward shows a network: labelled, normalised, joined, weighted."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from netwright.rules.rule import check_labels
+
+IMAGE = "pixel_values"
+TINY = 1e-6
+
+
+def overlaid(x: Any, image: Tensor, labels: Tensor, *, amplitude: float, normalise: bool) -> Any:
+    """Return copies of `x`, as many as there are `labels` for, that carry them in its `image`."""
+    copies = max(1, len(labels) // len(image))
+
+    def copied(value: Tensor) -> Tensor:
+        return value.repeat(copies, *[1] * (value.ndim - 1))
+
+    drawn = copied(image)
+    rows = drawn.view(len(drawn), -1)
+    rows[:, :labels.shape[1]] = amplitude * labels.to(drawn)
+    if normalise:
+        rows /= rms(rows)
+    if not isinstance(x, Mapping):
+        return drawn
+    return {key: drawn if key == IMAGE else copied(value)
+            if isinstance(value, Tensor) and value.shape[:1] == image.shape[:1] else value
+            for key, value in x.items()}
+
+
+def image_of(x: Any, classes: int) -> Tensor:
+    """Return the tensor of `x` that labels are written into."""
+    image = x.get(IMAGE) if isinstance(x, Mapping) else x
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        what = (f"{image.dtype}" if isinstance(image, Tensor)
+                else f"a mapping of {', '.join(map(str, x))}" if isinstance(x, Mapping)
+                else f"a {type(x).__name__}")
+        raise ValueError("x must be a floating-point tensor, or a mapping with one as "
+                         f"{IMAGE}, for a label to be written into it, got {what}; give "
+                         "negatives=, a function that makes negative samples of it")
+    if image[:1].numel() < classes:
+        raise ValueError(f"x must have at least {classes} numbers a sample for the "
+                         f"label, got {tuple(image.shape)}; give negatives=, a function that "
+                         "makes negative samples, or add empty numbers in front")
+    return image
+
+
+def check_written(image: Tensor, y: Tensor, classes: int) -> None:
+    """Raise ValueError unless `y` names a class for every sample of `image`."""
+    if y.shape != image.shape[:1]:
+        raise ValueError(f"y must have one class a sample, ({len(image)},), got "
+                         f"{tuple(y.shape)}; give negatives= for other labels")
+    check_labels(y, classes)
+    if y.device.type == "cpu" and bool((y < 0).any()):
+        raise ValueError("y must name a class for every sample, since it is written into x, "
+                         f"got {int(y.min())}; leave such samples out of the batch")
+
+
+def normalised(x: Any) -> Any:
+    """Return `x` with each sample of its real numbers divided by its rms."""
+    if isinstance(x, Mapping):
+        return {key: unit(value) if key == IMAGE else value for key, value in x.items()}
+    return unit(x) if isinstance(x, Tensor) else (unit(x[0]), *x[1:])
+
+
+def unit(value: Any) -> Any:
+    """Return each sample divided by its rms, and what is no sample of real numbers as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
+        return value
+    rows = value.reshape(len(value), -1)
+    return (rows / rms(rows)).view_as(value)
+
+
+def rms(rows: Tensor) -> Tensor:
+    """Return the root of each row's mean square, above 0."""
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return (norm / rows.shape[1] ** 0.5).clamp_min(TINY)
+
+
+def joined(positive: Any, negative: Any) -> list[Any]:
+    """Return positives and negatives as one batch where they can be one, else one by one."""
+    if isinstance(positive, Tensor) and isinstance(negative, Tensor):
+        return [torch.cat([positive, negative])] if _alike(positive, negative) else [
+            positive, negative]
+    if isinstance(positive, Mapping) and isinstance(negative, Mapping) and (
+            set(positive) == set(negative)) and all(_alike(v, negative[k])
+                                                    for k, v in positive.items()):
+        return [{k: torch.cat([v, negative[k]]) for k, v in positive.items()}]
+    return [positive, negative]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim > 0 and a.shape == b.shape
+
+
+def weights(y: Tensor | None, rows: int, halves: int) -> Tensor:
+    """Return what each of `rows` samples counts, 1 in all; labels below 0 leave samples out."""
+    if y is None or y.ndim != 1 or len(y) * halves != rows:
+        return torch.full((rows,), 1 / rows)
+    counts = (y >= 0).repeat(halves).float()
+    return counts / counts.sum().clamp_min(1)
