@@ -19,8 +19,6 @@ from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
 __all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp",
-           "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb"]
-__all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "LikelihoodRatio", "MonoForward", "NoProp", "PredictiveCoding",
-           "Rule", "ZerothOrder"]
+           "ForwardGradient", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
+           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
+           "ZerothOrder"]
