@@ -3,6 +3,7 @@
 from netwright.rules.denoising.noprop import NoProp
 from netwright.rules.energy.predictive_coding import PredictiveCoding
 from netwright.rules.exact.backprop import Backprop
+from netwright.rules.exact.highway_backprop import HighwayBackprop
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.forward.forward_forward import ForwardForward
@@ -11,4 +12,5 @@ from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
 __all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "MonoForward", "NoProp", "PredictiveCoding", "Rule"]
+           "ForwardGradient", "HighwayBackprop", "MonoForward", "NoProp", "PredictiveCoding",
+           "Rule"]

@@ -20,6 +20,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "FeedbackAlignment": [{}, {"feedback": "sign_symmetric"}, {"feedback": "kolen_pollack"}],
     "ForwardForward": [{}, {"goodness": "mean"}, {"predict_by": "softmax"}],
     "ForwardGradient": [{}, {"perturb": "activities"}, {"directions": 3}],
+    "HighwayBackprop": [{}],
     "MonoForward": [{}, {"predict_by": "sum"}],
     "NoProp": [{"blocks": 3}, {"blocks": 3, "embedding": "one-hot"}],
     "PredictiveCoding": [{}, {"incremental": True}],
@@ -177,7 +178,8 @@ def test_a_frozen_layer_stays_as_it_is(name: str, options: dict[str, Any], layer
 def test_a_frozen_network_gets_no_gradient(name: str, options: dict[str, Any]) -> None:
     case = Contract(name, options)
     case.network.requires_grad_(False)
-    if name in ("Backprop", "ForwardGradient"):  # the others may have parameters of their own
+    # the others may have parameters of their own
+    if name in ("Backprop", "ForwardGradient", "HighwayBackprop"):
         with pytest.raises(ValueError, match="network has no trainable parameters"):
             case()
     else:
