@@ -4,6 +4,7 @@ from netwright.rules.denoising.noprop import NoProp
 from netwright.rules.energy.predictive_coding import PredictiveCoding
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.exact.highway_backprop import HighwayBackprop
+from netwright.rules.exact.two_stage_backward import TwoStageBackward
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.forward.forward_forward import ForwardForward
@@ -13,4 +14,4 @@ from netwright.rules.rule import Rule
 
 __all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
            "ForwardGradient", "HighwayBackprop", "MonoForward", "NoProp", "PredictiveCoding",
-           "Rule"]
+           "Rule", "TwoStageBackward"]

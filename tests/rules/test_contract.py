@@ -24,6 +24,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "MonoForward": [{}, {"predict_by": "sum"}],
     "NoProp": [{"blocks": 3}, {"blocks": 3, "embedding": "one-hot"}],
     "PredictiveCoding": [{}, {"incremental": True}],
+    "TwoStageBackward": [{}],
 }
 CASES = [pytest.param(name, options, id=" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
          for name, variants in OPTIONS.items() for options in variants]
@@ -179,7 +180,7 @@ def test_a_frozen_network_gets_no_gradient(name: str, options: dict[str, Any]) -
     case = Contract(name, options)
     case.network.requires_grad_(False)
     # the others may have parameters of their own
-    if name in ("Backprop", "ForwardGradient", "HighwayBackprop"):
+    if name in ("Backprop", "ForwardGradient", "HighwayBackprop", "TwoStageBackward"):
         with pytest.raises(ValueError, match="network has no trainable parameters"):
             case()
     else:

@@ -1,12 +1,13 @@
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
 from netwright.errors import UnknownName
 from netwright.losses import cross_entropy
-from netwright.rules.rule import Rule, checked
+from netwright.rules.exact.links import Link, run_linked
+from netwright.rules.rule import Rule
 from netwright.stages import Stages, stages
 
 # What passes a gradient on as it is, in the graph of an addition.
@@ -75,15 +76,15 @@ class HighwayBackprop(Rule):
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the approximate gradient to `.grad`; return the detached loss."""
-        links = self._run(x, y)
+        links = run_linked(self.stages, self.loss, x, y)
+        residual = [self._is_residual(name, link)
+                    for name, link in zip(self.stages.names, links, strict=True)]
         loss, learning = links[-1].end, [p for p in self.network.parameters() if p.requires_grad]
-        if not loss.requires_grad:
-            raise ValueError("network has no trainable parameters; set requires_grad on some")
         signal, steps = torch.ones_like(loss), 0
         # A graph is freed when its link goes; what several stages share must outlast the first.
         while links and links[-1].end.requires_grad:
-            run: list[_Link] = []
-            while links[-1].residual:  # never the first stage, whose input needs no gradient
+            run: list[Link] = []
+            while residual[len(links) - 1]:  # never so in the first stage
                 run.insert(0, links.pop())
             if run:
                 steps += min(self.iterations, len(run))
@@ -92,36 +93,28 @@ class HighwayBackprop(Rule):
                                         inputs=learning)
                 continue
             steps += 1
-            start, end, _ = links.pop()
+            start, end = links.pop()
             into = [start] if isinstance(start, Tensor) and start.requires_grad else []
             torch.autograd.backward(end, signal, retain_graph=True, inputs=[*into, *learning])
-            for leaf in into:
-                signal = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            for h in into:
+                signal = torch.zeros_like(h) if h.grad is None else h.grad
         self.sequential_steps = steps
         return loss.detach()
 
-    def _run(self, x: Any, y: Tensor) -> list["_Link"]:
-        """Run each stage on an input cut off from the one before; the last one ends in the loss."""
-        context, h, links = self.stages.context(x, live=True), x, []
-        for i, stage in enumerate(self.stages):
-            start = h if i == 0 else h.detach().requires_grad_(h.requires_grad)
-            h = stage(start, context)
-            links.append(_Link(start, h, i > 0 and self._is_residual(stage.name, start, h)))
-        loss = checked(self.loss, h, y)
-        links[-1] = _Link(links[-1].start, loss, False)
-        return links
-
-    def _is_residual(self, name: str, start: Tensor, end: Tensor) -> bool:
+    def _is_residual(self, name: str, link: Link) -> bool:
+        start, end = link
+        if name in (self.stages.names[0], self.stages.names[-1]) or not start.requires_grad:
+            return False
         fits = end.shape == start.shape and end.dtype == start.dtype
         if self.residual is None:
-            return fits and start.requires_grad and _is_added(start, end)
-        if name in self.residual and not fits and name != self.stages.names[-1]:
+            return fits and _is_added(start, end)
+        if name in self.residual and not fits:
             raise ValueError(f"residual names stage {name!r}, whose output must have its input's "
                              f"shape and dtype, got {tuple(end.shape)} of {end.dtype} from "
                              f"{tuple(start.shape)} of {start.dtype}; leave it out")
-        return name in self.residual and start.requires_grad
+        return name in self.residual
 
-    def _along(self, run: Sequence["_Link"], top: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _along(self, run: Sequence[Link], top: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the gradient at each stage's output in a run, and at the run's input."""
         signals, bottom = [top] * len(run), top
         through = [torch.zeros_like(top) for _ in run]
@@ -136,20 +129,12 @@ class HighwayBackprop(Rule):
         return signals, bottom
 
 
-class _Link(NamedTuple):
-    """What a stage took, cut off from its graph, what it returned, and whether it is residual."""
-
-    start: Any
-    end: Tensor
-    residual: bool
-
-
 def _is_added(start: Tensor, end: Tensor) -> bool:
     """Return whether `end` is `start` plus something, by the graph between them."""
     nodes = [end.grad_fn]
     while nodes:
         node = nodes.pop()
-        if getattr(node, "variable", None) is start:
+        if node is start.grad_fn:
             return True
         if node is not None and node.name() in IDENTITIES:
             scaled = getattr(node, "_saved_alpha", 1) != 1  # a + alpha b
