@@ -122,7 +122,7 @@ class HighwayBackprop(Rule):
             moved = run[:len(run) - t]  # the signals above have settled
             found = torch.autograd.grad([link.end for link in moved],
                                         [link.start for link in moved], signals[:len(moved)],
-                                        retain_graph=True)
+                                        retain_graph=True, materialize_grads=True)
             through[:len(moved)] = [g - signal for g, signal in zip(found, signals, strict=False)]
             *above, bottom = torch.stack([top, *reversed(through)]).cumsum(0)
             signals = above[::-1]

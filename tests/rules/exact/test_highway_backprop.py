@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from netwright.data import digits
 from netwright.errors import UnknownName
+from netwright.measure import alignment
 from netwright.models import gpt, mlp
 from netwright.rules import Backprop, HighwayBackprop
 from netwright.stages import stages
@@ -135,6 +136,12 @@ def test_more_iterations_come_nearer():
     assert all(a < b or b > 1 - 1e-9 for a, b in pairwise(found[:6]))
     assert found[3] > 0.99 > found[0]
     assert found[10] == pytest.approx(1, abs=1e-12)
+
+
+def test_the_upper_stages_are_exact_first():
+    found = alignment(HighwayBackprop(residual_mlp(blocks=6), iterations=2), (X, Y))
+    exact = [name for name, value in found.items() if value > 1 - 1e-9]
+    assert exact == ["4", "5", "6", "7"]
 
 
 def test_a_network_without_residual_stages_is_trained_by_backpropagation():
