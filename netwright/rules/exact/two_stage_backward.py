@@ -27,7 +27,9 @@ class TwoStageBackward(Rule):
     batches later; the weights must not change in between.
 
     The two parts do no work twice: each weighted operation is split by itself, inside a stage too.
-    A parameter that a stage uses more than once gets its gradient in the first part.
+    What reads vectors alone, such as a norm, is not split, since the gradients of its parameters
+    come with its input's, nor is a parameter that a stage uses more than once: those gradients are
+    found in the first part and added in the second.
 
     Until the second part is done, all activations are kept, and the deltas with them.
 
@@ -132,7 +134,7 @@ def _weighted(end: Tensor, parameters: Sequence[Parameter]) -> tuple[
     """Return the used outputs of each operation behind `end`, who reads weights, and shared ones.
 
     The second maps an operation to the parameters that it alone reads; the third holds those that
-    are read more than once.
+    are read more than once, or by an operation that reads nothing but vectors.
     """
     if end.grad_fn is None:
         return {}, {}, []
@@ -165,6 +167,10 @@ def _weighted(end: Tensor, parameters: Sequence[Parameter]) -> tuple[
             owners.setdefault(readers[node][0], []).append(parameter)
         else:
             shared.append(parameter)
+    # A norm's own gradients come with its input's; apart, each would take as long as both.
+    norms = {node: read for node, read in owners.items() if all(p.ndim < 2 for p in read)}
+    shared += [p for read in norms.values() for p in read]
+    owners = {node: read for node, read in owners.items() if node not in norms}
     return edges, owners, shared
 
 
