@@ -5,6 +5,8 @@ from netwright.rules.energy.predictive_coding import PredictiveCoding
 from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
 from netwright.rules.estimators.zeroth_order import ZerothOrder
 from netwright.rules.exact.backprop import Backprop
+from netwright.rules.exact.highway_backprop import HighwayBackprop
+from netwright.rules.exact.two_stage_backward import TwoStageBackward
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.feedback.pepita import Pepita
@@ -22,3 +24,6 @@ __all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "F
            "ForwardGradient", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
            "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
            "ZerothOrder"]
+__all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
+           "ForwardGradient", "HighwayBackprop", "MonoForward", "NoProp", "PredictiveCoding",
+           "Rule", "TwoStageBackward"]

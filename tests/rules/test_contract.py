@@ -27,6 +27,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "MomentumAuxiliary": [{}, {"blocks": 2}],
     "LikelihoodRatio": [{"copies": 4}, {"copies": 2, "control": "antithetic"},
                         {"copies": 1, "control": None}],
+    "HighwayBackprop": [{}],
     "MonoForward": [{}, {"predict_by": "sum"}],
     "NoProp": [{"blocks": 3}, {"blocks": 3, "embedding": "one-hot"}],
     "Pepita": [{}, {"presynaptic": "clean"}, {"presynaptic": "own"}, {"feedback": "mirror"}],
@@ -35,6 +36,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "ProductFeedback": [{}],
     "ZerothOrder": [{}, {"difference": "forward", "directions": 3},
                     {"in_place": True, "rate": 0.1}],
+    "TwoStageBackward": [{}],
 }
 CASES = [pytest.param(name, options, id=" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
          for name, variants in OPTIONS.items() for options in variants]
@@ -191,6 +193,7 @@ def test_a_frozen_network_gets_no_gradient(name: str, options: dict[str, Any]) -
     case.network.requires_grad_(False)
     # the others may have parameters of their own
     if name in ("Backprop", "ForwardGradient", "LikelihoodRatio", "ZerothOrder"):
+    if name in ("Backprop", "ForwardGradient", "HighwayBackprop", "TwoStageBackward"):
         with pytest.raises(ValueError, match="network has no trainable parameters"):
             case()
     else:
