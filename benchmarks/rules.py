@@ -122,7 +122,8 @@ def main() -> None:
     missing = [name for name, row in found.items()
                if row["step_over_floor"] > LIMIT and name not in REASONS]
     if missing:
-        raise SystemExit(f"more than {LIMIT} times the floor without a reason: {', '.join(missing)}")
+        raise SystemExit(f"more than {LIMIT} times the floor without a reason: "
+                         f"{', '.join(missing)}")
 
 
 if __name__ == "__main__":

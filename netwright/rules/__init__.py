@@ -21,9 +21,6 @@ from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
 __all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
-           "ZerothOrder"]
-__all__ = ["Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "HighwayBackprop", "MonoForward", "NoProp", "PredictiveCoding",
-           "Rule", "TwoStageBackward"]
+           "ForwardGradient", "HighwayBackprop", "LikelihoodRatio", "LocalLosses",
+           "MomentumAuxiliary", "MonoForward", "NoProp", "Pepita", "PredictiveCoding",
+           "ProductFeedback", "Rule", "SoftHebb", "TwoStageBackward", "ZerothOrder"]
