@@ -17,6 +17,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "Backprop": [{}],
     "DirectFeedbackAlignment": [{}, {"share": True}, {"feedback": "sign_symmetric"},
                                 {"feedback": "kolen_pollack"}],
+    "DualPropagation": [{}, {"means": "dyads"}, {"alpha": 1.0}],
     "FeedbackAlignment": [{}, {"feedback": "sign_symmetric"}, {"feedback": "kolen_pollack"}],
     "ForwardForward": [{}, {"goodness": "mean"}, {"predict_by": "softmax"}],
     "ForwardGradient": [{}, {"perturb": "activities"}, {"directions": 3}],
