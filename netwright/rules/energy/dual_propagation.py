@@ -173,11 +173,12 @@ class _Dyad(Function):
         units, (a,) = ctx.units, ctx.saved_tensors
         # The states differ by little, for which autocast's types have too few digits.
         a = a.squeeze(0).to(torch.promote_types(a.dtype, torch.float32))
-        d = gradient.to(a.dtype) * -units.nudge
-        plus = ctx.activation(torch.add(a, d, alpha=units.alpha))
-        minus = ctx.activation(torch.sub(a, d, alpha=1 - units.alpha))
-        pull = (minus - plus).div_(units.nudge).to(gradient.dtype)
+        error, nudge = gradient.to(a.dtype), units.nudge.to(a.dtype)
+        plus = ctx.activation(torch.addcmul(a, error, nudge, value=-units.alpha))
+        minus = ctx.activation(torch.addcmul(a, error, nudge, value=1 - units.alpha))
+        if units.by_mean:
+            units.means[ctx.index] = torch.lerp(minus, plus, units.alpha).to(gradient.dtype)
+        pull = minus.sub_(plus).div_(nudge).to(gradient.dtype)  # in place, which spares the memory
         if units.by_mean:
             units.pulls[ctx.index] = pull
-            units.means[ctx.index] = torch.lerp(minus, plus, units.alpha).to(gradient.dtype)
         return pull, None, None, None
