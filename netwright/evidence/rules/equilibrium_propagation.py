@@ -62,11 +62,11 @@ def equilibrium_propagation(scale: Scale) -> Outcome:
              "steps in both phases: once trained, nudges of 0.5 were too wide for the contour, and "
              "the cosine of symmetric weights was 0.60 to 0.96. It was asked whether the error "
              f"with 6 nudges is below 1% ({_yes(exact)}), and whether homeostasis raises the "
-             f"cosine ({_yes(aligned)}) and the accuracy ({_yes(restored)}) of asymmetric weights by "
-             "more than the largest standard deviation over seeds. With three hidden layers and a "
-             "learning rate of 0.003 no variant went beyond 60% in 10 epochs; with tanh and three "
-             "hidden layers the trained layers did not settle. The paper also trains "
-             "convolutional networks on CIFAR and ImageNet 32x32, which were not run here.",
+             f"cosine ({_yes(aligned)}) and the accuracy ({_yes(restored)}) of asymmetric "
+             "weights by more than the largest standard deviation over seeds. With three hidden "
+             "layers and a learning rate of 0.003 no variant went beyond 60% in 10 epochs; with "
+             "tanh and three hidden layers the trained layers did not settle. The paper also "
+             "trains convolutional networks on CIFAR and ImageNet 32x32, which were not run here.",
         curves=curves, axes=("epoch", "test accuracy (%)"))
 
 
