@@ -1,6 +1,8 @@
 """Learning rules: what can stand where `loss.backward()` stood."""
 
 from netwright.rules.denoising.noprop import NoProp
+from netwright.rules.energy.dual_propagation import DualPropagation
+from netwright.rules.energy.equilibrium_propagation import EquilibriumPropagation
 from netwright.rules.energy.predictive_coding import PredictiveCoding
 from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
 from netwright.rules.estimators.zeroth_order import ZerothOrder
@@ -24,3 +26,6 @@ __all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "F
            "ForwardGradient", "HighwayBackprop", "LikelihoodRatio", "LocalLosses",
            "MomentumAuxiliary", "MonoForward", "NoProp", "Pepita", "PredictiveCoding",
            "ProductFeedback", "Rule", "SoftHebb", "TwoStageBackward", "ZerothOrder"]
+__all__ = ["Backprop", "DirectFeedbackAlignment", "DualPropagation", "EquilibriumPropagation",
+           "FeedbackAlignment", "ForwardForward", "ForwardGradient", "MonoForward", "NoProp",
+           "PredictiveCoding", "Rule"]

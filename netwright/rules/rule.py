@@ -95,3 +95,10 @@ def check_labels(y: Tensor, classes: int) -> None:
         if len(bad):
             raise ValueError(f"y must be between 0 and {classes - 1} for a network with {classes} "
                              f"outputs, got {int(bad[0])}; check the labels or the last layer")
+
+
+def targets(logits: Tensor, y: Tensor) -> Tensor:
+    """Return how many targets a mean loss has: the labels but -100, or else rows of `logits`."""
+    if y.is_floating_point() or y.is_complex():
+        return torch.tensor(logits[..., 0].numel(), device=logits.device)
+    return (y != -100).sum().clamp(min=1)

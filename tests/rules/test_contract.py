@@ -17,6 +17,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "Backprop": [{}],
     "DirectFeedbackAlignment": [{}, {"share": True}, {"feedback": "sign_symmetric"},
                                 {"feedback": "kolen_pollack"}],
+    "DualPropagation": [{}, {"means": "dyads"}, {"alpha": 1.0}],
+    "EquilibriumPropagation": [{}, {"symmetric": False, "homeostasis": 1.0}],
     "FeedbackAlignment": [{}, {"feedback": "sign_symmetric"}, {"feedback": "kolen_pollack"}],
     "ForwardForward": [{}, {"goodness": "mean"}, {"predict_by": "softmax"}, {"collaborate": True},
                        {"collaborate": "earlier"}, {"goodness": "by_class"}, {"blocks": 1},

@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from netwright.losses import cross_entropy
 from netwright.modes import same_buffers, same_random_state
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, check_labels, targets
 from netwright.stages import Stages, stages
 
 
@@ -127,7 +127,7 @@ class _Batch:
         if rule.loss is cross_entropy:
             check_labels(y, self.outputs[-1].shape[-1])
         self.loss = rule.loss(self.outputs[-1], y)
-        self.scale = rule.nudge * _targets(self.outputs[-1], y).to(self.loss.dtype)
+        self.scale = rule.nudge * targets(self.outputs[-1], y).to(self.loss.dtype)
         self.weights = [p for p in rule.network.parameters() if p.requires_grad]
         self.totals: dict[nn.Parameter, Tensor] = {}
         self.stale = self.reach = len(rule.stages)
@@ -215,12 +215,6 @@ class _Batch:
             return self.inputs[0]
         # A view, since PyTorch's FLOP counter cannot hook a leaf that autograd.grad is asked for.
         return self.inputs[i].view_as(self.inputs[i]).to(self.outputs[i - 1].dtype)
-
-
-def _targets(logits: Tensor, y: Tensor) -> Tensor:
-    if y.is_floating_point() or y.is_complex():
-        return torch.tensor(logits[..., 0].numel(), device=logits.device)
-    return (y != -100).sum().clamp(min=1)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
