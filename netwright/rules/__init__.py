@@ -22,10 +22,8 @@ from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "HighwayBackprop", "LikelihoodRatio", "LocalLosses",
-           "MomentumAuxiliary", "MonoForward", "NoProp", "Pepita", "PredictiveCoding",
-           "ProductFeedback", "Rule", "SoftHebb", "TwoStageBackward", "ZerothOrder"]
-__all__ = ["Backprop", "DirectFeedbackAlignment", "DualPropagation", "EquilibriumPropagation",
-           "FeedbackAlignment", "ForwardForward", "ForwardGradient", "MonoForward", "NoProp",
-           "PredictiveCoding", "Rule"]
+__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "DualPropagation",
+           "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
+           "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
+           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
+           "TwoStageBackward", "ZerothOrder"]
