@@ -27,16 +27,27 @@ EQUAL: dict[str, tuple[str, dict]] = {
                                                 {"feedback": "sign_symmetric"}),
     "DirectFeedbackAlignment, learned": ("DirectFeedbackAlignment",
                                          {"feedback": "kolen_pollack"}),
+    "DualPropagation": ("DualPropagation", {}),
+    "EquilibriumPropagation": ("EquilibriumPropagation", {}),
+    "HighwayBackprop": ("HighwayBackprop", {}),
+    "LLS": ("LLS", {}),
+    "LocalLosses": ("LocalLosses", {}),
+    "MomentumAuxiliary": ("MomentumAuxiliary", {}),
     "MonoForward": ("MonoForward", {}),
     "ForwardForward, given negatives": ("ForwardForward", {"negatives": lambda x, y: x.flip(1)}),
     "ForwardGradient": ("ForwardGradient", {}),
+    "Pepita": ("Pepita", {}),
     "PredictiveCoding": ("PredictiveCoding", {}),
+    "ProductFeedback": ("ProductFeedback", {}),
+    "TwoStageBackward": ("TwoStageBackward", {}),
+    "ZerothOrder": ("ZerothOrder", {"epsilon": 0.1}),
 }
 # What cannot be equal, and why; the processes still end with the same weights as each other.
 UNEQUAL: dict[str, tuple[str, dict]] = {
     "ForwardForward": ("ForwardForward", {}),  # draws each sample's negative label
     "ForwardGradient, activities": ("ForwardGradient", {"perturb": "activities"}),  # each sample's
-    "NoProp": ("NoProp", {}),  # draws each sample's noise
+    "LikelihoodRatio": ("LikelihoodRatio", {}),  # draws each sample's noise
+    "NoProp": ("NoProp", {}),  # likewise
     "PredictiveCoding, incremental": ("PredictiveCoding", {"incremental": True,
                                                            "weight_rate": 0.05}),
     # steps on the weights within a batch, by what this process sees of it
@@ -53,7 +64,10 @@ def network(*norm: nn.Module) -> nn.Sequential:
 def build(rule: str, options: dict) -> Rule:
     generator = Generator().manual_seed(7 + (distributed.is_initialized()
                                              and distributed.get_rank()))
-    return getattr(nw.rules, rule)(network(), example=X[:4], generator=generator, **options)
+    made = network()
+    if rule == "EquilibriumPropagation":  # takes no ReLU
+        made[1] = nn.Tanh()
+    return getattr(nw.rules, rule)(made, example=X[:4], generator=generator, **options)
 
 
 def by_rule(rule: str, options: dict) -> dict[str, torch.Tensor]:
