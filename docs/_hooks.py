@@ -52,7 +52,7 @@ def _cost(rule: str, found: Comparison) -> str:
                           "CONTRIBUTING.md says, or take the line that asks for it out of its page")
     parts = ["| measured on | accuracy % | Backprop's % | step time | peak memory | saved for "
              "backward | parameters | FLOPs a step |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
-    for task in dict.fromkeys(row.task for row in found.rows):
+    for task in dict.fromkeys(row.task for row in found.rows if row.change == rule and row.scores):
         row, base = rows[task, rule], rows[task, "Backprop"]
         parts.append(f"| {task} | {_percent(row)} | {_percent(base)} | "
                      f"{_multiples(row, base)} |")
@@ -98,7 +98,7 @@ def _multiples(row: Row, base: Row) -> str:
 def _comparison(found: Comparison) -> str:
     """Return a table of every rule's figures, as multiples of backprop's where they are costs."""
     shared = found.settings
-    parts = [f"`netwright compare` with its defaults: {shared['trials']} tuning trials and "
+    parts = [f"`netwright compare --all-rules`: {shared['trials']} tuning trials and "
              f"{len(shared['seeds'])} seeds for each; costs are multiples of backprop's on "
              "the same network.", ""]
     for task in dict.fromkeys(row.task for row in found.rows):
@@ -107,9 +107,12 @@ def _comparison(found: Comparison) -> str:
         parts += [f"**{task}**", "", "| rule | accuracy % | step time | peak memory | "
                   "saved for backward | parameters | FLOPs a step |",
                   "|---|---:|---:|---:|---:|---:|---:|"]
-        parts += [f"| `{row.change}` | {_percent(row)} | {_multiples(row, base)} |" for row in rows]
-        parts.append("")
-    return "\n".join([*parts, "![accuracy against memory and time](../comparison.svg)"])
+        parts += [f"| `{row.change}` | {_percent(row)} | {_multiples(row, base)} |" for row in rows
+                  if row.scores]
+        parts += ["", *(f"`{row.change}` does not run here: {_cell(row.failure)}.\n" for row in rows
+                        if not row.scores)]
+    return "\n".join([*parts, "The rules that `netwright compare` takes by default, in one picture:", "",
+                      "![accuracy against memory and time](../comparison.svg)"])
 
 
 def _evidence(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,0 +1,20 @@
+"""Records what the pages of the rules show: every rule on both digits tasks.
+
+    python docs/_record.py
+
+Runs that `runs/netwright.db` holds already are not made again.
+"""
+
+from pathlib import Path
+
+import netwright as nw
+from netwright import report
+from netwright.compare import CHANGES
+from netwright.results import Comparison
+
+HERE = Path(__file__).parent
+
+found = nw.compare(changes=[name for name in nw.rules.__all__ if name != "Rule"])
+found.save(HERE / "comparison.json")
+default = Comparison([row for row in found.rows if row.change in CHANGES], found.settings)
+report.picture(default, HERE / "comparison.svg")
