@@ -111,8 +111,8 @@ def _comparison(found: Comparison) -> str:
                   if row.scores]
         parts += ["", *(f"`{row.change}` does not run here: {_cell(row.failure)}.\n" for row in rows
                         if not row.scores)]
-    return "\n".join([*parts, "The rules that `netwright compare` takes by default, in one picture:", "",
-                      "![accuracy against memory and time](../comparison.svg)"])
+    return "\n".join([*parts, "The rules that `netwright compare` takes by default, in one picture:",
+                      "", "![accuracy against memory and time](../comparison.svg)"])
 
 
 def _evidence(results: Mapping[str, Mapping[str, Any]]) -> str:
