@@ -111,7 +111,7 @@ def _comparison(found: Comparison) -> str:
                   if row.scores]
         parts += ["", *(f"`{row.change}` does not run here: {_cell(row.failure)}.\n" for row in rows
                         if not row.scores)]
-    return "\n".join([*parts, "The rules that `netwright compare` takes by default, in one picture:",
+    return "\n".join([*parts, "The rules that `netwright compare` takes by default, in a picture:",
                       "", "![accuracy against memory and time](../comparison.svg)"])
 
 
