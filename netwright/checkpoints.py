@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from netwright.errors import CorruptCheckpoint
 
 FILE = "checkpoint.json"
 FORMAT = 1
-_OURS = re.compile(r"tensors-[0-9a-f]{32}\.safetensors|(tensors|checkpoint)\.tmp")
+_TENSORS = re.compile(r"tensors-[0-9a-f]{32}\.safetensors")
+_PARTIAL = "checkpoint.partial"  # a folder: safetensors also puts a file of its own beside
 
 
 def save(folder: str | Path, state: Mapping[str, Any]) -> None:
@@ -42,9 +44,10 @@ def save(folder: str | Path, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     packed = _pack(state, _Shelf(tensors), "state")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / _PARTIAL
+    partial.mkdir(parents=True, exist_ok=True)
 
-    temporary = folder / "tensors.tmp"
+    temporary = partial / "tensors"
     save_file(tensors, temporary)
     _flush(temporary)
     digest = _digest(temporary)
@@ -53,7 +56,7 @@ def save(folder: str | Path, state: Mapping[str, Any]) -> None:
 
     content = {"format": FORMAT, "tensors": name, "tensors_sha256": digest, "state": packed}
     text = json.dumps({"sha256": _text_digest(content), "content": content})
-    temporary = folder / "checkpoint.tmp"
+    temporary = partial / FILE
     temporary.write_text(text, encoding="utf-8")
     _flush(temporary)
     _flush(folder)  # the tensors' name reaches the disk before the JSON that refers to it
@@ -70,8 +73,9 @@ def tidy(folder: str | Path) -> None:
 
 def _clear(folder: Path, kept: str) -> None:
     for path in folder.iterdir():
-        if _OURS.fullmatch(path.name) and path.name != kept:
+        if _TENSORS.fullmatch(path.name) and path.name != kept:
             path.unlink()
+    shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
 
 
 def load(folder: str | Path) -> dict[str, Any] | None:

@@ -167,7 +167,9 @@ def test_a_finished_training_can_be_made_longer(tmp_path: Path) -> None:
 def test_litter_of_broken_writings_is_cleared(tmp_path: Path) -> None:
     trained(tmp_path, epochs=1)
     files = sorted(tmp_path.iterdir())
-    litter = [f"tensors-{'0' * 32}.safetensors", "tensors.tmp", "checkpoint.tmp"]
+    (tmp_path / "checkpoint.partial").mkdir()
+    litter = [f"tensors-{'0' * 32}.safetensors", "checkpoint.partial/.tmpx1Y2z3",
+              "checkpoint.partial/tensors", "checkpoint.partial/checkpoint.json"]
     for name in [*litter, "mine.safetensors"]:
         (tmp_path / name).write_text("half", encoding="utf-8")
     trained(tmp_path, epochs=1)  # already done, so that nothing is saved
