@@ -7,6 +7,7 @@ from netwright.rules.energy.predictive_coding import PredictiveCoding
 from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
 from netwright.rules.estimators.zeroth_order import ZerothOrder
 from netwright.rules.exact.backprop import Backprop
+from netwright.rules.exact.continual_backprop import ContinualBackprop
 from netwright.rules.exact.highway_backprop import HighwayBackprop
 from netwright.rules.exact.two_stage_backward import TwoStageBackward
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
@@ -22,7 +23,7 @@ from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "DualPropagation",
+__all__ = ["LLS", "Backprop", "ContinualBackprop", "DirectFeedbackAlignment", "DualPropagation",
            "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
            "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
            "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",

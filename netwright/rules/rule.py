@@ -18,6 +18,7 @@ class Rule(nn.Module):
     adds to `.grad` as `backward()` does. `network` is a module or its `Stages`. `generator` is
     where a rule draws what is random in it, PyTorch's global state where it is None.
 
+    A rule that has an attribute `optimizer` finds in it the one that `nw.fit` steps.
     A rule that does not speak through `.grad` sets `updates_weights` and changes the weights
     itself when it is called.
     """
