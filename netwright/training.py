@@ -176,7 +176,7 @@ class _Training:
         self.rule, self.train, self.validation = rule, train, validation
         self.optimizer, self.scheduler, self.options = optimizer, scheduler, options
         if hasattr(rule, "optimizer"):
-            rule.optimizer = optimizer
+            setattr(rule, "optimizer", optimizer)  # noqa: B010, not every rule has one
         self.parameters = [p for p in rule.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.batches = len(train) if isinstance(train, Sized) else None

@@ -8,6 +8,7 @@ from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
 from netwright.rules.estimators.zeroth_order import ZerothOrder
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.exact.continual_backprop import ContinualBackprop
+from netwright.rules.exact.dynamical_low_rank import DynamicalLowRank
 from netwright.rules.exact.highway_backprop import HighwayBackprop
 from netwright.rules.exact.two_stage_backward import TwoStageBackward
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
@@ -24,7 +25,8 @@ from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
 __all__ = ["LLS", "Backprop", "ContinualBackprop", "DirectFeedbackAlignment", "DualPropagation",
-           "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
+           "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment",
+           "ForwardForward", "ForwardGradient",
            "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
            "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
            "TwoStageBackward", "ZerothOrder"]

@@ -19,6 +19,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "DirectFeedbackAlignment": [{}, {"share": True}, {"feedback": "sign_symmetric"},
                                 {"feedback": "kolen_pollack"}],
     "DualPropagation": [{}, {"means": "dyads"}, {"alpha": 1.0}],
+    "DynamicalLowRank": [{}, {"tolerance": None, "rank": 3}],
     "EquilibriumPropagation": [{}, {"symmetric": False, "homeostasis": 1.0}],
     "FeedbackAlignment": [{}, {"feedback": "sign_symmetric"}, {"feedback": "kolen_pollack"}],
     "ForwardForward": [{}, {"goodness": "mean"}, {"predict_by": "softmax"}, {"collaborate": True},

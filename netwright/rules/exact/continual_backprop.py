@@ -30,8 +30,8 @@ class ContinualBackprop(Rule):
     are those of a frozen layer. A batch norm's weights stay with the place.
 
     Units are renewed at the beginning of the next call that finds gradients cleared, when the
-    optimizer has made its step. `renewed` counts them. Set `optimizer` to it, as `nw.fit` does, and its
-    running averages of renewed weights begin at 0 too (Adam's count of steps goes on).
+    optimizer has made its step. `renewed` counts them. Set `optimizer` to it, as `nw.fit` does,
+    and its running averages of renewed weights begin at 0 too (Adam's count of steps goes on).
 
     Shapes: x and y as the network and the loss take them; u_i and age one number for each unit.
 
@@ -121,9 +121,13 @@ class ContinualBackprop(Rule):
             raise ValueError("network has no trainable parameters; set requires_grad on some")
         loss.backward()
         sizes, values, rows = zip(*(found[i] for i in range(len(self.units))), strict=True)
-        self.size_sum += torch.cat(sizes)
-        self.value_sum += torch.cat(values)
-        self.rows += torch.stack(rows)
+        seen = torch.cat([*sizes, *values, *rows])
+        if world() > 1:  # every process renews the same units
+            distributed.all_reduce(seen)
+        count = len(self.layer)
+        self.size_sum += seen[:count]
+        self.value_sum += seen[count:2 * count]
+        self.rows += seen[2 * count:]
         return loss.detach()
 
     @torch.no_grad()
@@ -131,15 +135,12 @@ class ContinualBackprop(Rule):
         """Return the sums of |h| and of h over what the reader takes, and of how much that is."""
         values = units.values(h)
         sizes = torch.linalg.vector_norm(values, 1, (0, 2), dtype=self.utility.dtype)
-        rows = sizes.new_tensor(values.shape[0] * values.shape[2])
+        rows = sizes.new_tensor([values.shape[0] * values.shape[2]])
         return sizes, values.sum((0, 2), dtype=sizes.dtype), rows
 
     @torch.no_grad()
     def _test(self) -> None:
         """Bring utilities up to date, and renew the units whose turn it is."""
-        if world() > 1:
-            for sums in (self.size_sum, self.value_sum, self.rows):
-                distributed.all_reduce(sums)
         rows = self.rows[self.layer].clamp_min(1)
         reading = torch.cat([units.outgoing().abs().movedim(1, 0).flatten(1).sum(1)
                              for units in self.units]).to(self.utility)

@@ -67,8 +67,8 @@ def test_a_channels_utility_is_over_its_places() -> None:
     rule = taught(network, x, Y[:6], steps=2, decay=0.5)
     h = network[:4](x)
     weight = network[5].weight.view(6, 4, 4)
-    assert torch.allclose(rule.utility[:4], 0.5 * h.abs().mean((0, 2, 3)) * weight.abs().sum((0, 2)),
-                          rtol=1e-4)
+    expected = 0.5 * h.abs().mean((0, 2, 3)) * weight.abs().sum((0, 2))
+    assert torch.allclose(rule.utility[:4], expected, rtol=1e-4)
 
 
 def test_the_least_useful_of_the_mature_units_are_renewed() -> None:
