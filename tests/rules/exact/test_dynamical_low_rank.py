@@ -1,4 +1,5 @@
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -130,7 +131,7 @@ def test_tiny_singular_values_do_no_harm() -> None:
         for layer in rule.layers.values():
             layer.core.data[1:] *= scale
         losses = [float(rule(X, Y)) for _ in range(30)]
-        assert all(b <= a + 1e-6 for a, b in zip(losses, losses[1:], strict=False))
+        assert all(b <= a + 1e-6 for a, b in pairwise(losses))
         return losses[-1]
     assert after(1e-12) == pytest.approx(after(1e-3), abs=0.05)
 
