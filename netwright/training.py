@@ -563,7 +563,8 @@ class _Training:
         options, optimizer, data = self.options, self.optimizer, self.train
         return {
             "rule": type(self.rule).__name__,
-            "weights": {name: f"{value.dtype} {tuple(value.shape)}"
+            "weights": {name: str(value.dtype) if name in self.rule.resized
+                        else f"{value.dtype} {tuple(value.shape)}"
                         for name, value in self.rule.state_dict().items()
                         if isinstance(value, Tensor)},
             "optimizer": {"type": type(optimizer).__name__,

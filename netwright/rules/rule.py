@@ -1,5 +1,5 @@
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Rule(nn.Module):
     """
 
     updates_weights = False
+    resized: Collection[str] = ()  # names in the state whose shapes change as it trains
 
     def __init__(self, network: nn.Module | Stages, *, generator: Generator | None = None) -> None:
         super().__init__()

@@ -91,6 +91,12 @@ class DynamicalLowRank(Rule):
         self.layers: dict[str, Any] = {name: self.network.get_submodule(name) for name in names}
 
     @property
+    def resized(self) -> set[str]:  # type: ignore[override]
+        """The names of the factors, whose shapes change with the ranks."""
+        return {f"network.{name}.{factor}" for name in self.layers
+                for factor in ("left", "core", "right")}
+
+    @property
     def ranks(self) -> dict[str, int]:
         """The rank of each layer that is factorized."""
         return {name: layer.rank for name, layer in self.layers.items()}
