@@ -10,8 +10,9 @@ from netwright.data import mnist
 from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
 from netwright.rules import Backprop, DynamicalLowRank
 
-BATCH, WIDTH, HIDDEN = 256, 256, 3
-RATES = (0.1, 0.3)
+BATCH, WIDTH, HIDDEN = 64, 256, 3
+RATES = (0.05, 0.1)
+BAD_STEPS = 200
 TOLERANCES = (0.05, 0.1, 0.15, 0.2)
 NEAR, SMALL = 1.0, 0.5  # percentage points; share of the dense weights
 Batch = tuple[Tensor, Tensor]
@@ -48,11 +49,11 @@ def dynamical_low_rank(scale: Scale) -> Outcome:
         behind = statistics.fmean(dense) - statistics.fmean(scores)
         near_and_small.append(behind <= NEAR and max(shares) <= SMALL)
 
-    start = x[:BATCH * 40], y[:BATCH * 40]
+    start = x[:BATCH * BAD_STEPS], y[:BATCH * BAD_STEPS]
     ours = [_from_bad_start(seed, low_rate, start, plain=False) for seed in seeds]
     plain = [_from_bad_start(seed, low_rate, start, plain=True) for seed in seeds]
-    figures["loss after 40 steps from singular values that fall by 4, dynamical"] = ours
-    figures["loss after 40 steps from singular values that fall by 4, plain factors"] = plain
+    figures[f"loss after {BAD_STEPS} steps from singular values that fall by 4, dynamical"] = ours
+    figures[f"loss after {BAD_STEPS} steps from singular values that fall by 4, plain factors"] = plain
     stable = all(a < b - 0.05 for a, b in zip(ours, plain, strict=True))
     found = any(near_and_small)
     verdict: Verdict = "shown" if found and stable else \
@@ -68,7 +69,9 @@ def dynamical_low_rank(scale: Scale) -> Outcome:
                              f"{SMALL:.0%} of its weights, and the descent from a bad start is "
                              "faster than the plain factors' for every seed"},
         figures=figures, curves=ranks, axes=("quarter epochs", "largest rank"),
-        note="Gradient descent without momentum for all. Weights are counted as U S and V.")
+        note="Gradient descent without momentum for all. Weights are counted as U S and V. A first "
+             "run with batches of 256 and rates of 0.1 and 0.3 made too few steps to tell: dense "
+             "networks ended between 82 and 95 %, and neither descent had left its bad start.")
 
 
 def _best(score: Callable[[float], float]) -> float:
