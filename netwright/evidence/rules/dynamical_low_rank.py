@@ -52,8 +52,8 @@ def dynamical_low_rank(scale: Scale) -> Outcome:
     start = x[:BATCH * BAD_STEPS], y[:BATCH * BAD_STEPS]
     ours = [_from_bad_start(seed, low_rate, start, plain=False) for seed in seeds]
     plain = [_from_bad_start(seed, low_rate, start, plain=True) for seed in seeds]
-    figures[f"loss after {BAD_STEPS} steps from singular values that fall by 4, dynamical"] = ours
-    figures[f"loss after {BAD_STEPS} steps from singular values that fall by 4, plain factors"] = plain
+    after = f"loss after {BAD_STEPS} steps from singular values that fall by 4"
+    figures[f"{after}, dynamical"], figures[f"{after}, plain factors"] = ours, plain
     stable = all(a < b - 0.05 for a, b in zip(ours, plain, strict=True))
     found = any(near_and_small)
     verdict: Verdict = "shown" if found and stable else \
@@ -71,7 +71,8 @@ def dynamical_low_rank(scale: Scale) -> Outcome:
         figures=figures, curves=ranks, axes=("quarter epochs", "largest rank"),
         note="Gradient descent without momentum for all. Weights are counted as U S and V. A first "
              "run with batches of 256 and rates of 0.1 and 0.3 made too few steps to tell: dense "
-             "networks ended between 82 and 95 %, and neither descent had left its bad start.")
+             "networks ended at 89.7 % with a deviation of 6.7, and 40 steps from the bad start "
+             "led to losses of 2.29 and 2.30, which is chance.")
 
 
 def _best(score: Callable[[float], float]) -> float:
