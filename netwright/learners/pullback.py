@@ -93,11 +93,8 @@ class _Called(nn.Module):
         return call(self.module, a)
 
 
-def shaped_as(name: str, value: Any, output: Any) -> None:
-    """Raise ValueError unless `value` has the shape of `output`, where both are tensors."""
-    if not isinstance(output, Tensor):
-        raise ValueError(f"module must return a tensor, got {type(output).__name__}; wrap it in a "
-                         "module that returns one")
+def shaped_as(name: str, value: Any, output: Tensor) -> None:
+    """Raise ValueError unless `value` is floating point, of the shape of `output`."""
     if not isinstance(value, Tensor) or value.shape != output.shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} must have the output's shape {tuple(output.shape)}, got {got}; "

@@ -174,7 +174,7 @@ def test_errors():
         net.step(A, torch.zeros(6))
     with pytest.raises(ValueError, match=r"b must hold numbers .* torch\.int64"):
         net.step(A, torch.zeros(6, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="module must return a tensor, got dict"):
+    with pytest.raises(ValueError, match="the network returned dict"):
         learner(Named()).step(A, B)
     with pytest.raises(ValueError, match=r"a must be a pair.*got Tensor"):
         (net @ net)(A)
