@@ -57,8 +57,8 @@ def causal_derivatives(scale: Scale) -> Outcome:
         figures=figures,
         note="Shown if all four differences are below 1e-6, the control's gradient is off by more "
              "than 1 %, and the memory of the stateful derivative grows by less than 5 % from 16 "
-             "to 256 times. A gradient asks for one direction for each parameter, so what is saved in "
-             "memory is paid in arithmetic.",
+             "to 256 times. A gradient asks for one direction for each parameter, so what is saved "
+             "in memory is paid in arithmetic.",
         curves={name: Curve(TIMES, [[value / 1e6 for value in values]])
                 for name, values in memory.items()},
         axes=("times", "peak memory (MB)"))
