@@ -158,25 +158,54 @@ class PolynomialCircuit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs for inputs `x`."""
-        return self._values(x)[self.outputs].T
+        return self.wires(x)[self.outputs].T
 
     def reverse_derivative(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Return the changes of the parameters, for each sample, and of the inputs.
 
         Shapes: dy (batch, outputs) -> (batch, parameters), (batch, inputs).
         """
-        values = self._values(x)
-        if dy.shape != (len(x), len(self.outputs)):
-            raise ValueError(f"dy must be (batch, outputs) = {(len(x), len(self.outputs))}, got "
-                             f"{tuple(dy.shape)}")
-        reduce = self.semiring.reduce
-        changes = torch.zeros_like(values).index_add_(0, self.outputs, dy.T.to(torch.int64))
+        return self.pull(self.wires(x), dy)
+
+    def wires(self, x: Tensor) -> Tensor:
+        """Return the value of every wire: parameters, inputs, then gates.
+
+        Shapes: (wires, batch).
+        """
+        self._check(x)
+        values = torch.empty(self._first + len(self.left), len(x), dtype=torch.int64,
+                             device=x.device)
+        values[:len(self.weight)] = self.weight.unsqueeze(1)
+        values[len(self.weight):self._first] = x.T
+        for kind, start, stop in self.groups:
+            left, right = self._operands(start, stop)
+            if kind == "constant":
+                values[start:stop] = right.unsqueeze(1)
+            elif kind == "equals":
+                values[start:stop] = values[left] == right.unsqueeze(1)
+            elif kind == "add":
+                values[start:stop] = self.semiring.reduce(values[left] + values[right])
+            else:
+                values[start:stop] = self.semiring.reduce(values[left] * values[right])
+        return values
+
+    def pull(self, wires: Tensor, dy: Tensor, *, paths: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the reverse derivative where the wires have these values.
+
+        With `paths` it is 1 where a change reaches a parameter or an input along some path on which
+        no factor is 0, and 0 elsewhere: paths do not undo one another, as they may in Z_n.
+        """
+        if dy.shape != (wires.shape[1], len(self.outputs)):
+            raise ValueError(f"dy must be (batch, outputs) = {(wires.shape[1], len(self.outputs))},"
+                             f" got {tuple(dy.shape)}")
+        reduce = saturating(1).reduce if paths else self.semiring.reduce
+        changes = torch.zeros_like(wires).index_add_(0, self.outputs, dy.T.to(torch.int64))
         for kind, start, stop in reversed(self.groups):
             change, (left, right) = reduce(changes[start:stop]), self._operands(start, stop)
             if kind == "add":
                 changes.index_add_(0, left, change).index_add_(0, right, change)
             elif kind == "multiply":
-                to_left, to_right = change * values[right], change * values[left]
+                to_left, to_right = change * wires[right], change * wires[left]
                 changes.index_add_(0, left, to_left).index_add_(0, right, to_right)
         found = reduce(changes[:self._first]).T
         return found[:, :len(self.weight)], found[:, len(self.weight):]
@@ -194,25 +223,6 @@ class PolynomialCircuit(nn.Module):
     def _operands(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         gates = slice(start - self._first, stop - self._first)
         return self.left[gates], self.right[gates]
-
-    def _values(self, x: Tensor) -> Tensor:
-        """Return the value of every wire (wires, batch)."""
-        self._check(x)
-        values = torch.empty(self._first + len(self.left), len(x), dtype=torch.int64,
-                             device=x.device)
-        values[:len(self.weight)] = self.weight.unsqueeze(1)
-        values[len(self.weight):self._first] = x.T
-        for kind, start, stop in self.groups:
-            left, right = self._operands(start, stop)
-            if kind == "constant":
-                values[start:stop] = right.unsqueeze(1)
-            elif kind == "equals":
-                values[start:stop] = values[left] == right.unsqueeze(1)
-            elif kind == "add":
-                values[start:stop] = self.semiring.reduce(values[left] + values[right])
-            else:
-                values[start:stop] = self.semiring.reduce(values[left] * values[right])
-        return values
 
     def _check(self, x: Any) -> None:
         size = self.semiring.size

@@ -146,6 +146,14 @@ def test_second_derivatives_over_z2_are_symmetric_and_linear(seed):
     assert torch.equal(second, second.permute(2, 1, 0))
 
 
+def test_paths_do_not_undo_one_another():
+    f = circuit(lambda x: [x[0] * x[0] + x[1] * x[2]], 3)
+    x = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    ones = torch.ones(2, 1, dtype=torch.int64)
+    assert f.pull(f.wires(x), ones)[1].tolist() == [[0, 0, 1], [0, 1, 1]]
+    assert f.pull(f.wires(x), ones, paths=True)[1].tolist() == [[1, 0, 1], [0, 1, 1]]
+
+
 def test_every_function_of_three_bits_can_be_represented():
     x = every(2, 3)
     table, polynomial = evaluator(3), sum_of_products(3)

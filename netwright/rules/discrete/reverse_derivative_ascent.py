@@ -65,30 +65,28 @@ class ReverseDerivativeAscent(Rule):
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Change the weights by the batch; return the share of samples with a wrong output."""
         check_labels(y, len(self.codes))
-        x = x[0] if isinstance(x, (tuple, list)) and len(x) == 1 else x
-        inputs = [x]
+        output = x[0] if isinstance(x, (tuple, list)) and len(x) == 1 else x
+        wires = []
         for circuit in self.circuits:
-            inputs.append(circuit(inputs[-1]))
-        output = inputs.pop()
+            wires.append(circuit.wires(output))
+            output = wires[-1][circuit.outputs].T
         if y.shape != (len(output),):
             raise ValueError(f"y must hold one class for each of the {len(output)} samples, got "
                              f"{tuple(y.shape)}")
         counted = y != -100
-        dy = self.circuits[-1].semiring.minus(self.codes[y.clamp(min=0)], output)
-        dy = dy * counted.unsqueeze(1)
-        # which outputs depend on a parameter: one column for each output
-        which = torch.eye(output.shape[1], dtype=torch.int64, device=output.device)
-        reach = which.unsqueeze(1).expand(-1, len(output), -1) * counted.view(1, -1, 1)
+        wanted = self.codes[y.clamp(min=0)]
+        dy = self.circuits[-1].semiring.minus(wanted, output) * counted.unsqueeze(1)
+        reach = counted.unsqueeze(1).expand_as(output)
         steps = []
-        for circuit, a in zip(reversed(self.circuits), reversed(inputs), strict=True):
-            dw, da = circuit.reverse_derivative(a, dy)
-            reached, reach = _each(circuit, a, reach)
-            steps.append((circuit, _most_asked(dw, reached.any(0), circuit.semiring.size)))
-            dy = da
+        for circuit in reversed(self.circuits):
+            values = wires.pop()
+            dw, dy = circuit.pull(values, dy)
+            reached, reach = circuit.pull(values, reach, paths=True)
+            steps.append((circuit, _most_asked(dw, reached.bool(), circuit.semiring.size)))
         for circuit, step in steps:
             if circuit.weight.numel():
                 circuit.weight.copy_(circuit.semiring.reduce(circuit.weight.to(torch.int64) + step))
-        wrong = (self.codes[y.clamp(min=0)] != output).any(1) & counted
+        wrong = (wanted != output).any(1) & counted
         return wrong.sum() / counted.sum().clamp(min=1)
 
     @torch.no_grad()
@@ -97,13 +95,6 @@ class ReverseDerivativeAscent(Rule):
         with evaluating(self):
             output = super().predict(x)
         return -(output.unsqueeze(1) != self.codes).sum(2).float()
-
-
-def _each(circuit: PolynomialCircuit, a: Tensor, changes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which parameters several changes (changes, batch, outputs) reach; those of inputs."""
-    columns, batch, _ = changes.shape
-    dw, da = circuit.reverse_derivative(a.repeat(columns, 1), changes.flatten(0, 1))
-    return dw.view(columns, batch, -1) != 0, da.view(columns, batch, -1)
 
 
 def _most_asked(dw: Tensor, reached: Tensor, size: int) -> Tensor:

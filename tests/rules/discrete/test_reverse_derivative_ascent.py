@@ -87,6 +87,28 @@ def test_a_table_learns_any_function_of_four_bits_in_one_pass(batch):
         assert accuracy(wrong, x, y) < 1
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_a_chain_learns_what_its_first_circuit_must_tell_the_last(seed):
+    """Exclusive or of a sum and a product, through 3 bits of 6; the control keeps the first."""
+    x = every(2, 6)
+    y = x[:, :3].sum(1) % 2 ^ x[:, 3:].prod(1)
+    torch.manual_seed(seed)
+    first, last = evaluator(6, 3), evaluator(3)
+    for part in (first, last):
+        part.weight.random_(2)
+    untaught = first(x)
+    chain, control = nn.Sequential(first, last), deepcopy(last)
+    reached = []
+    for circuit, a in ((chain, x), (control, untaught)):
+        rule = ReverseDerivativeAscent(circuit)
+        for _ in range(16):
+            for batch in torch.randperm(64).split(4):
+                rule(a[batch], y[batch])
+        reached.append(accuracy(rule, a, y))
+    assert reached[0] > 0.9
+    assert reached[1] < 0.8
+
+
 @pytest.mark.parametrize("semiring", [modular(3), modular(7), saturating(4)],
                          ids=lambda semiring: semiring.name)
 def test_tables_over_other_semirings_learn_too(semiring):
