@@ -54,6 +54,8 @@ UNEQUAL: dict[str, tuple[str, dict]] = {
     # steps on the weights within a batch, by what this process sees of it
     "SoftHebb": ("SoftHebb", {}),  # divides its steps by the largest of its share
 }
+# What is refused in several processes: it changes the weights itself, on a network of its own kind.
+ALONE = {"ReverseDerivativeAscent"}
 
 
 def network(*norm: nn.Module) -> nn.Sequential:

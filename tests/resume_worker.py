@@ -99,8 +99,11 @@ def rule_case(name: str) -> Callable:
         # Equilibrium propagation takes linear layers and smooth activations alone.
         made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)) \
             if name == "EquilibriumPropagation" else network()
-        rule = getattr(nw.rules, name)(made, example=X[:4], generator=Generator().manual_seed(6))
-        return nw.fit(rule, Batches(X, Y, 15), epochs=2, checkpoint_every=1, **keep)
+        x = X
+        if name == "ReverseDerivativeAscent":  # takes circuits and bits alone
+            made, x = nw.circuits.evaluator(6, 3), (X > 0).long()
+        rule = getattr(nw.rules, name)(made, example=x[:4], generator=Generator().manual_seed(6))
+        return nw.fit(rule, Batches(x, Y, 15), epochs=2, checkpoint_every=1, **keep)
     return case
 
 

@@ -1,6 +1,7 @@
 """Learning rules: what can stand where `loss.backward()` stood."""
 
 from netwright.rules.denoising.noprop import NoProp
+from netwright.rules.discrete.reverse_derivative_ascent import ReverseDerivativeAscent
 from netwright.rules.energy.dual_propagation import DualPropagation
 from netwright.rules.energy.equilibrium_propagation import EquilibriumPropagation
 from netwright.rules.energy.predictive_coding import PredictiveCoding
@@ -28,5 +29,5 @@ __all__ = ["LLS", "Backprop", "ContinualBackprop", "DirectFeedbackAlignment", "D
            "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment",
            "ForwardForward", "ForwardGradient",
            "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
-           "TwoStageBackward", "ZerothOrder"]
+           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback",
+           "ReverseDerivativeAscent", "Rule", "SoftHebb", "TwoStageBackward", "ZerothOrder"]

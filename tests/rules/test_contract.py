@@ -44,6 +44,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 # What a rule counts as it is called, whether or not a step follows.
 COUNTED = {"ContinualBackprop": ("size_sum", "value_sum", "rows")}
+# What cannot train the contract's network, and why; their own tests hold them to the same.
+APART = {"ReverseDerivativeAscent"}  # trains circuits of whole numbers
 CASES = [pytest.param(name, options, id=" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
          for name, variants in OPTIONS.items() for options in variants]
 
@@ -87,7 +89,7 @@ def every_rule(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def test_every_rule_is_held_to_the_contract() -> None:
-    assert set(OPTIONS) == set(nw.rules.__all__) - {"Rule"}
+    assert set(OPTIONS) == set(nw.rules.__all__) - {"Rule"} - APART
 
 
 @every_rule
