@@ -175,8 +175,7 @@ class _Training:
                  options: _Options) -> None:
         self.rule, self.train, self.validation = rule, train, validation
         self.optimizer, self.scheduler, self.options = optimizer, scheduler, options
-        if hasattr(rule, "optimizer"):
-            setattr(rule, "optimizer", optimizer)  # noqa: B010, not every rule has one
+        rule.optimizer = optimizer
         self.parameters = _learning(rule)
         self.device = self.parameters[0].device
         self.batches = len(train) if isinstance(train, Sized) else None

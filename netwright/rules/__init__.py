@@ -26,8 +26,8 @@ from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
 __all__ = ["LLS", "Backprop", "ContinualBackprop", "DirectFeedbackAlignment", "DualPropagation",
-           "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment",
-           "ForwardForward", "ForwardGradient",
-           "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback",
-           "ReverseDerivativeAscent", "Rule", "SoftHebb", "TwoStageBackward", "ZerothOrder"]
+           "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward",
+           "ForwardGradient", "HighwayBackprop", "LikelihoodRatio", "LocalLosses",
+           "MomentumAuxiliary", "MonoForward", "NoProp", "Pepita", "PredictiveCoding",
+           "ProductFeedback", "ReverseDerivativeAscent", "Rule", "SoftHebb", "TwoStageBackward",
+           "ZerothOrder"]

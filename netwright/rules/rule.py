@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
 from netwright.losses import cross_entropy
 from netwright.modes import evaluating
@@ -18,12 +19,13 @@ class Rule(nn.Module):
     adds to `.grad` as `backward()` does. `network` is a module or its `Stages`. `generator` is
     where a rule draws what is random in it, PyTorch's global state where it is None.
 
-    A rule that has an attribute `optimizer` finds in it the one that `nw.fit` steps.
+    `optimizer` is the one that `nw.fit` steps, for a rule that must see it.
     A rule that does not speak through `.grad` sets `updates_weights` and changes the weights
     itself when it is called.
     """
 
     updates_weights = False
+    optimizer: Optimizer | None = None
     resized: Collection[str] = ()  # names in the state whose shapes change as it trains
 
     def __init__(self, network: nn.Module | Stages, *, generator: Generator | None = None) -> None:

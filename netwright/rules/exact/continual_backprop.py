@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, distributed, nn
-from torch.optim import Optimizer
 
 from netwright.losses import cross_entropy
 from netwright.processes import world
@@ -52,7 +51,6 @@ class ContinualBackprop(Rule):
     3
     """
 
-    optimizer: Optimizer | None = None
     utility: Tensor
     activity: Tensor
     size_sum: Tensor
