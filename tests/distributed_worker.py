@@ -27,6 +27,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
                                                 {"feedback": "sign_symmetric"}),
     "DirectFeedbackAlignment, learned": ("DirectFeedbackAlignment",
                                          {"feedback": "kolen_pollack"}),
+    "DirectFeedbackAlignment, ternary": ("DirectFeedbackAlignment", {"ternary": 0.4}),
     "DualPropagation": ("DualPropagation", {}),
     "EquilibriumPropagation": ("EquilibriumPropagation", {}),
     "HighwayBackprop": ("HighwayBackprop", {}),
@@ -44,6 +45,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
 }
 # What cannot be equal, and why; the processes still end with the same weights as each other.
 UNEQUAL: dict[str, tuple[str, dict]] = {
+    "DirectFeedbackAlignment, noisy": ("DirectFeedbackAlignment", {"noise": 0.1}),  # each sample's
     "ForwardForward": ("ForwardForward", {}),  # draws each sample's negative label
     "ForwardGradient, activities": ("ForwardGradient", {"perturb": "activities"}),  # each sample's
     "LikelihoodRatio": ("LikelihoodRatio", {}),  # draws each sample's noise

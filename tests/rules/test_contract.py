@@ -16,7 +16,7 @@ FEATURES, CLASSES = 20, 3
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "Backprop": [{}],
     "DirectFeedbackAlignment": [{}, {"share": True}, {"feedback": "sign_symmetric"},
-                                {"feedback": "kolen_pollack"}],
+                                {"feedback": "kolen_pollack"}, {"ternary": 0.4, "noise": 0.1}],
     "DualPropagation": [{}, {"means": "dyads"}, {"alpha": 1.0}],
     "EquilibriumPropagation": [{}, {"symmetric": False, "homeostasis": 1.0}],
     "FeedbackAlignment": [{}, {"feedback": "sign_symmetric"}, {"feedback": "kolen_pollack"}],
