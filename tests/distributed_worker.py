@@ -19,6 +19,7 @@ Y = (X[:, :3].argmax(1) + (X[:, 3] > 1)) % 3
 # What two processes train as one does, to rounding: sizes of shares differ, 9 = 4 + 5.
 EQUAL: dict[str, tuple[str, dict]] = {
     "Backprop": ("Backprop", {}),
+    "CascadedForward": ("CascadedForward", {}),
     "FeedbackAlignment": ("FeedbackAlignment", {}),
     "FeedbackAlignment, sign-symmetric": ("FeedbackAlignment", {"feedback": "sign_symmetric"}),
     "FeedbackAlignment, learned": ("FeedbackAlignment", {"feedback": "kolen_pollack"}),

@@ -16,13 +16,14 @@ from netwright.rules.feedback.product_feedback import ProductFeedback
 from netwright.rules.forward.forward_forward import ForwardForward
 from netwright.rules.forward.forward_gradient import ForwardGradient
 from netwright.rules.hebbian.softhebb import SoftHebb
+from netwright.rules.local.cascaded_forward import CascadedForward
 from netwright.rules.local.lls import LLS
 from netwright.rules.local.local_losses import LocalLosses
 from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "DualPropagation",
+__all__ = ["LLS", "Backprop", "CascadedForward", "DirectFeedbackAlignment", "DualPropagation",
            "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
            "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
            "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",

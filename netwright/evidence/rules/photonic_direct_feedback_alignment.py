@@ -30,7 +30,7 @@ def photonic_direct_feedback_alignment(scale: Scale) -> Outcome:
     for task in (_digits(scale), _cora(scale)):
         for rule in RULES:
             tried = {rate: _train(task, rule, rate, seed=0)[0] for rate in RATES}
-            rate = max(RATES, key=lambda rate, tried=tried: tried[rate])
+            rate = max(tried, key=tried.__getitem__)
             runs = [_train(task, rule, rate, seed) for seed in seeds]
             rates[f"{task.name}: {rule}"] = rate
             figures[f"{task.name}: {rule}, % right"] = [test for _, test, _ in runs]
