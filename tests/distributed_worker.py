@@ -20,6 +20,7 @@ Y = (X[:, :3].argmax(1) + (X[:, 3] > 1)) % 3
 EQUAL: dict[str, tuple[str, dict]] = {
     "Backprop": ("Backprop", {}),
     "ContinualBackprop": ("ContinualBackprop", {"replacement_rate": 0.1, "maturity": 2}),
+    "CascadedForward": ("CascadedForward", {}),
     "FeedbackAlignment": ("FeedbackAlignment", {}),
     "FeedbackAlignment, sign-symmetric": ("FeedbackAlignment", {"feedback": "sign_symmetric"}),
     "FeedbackAlignment, learned": ("FeedbackAlignment", {"feedback": "kolen_pollack"}),
@@ -28,6 +29,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
                                                 {"feedback": "sign_symmetric"}),
     "DirectFeedbackAlignment, learned": ("DirectFeedbackAlignment",
                                          {"feedback": "kolen_pollack"}),
+    "DirectFeedbackAlignment, ternary": ("DirectFeedbackAlignment", {"ternary": 0.4}),
     "DualPropagation": ("DualPropagation", {}),
     "EquilibriumPropagation": ("EquilibriumPropagation", {}),
     "HighwayBackprop": ("HighwayBackprop", {}),
@@ -45,6 +47,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
 }
 # What cannot be equal, and why; the processes still end with the same weights as each other.
 UNEQUAL: dict[str, tuple[str, dict]] = {
+    "DirectFeedbackAlignment, noisy": ("DirectFeedbackAlignment", {"noise": 0.1}),  # each sample's
     "ForwardForward": ("ForwardForward", {}),  # draws each sample's negative label
     "ForwardGradient, activities": ("ForwardGradient", {"perturb": "activities"}),  # each sample's
     "LikelihoodRatio": ("LikelihoodRatio", {}),  # draws each sample's noise

@@ -19,6 +19,7 @@ from netwright.rules.feedback.product_feedback import ProductFeedback
 from netwright.rules.forward.forward_forward import ForwardForward
 from netwright.rules.forward.forward_gradient import ForwardGradient
 from netwright.rules.hebbian.softhebb import SoftHebb
+from netwright.rules.local.cascaded_forward import CascadedForward
 from netwright.rules.local.lls import LLS
 from netwright.rules.local.local_losses import LocalLosses
 from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
@@ -31,3 +32,8 @@ __all__ = ["LLS", "Backprop", "ContinualBackprop", "DirectFeedbackAlignment", "D
            "MomentumAuxiliary", "MonoForward", "NoProp", "Pepita", "PredictiveCoding",
            "ProductFeedback", "ReverseDerivativeAscent", "Rule", "SoftHebb", "TwoStageBackward",
            "ZerothOrder"]
+__all__ = ["LLS", "Backprop", "CascadedForward", "DirectFeedbackAlignment", "DualPropagation",
+           "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
+           "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
+           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
+           "TwoStageBackward", "ZerothOrder"]

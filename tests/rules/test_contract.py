@@ -16,8 +16,9 @@ FEATURES, CLASSES = 20, 3
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "Backprop": [{}],
     "ContinualBackprop": [{}, {"replacement_rate": 0.5, "maturity": 0}],
+    "CascadedForward": [{}],
     "DirectFeedbackAlignment": [{}, {"share": True}, {"feedback": "sign_symmetric"},
-                                {"feedback": "kolen_pollack"}],
+                                {"feedback": "kolen_pollack"}, {"ternary": 0.4, "noise": 0.1}],
     "DualPropagation": [{}, {"means": "dyads"}, {"alpha": 1.0}],
     "DynamicalLowRank": [{}, {"tolerance": None, "rank": 3}],
     "EquilibriumPropagation": [{}, {"symmetric": False, "homeostasis": 1.0}],
