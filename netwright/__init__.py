@@ -1,5 +1,8 @@
 """netwright: change how a PyTorch network is built, trained and run, and measure each change."""
 
+import importlib
+from typing import Any
+
 from netwright import data, errors, evidence, measure, papers, reshape, rules
 from netwright.compare import compare, recorded
 from netwright.history import History
@@ -7,6 +10,12 @@ from netwright.stages import Stages, stages
 from netwright.tasks import Task
 from netwright.training import fit
 
-__all__ = ["History", "Stages", "Task", "compare", "data", "errors", "evidence", "fit", "measure",
-           "papers", "recorded", "reshape", "rules", "stages"]
+__all__ = ["History", "Stages", "Task", "boosting", "compare", "data", "errors", "evidence", "fit",
+           "measure", "papers", "recorded", "reshape", "rules", "stages"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "boosting":  # imports scikit-learn, which takes a second
+        return importlib.import_module("netwright.boosting")
+    raise AttributeError(f"module 'netwright' has no attribute {name!r}")
