@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from netwright import data, errors, evidence, measure, papers, reshape, rules
+from netwright import data, errors, evidence, measure, optim, papers, reshape, rules
 from netwright.compare import compare, recorded
 from netwright.history import History
 from netwright.stages import Stages, stages
@@ -11,7 +11,7 @@ from netwright.tasks import Task
 from netwright.training import fit
 
 __all__ = ["History", "Stages", "Task", "boosting", "compare", "data", "errors", "evidence", "fit",
-           "measure", "papers", "recorded", "reshape", "rules", "stages"]
+           "measure", "optim", "papers", "recorded", "reshape", "rules", "stages"]
 __version__ = "0.1.0"
 
 

@@ -54,6 +54,9 @@ UNEQUAL: dict[str, tuple[str, dict]] = {
     "SoftHebb": ("SoftHebb", {}),  # divides its steps by the largest of its share
 }
 
+# What changes the weights itself leaves nothing to average, and is refused.
+ALONE = {"BlockCoordinateDescent"}
+
 
 def network(*norm: nn.Module) -> nn.Sequential:
     torch.manual_seed(distributed.get_rank() if distributed.is_initialized() else 0)
@@ -144,6 +147,9 @@ def errors() -> dict[str, str]:
     """Return what is said where the processes cannot train together."""
     rank, said = distributed.get_rank(), {}
     cases = {"uneven": lambda: fitted(train=[(X, Y)] * (rank + 1))}
+    cases |= {rule: lambda rule=rule: nw.fit(getattr(nw.rules, rule)(
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))), [(X, Y)], epochs=1)
+        for rule in ALONE}
     for name, case in cases.items():
         try:
             case()

@@ -99,6 +99,8 @@ def rule_case(name: str) -> Callable:
         # Equilibrium propagation takes linear layers and smooth activations alone.
         made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)) \
             if name == "EquilibriumPropagation" else network()
+        if name == "BlockCoordinateDescent":  # linear layers and ReLU alone
+            made = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
         rule = getattr(nw.rules, name)(made, example=X[:4], generator=Generator().manual_seed(6))
         return nw.fit(rule, Batches(X, Y, 15), epochs=2, checkpoint_every=1, **keep)
     return case

@@ -1,5 +1,6 @@
 """Learning rules: what can stand where `loss.backward()` stood."""
 
+from netwright.rules.closed_form.block_coordinate_descent import BlockCoordinateDescent
 from netwright.rules.denoising.noprop import NoProp
 from netwright.rules.energy.dual_propagation import DualPropagation
 from netwright.rules.energy.equilibrium_propagation import EquilibriumPropagation
@@ -22,8 +23,8 @@ from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "DualPropagation",
-           "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
-           "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
-           "TwoStageBackward", "ZerothOrder"]
+__all__ = ["LLS", "Backprop", "BlockCoordinateDescent", "DirectFeedbackAlignment",
+           "DualPropagation", "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward",
+           "ForwardGradient", "HighwayBackprop", "LikelihoodRatio", "LocalLosses",
+           "MomentumAuxiliary", "MonoForward", "NoProp", "Pepita", "PredictiveCoding",
+           "ProductFeedback", "Rule", "SoftHebb", "TwoStageBackward", "ZerothOrder"]
