@@ -52,10 +52,10 @@ def greedy_block_descent(scale: Scale) -> Outcome:
              "update (Lipschitz, quadratic) at most Gauss-Southwell at most random. In the mean of "
              "one update at least is partly shown, and Gauss-Southwell must arrive within the "
              "limit. Before, with a penalty of 1, factors twice as spread and 3000 steps, no rule "
-             "arrived with the gradient update; with the matrix update the means were 1679 (quadratic), "
-             "2208 (Gauss-Southwell), 2247 (random), in this order for four seeds of five, one of "
-             "them at the limit. The picture is of the matrix update, log10 of "
-             "the suboptimality relative to the start's.",
+             "arrived with the gradient update; with the matrix update the means were 1679 "
+             "(quadratic), 2208 (Gauss-Southwell), 2247 (random), in this order for four seeds of "
+             "five, one of them at the limit. The picture is of the matrix update, log10 of the "
+             "suboptimality relative to the start's.",
         curves=curves, axes=("step", "log10 of relative suboptimality"))
 
 
