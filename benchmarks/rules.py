@@ -33,6 +33,7 @@ RULES = [name for name in rules.__all__
 WIDTH, HIDDEN, CLASSES, BATCH, LIMIT = 784, (1024, 1024), 10, 256, 1.3
 # Why a rule takes more than `LIMIT` times its floor.
 REASONS = {
+    "BlockCoordinateDescent": "solves two linear systems for each layer",
     "EquilibriumPropagation": "settles in complex numbers, whose activations are no products",
     "ForwardGradient": "draws a normal number for every weight",
     "SoftHebb": "lets the units compete by a softmax, and takes the norms of the weights",

@@ -57,8 +57,8 @@ UNEQUAL: dict[str, tuple[str, dict]] = {
     # steps on the weights within a batch, by what this process sees of it
     "SoftHebb": ("SoftHebb", {}),  # divides its steps by the largest of its share
 }
-# What is refused in several processes: it changes the weights itself, on a network of its own kind.
-ALONE = {"ReverseDerivativeAscent"}
+# What changes the weights itself leaves nothing to average, and is refused.
+ALONE = {"BlockCoordinateDescent", "DynamicalLowRank", "ReverseDerivativeAscent"}
 
 
 def network(*norm: nn.Module) -> nn.Sequential:
@@ -150,6 +150,10 @@ def errors() -> dict[str, str]:
     """Return what is said where the processes cannot train together."""
     rank, said = distributed.get_rank(), {}
     cases = {"uneven": lambda: fitted(train=[(X, Y)] * (rank + 1))}
+    cases |= {rule: lambda rule=rule: nw.fit(getattr(nw.rules, rule)(
+        nw.circuits.evaluator(2, 3) if rule == "ReverseDerivativeAscent" else
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))), [(X, Y)], epochs=1)
+        for rule in ALONE}
     for name, case in cases.items():
         try:
             case()

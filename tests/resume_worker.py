@@ -104,6 +104,10 @@ def rule_case(name: str) -> Callable:
             made, x = nw.circuits.evaluator(6, 3), (X > 0).long()
         rule = getattr(nw.rules, name)(made, example=x[:4], generator=Generator().manual_seed(6))
         return nw.fit(rule, Batches(x, Y, 15), epochs=2, checkpoint_every=1, **keep)
+        if name == "BlockCoordinateDescent":  # linear layers and ReLU alone
+            made = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+        rule = getattr(nw.rules, name)(made, example=X[:4], generator=Generator().manual_seed(6))
+        return nw.fit(rule, Batches(X, Y, 15), epochs=2, checkpoint_every=1, **keep)
     return case
 
 

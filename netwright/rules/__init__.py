@@ -1,5 +1,6 @@
 """Learning rules: what can stand where `loss.backward()` stood."""
 
+from netwright.rules.closed_form.block_coordinate_descent import BlockCoordinateDescent
 from netwright.rules.denoising.noprop import NoProp
 from netwright.rules.discrete.reverse_derivative_ascent import ReverseDerivativeAscent
 from netwright.rules.energy.dual_propagation import DualPropagation
@@ -26,14 +27,9 @@ from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "Backprop", "ContinualBackprop", "DirectFeedbackAlignment", "DualPropagation",
-           "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "HighwayBackprop", "LikelihoodRatio", "LocalLosses",
-           "MomentumAuxiliary", "MonoForward", "NoProp", "Pepita", "PredictiveCoding",
-           "ProductFeedback", "ReverseDerivativeAscent", "Rule", "SoftHebb", "TwoStageBackward",
-           "ZerothOrder"]
-__all__ = ["LLS", "Backprop", "CascadedForward", "DirectFeedbackAlignment", "DualPropagation",
+__all__ = ["LLS", "Backprop", "BlockCoordinateDescent", "CascadedForward", "ContinualBackprop",
+           "DirectFeedbackAlignment", "DualPropagation", "DynamicalLowRank",
            "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
            "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
-           "TwoStageBackward", "ZerothOrder"]
+           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "ReverseDerivativeAscent",
+           "Rule", "SoftHebb", "TwoStageBackward", "ZerothOrder"]

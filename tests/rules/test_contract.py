@@ -17,6 +17,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "Backprop": [{}],
     "ContinualBackprop": [{}, {"replacement_rate": 0.5, "maturity": 0}],
     "CascadedForward": [{}],
+    "BlockCoordinateDescent": [{}, {"splitting": "two"}, {"keep": 6},
+                               {"output_loss": "cross_entropy"}],
     "DirectFeedbackAlignment": [{}, {"share": True}, {"feedback": "sign_symmetric"},
                                 {"feedback": "kolen_pollack"}, {"ternary": 0.4, "noise": 0.1}],
     "DualPropagation": [{}, {"means": "dyads"}, {"alpha": 1.0}],
@@ -57,8 +59,9 @@ class Contract:
     def __init__(self, name: str, options: dict[str, Any], seed: int = 0,
                  dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(seed)
+        act = nn.ReLU if name == "BlockCoordinateDescent" else nn.Tanh  # it takes no other
         self.network = nn.Sequential(
-            nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(),
+            nn.Linear(FEATURES, 16), act(), nn.Linear(16, 12), act(),
             nn.Linear(12, CLASSES)).to(dtype)
         self.generator = Generator().manual_seed(seed)
         self.rule = getattr(nw.rules, name)(self.network, torch.randn(6, FEATURES, dtype=dtype),
