@@ -37,6 +37,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
     "ForwardForward, given negatives": ("ForwardForward", {"negatives": lambda x, y: x.flip(1)}),
     "ForwardGradient": ("ForwardGradient", {}),
     "Pepita": ("Pepita", {}),
+    "PipelinedBackprop, predicted": ("PipelinedBackprop", {"spike_compensation": False}),
     "PredictiveCoding": ("PredictiveCoding", {}),
     "ProductFeedback": ("ProductFeedback", {}),
     "TwoStageBackward": ("TwoStageBackward", {}),
@@ -48,6 +49,7 @@ UNEQUAL: dict[str, tuple[str, dict]] = {
     "ForwardGradient, activities": ("ForwardGradient", {"perturb": "activities"}),  # each sample's
     "LikelihoodRatio": ("LikelihoodRatio", {}),  # draws each sample's noise
     "NoProp": ("NoProp", {}),  # likewise
+    "PipelinedBackprop": ("PipelinedBackprop", {}),  # keeps the last gradient of its own share
     "PredictiveCoding, incremental": ("PredictiveCoding", {"incremental": True,
                                                            "weight_rate": 0.05}),
     # steps on the weights within a batch, by what this process sees of it

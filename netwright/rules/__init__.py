@@ -8,6 +8,7 @@ from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
 from netwright.rules.estimators.zeroth_order import ZerothOrder
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.exact.highway_backprop import HighwayBackprop
+from netwright.rules.exact.pipelined_backprop import PipelinedBackprop
 from netwright.rules.exact.two_stage_backward import TwoStageBackward
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
@@ -25,5 +26,5 @@ from netwright.rules.rule import Rule
 __all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "DualPropagation",
            "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
            "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
-           "TwoStageBackward", "ZerothOrder"]
+           "NoProp", "Pepita", "PipelinedBackprop", "PredictiveCoding", "ProductFeedback", "Rule",
+           "SoftHebb", "TwoStageBackward", "ZerothOrder"]
