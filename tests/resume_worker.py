@@ -36,6 +36,17 @@ def network() -> nn.Sequential:
                          nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
+class Last(nn.Module):
+    """Reads 12 features as 4 steps of 3, and gives the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, h):
+        return self.gru(h.unflatten(-1, (4, 3)))[0][:, -1]
+
+
 class Jitter(Rule):
     """Backpropagation of inputs with noise from the rule's own generator."""
 
@@ -99,6 +110,8 @@ def rule_case(name: str) -> Callable:
         # Equilibrium propagation takes linear layers and smooth activations alone.
         made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)) \
             if name == "EquilibriumPropagation" else network()
+        if name == "StationaryFeedback":  # takes what has recurrent layers
+            made = nn.Sequential(nn.Linear(6, 12), Last(), nn.Linear(4, 3))
         rule = getattr(nw.rules, name)(made, example=X[:4], generator=Generator().manual_seed(6))
         return nw.fit(rule, Batches(X, Y, 15), epochs=2, checkpoint_every=1, **keep)
     return case

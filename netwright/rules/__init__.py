@@ -14,6 +14,7 @@ from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAli
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.feedback.pepita import Pepita
 from netwright.rules.feedback.product_feedback import ProductFeedback
+from netwright.rules.feedback.stationary_feedback import StationaryFeedback
 from netwright.rules.forward.forward_forward import ForwardForward
 from netwright.rules.forward.forward_gradient import ForwardGradient
 from netwright.rules.hebbian.softhebb import SoftHebb
@@ -27,4 +28,4 @@ __all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "DualPropagation",
            "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
            "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
            "NoProp", "Pepita", "PipelinedBackprop", "PredictiveCoding", "ProductFeedback", "Rule",
-           "SoftHebb", "TwoStageBackward", "ZerothOrder"]
+           "SoftHebb", "StationaryFeedback", "TwoStageBackward", "ZerothOrder"]

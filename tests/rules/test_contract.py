@@ -36,6 +36,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "PipelinedBackprop": [{}, {"spike_compensation": False}, {"prediction": "difference"},
                           {"spike_compensation": False, "prediction": None, "stash": True}],
     "PredictiveCoding": [{}, {"incremental": True}],
+    "StationaryFeedback": [{}, {"feedback": 0.5}],
     "SoftHebb": [{}, {"anti_hebbian": False, "temperature": [0.5, 2.0]}, {"initial_norm": None}],
     "ProductFeedback": [{}],
     "ZerothOrder": [{}, {"difference": "forward", "directions": 3},
@@ -44,8 +45,22 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 # What a call leaves behind besides `.grad`: the gradients that the next update will need.
 REMEMBERS = ("PipelinedBackprop",)
+# What is for networks with recurrent layers alone, and gets one of those.
+RECURRENT = ("StationaryFeedback",)
 CASES = [pytest.param(name, options, id=" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
          for name, variants in OPTIONS.items() for options in variants]
+
+
+class Steps(nn.Module):
+    """Reads 16 features as 4 steps of 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.gru(h.unflatten(-1, (4, 4)))[0]
+        return out.flatten(1)
 
 
 class Contract:
@@ -55,8 +70,9 @@ class Contract:
                  dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(seed)
         self.network = nn.Sequential(
-            nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(),
-            nn.Linear(12, CLASSES)).to(dtype)
+            nn.Linear(FEATURES, 16), Steps() if name in RECURRENT else nn.Tanh(),
+            nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, CLASSES)).to(dtype)
+        self.names = list(self.network.state_dict())
         self.generator = Generator().manual_seed(seed)
         self.rule = getattr(nw.rules, name)(self.network, torch.randn(6, FEATURES, dtype=dtype),
                                             generator=self.generator, **options)
@@ -202,7 +218,7 @@ def test_a_frozen_network_gets_no_gradient(name: str, options: dict[str, Any]) -
     case.network.requires_grad_(False)
     # the others may have parameters of their own
     if name in ("Backprop", "ForwardGradient", "HighwayBackprop", "LikelihoodRatio",
-                "PipelinedBackprop", "TwoStageBackward", "ZerothOrder"):
+                "PipelinedBackprop", "StationaryFeedback", "TwoStageBackward", "ZerothOrder"):
         with pytest.raises(ValueError, match="network has no trainable parameters"):
             case()
     else:
@@ -368,6 +384,5 @@ def test_a_deep_copy_stands_alone(name: str, options: dict[str, Any]) -> None:
 def test_the_networks_own_names_are_kept(name: str, options: dict[str, Any]) -> None:
     case = Contract(name, options)
     case()
-    assert list(case.network.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias",
-                                               "4.weight", "4.bias"]
+    assert list(case.network.state_dict()) == case.names
     assert case.network(case.x).shape == (6, CLASSES)

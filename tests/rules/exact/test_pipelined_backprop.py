@@ -351,7 +351,7 @@ def test_scaled_hyperparameters():
 
 def test_errors():
     network = mlp(5, 3, hidden=(6,))
-    with pytest.raises(ValueError, match="momentum must be at least 0 and below 1, got 1.0"):
+    with pytest.raises(ValueError, match="momentum must be at least 0 and below 1, got 1"):
         PipelinedBackprop(network, momentum=1.0)
     with pytest.raises(UnknownName, match="did you mean velocity"):
         PipelinedBackprop(network, prediction="velocty")
@@ -359,7 +359,7 @@ def test_errors():
         PipelinedBackprop(network, horizon=-1)
     with pytest.raises(ValueError, match=r"delays must be 2 whole numbers .* got \[1\]"):
         PipelinedBackprop(network, delays=[1])
-    with pytest.raises(ValueError, match="0.weight must have a shape"):
+    with pytest.raises(ValueError, match="weight must have a shape"):
         PipelinedBackprop(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3)))
     rule, (x, y) = PipelinedBackprop(network), samples()
     before = deepcopy(rule.state_dict())
