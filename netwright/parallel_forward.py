@@ -19,8 +19,9 @@ METHODS = ("jacobi", "gauss_seidel", "hybrid")
 
 @torch.no_grad()
 def parallel_forward(network: nn.Module | Stages, x: Any, *, example: Any = None,
-                     method: Method = "jacobi", blocks: int = 1, tolerance: float = 0.0,
-                     max_iterations: int | None = None, stacked: bool = True) -> tuple[Tensor, int]:
+                     method: Method = "jacobi", blocks: int = 1, residual: bool = False,
+                     tolerance: float = 0.0, max_iterations: int | None = None,
+                     stacked: bool = True) -> tuple[Tensor, int]:
     """Return the network's output and the steps that it took, one after another.
 
     h_i = f_i(h_{i-1}), i = 1..m, is solved for all i at once:  h_i^0 = h_0;
@@ -28,6 +29,11 @@ def parallel_forward(network: nn.Module | Stages, x: Any, *, example: Any = None
     stages in turn gives, and are left alone; so m steps are always enough, and as many give the
     network's output to rounding. Fewer do where no h_i moves more than `tolerance`, or after
     `max_iterations`, which gives an approximation.
+
+    With `residual`, what each stage adds is solved for:  h_i^{k+1} = h_0 + sum_{j<=i}
+    (f_j(h_{j-1}^k) - h_{j-1}^k), which takes few steps where stages are the identity and a little
+    more, and the form above takes all. Where stages forget what they were given, the form above
+    takes fewer.
 
     `"gauss_seidel"` cuts the stages into `blocks` and solves one after another, each beginning
     with what the one before ended with. `"hybrid"` runs all blocks at once, the stages of each in
@@ -69,7 +75,7 @@ def parallel_forward(network: nn.Module | Stages, x: Any, *, example: Any = None
                     isinstance(stage, SequentialStage) for stage in rest) else _in_turn(
                         rest, context)
                 states = torch.stack([h_next] * len(rest))
-                states, taken = _solve(update, h_next, states, method, blocks, tolerance,
+                states, taken = _solve(update, h_next, states, method, blocks, residual, tolerance,
                                        max_iterations)
                 h_next, steps, i = states[-1], steps + taken, i + len(rest)
             h = h_next
@@ -78,7 +84,8 @@ def parallel_forward(network: nn.Module | Stages, x: Any, *, example: Any = None
 
 @torch.no_grad()
 def parallel_recurrence(cell: Callable[[Tensor, Any], Any], x: Tensor, start: Any, *,
-                        method: Method = "jacobi", blocks: int = 1, tolerance: float = 0.0,
+                        method: Method = "jacobi", blocks: int = 1, residual: bool = False,
+                        tolerance: float = 0.0,
                         max_iterations: int | None = None) -> tuple[Any, int]:
     """Return a recurrent cell's states at all time steps, and the steps that it took.
 
@@ -111,7 +118,7 @@ def parallel_recurrence(cell: Callable[[Tensor, Any], Any], x: Tensor, start: An
     begin = torch.cat(parts, -1)
     with evaluating(cell if isinstance(cell, nn.Module) else nn.Identity()):
         states, steps = _solve(update, begin, begin.expand(len(x), *begin.shape).clone(), method,
-                               blocks, tolerance, max_iterations)
+                               blocks, residual, tolerance, max_iterations)
     return (states if single else tuple(states.split(sizes, -1))), steps
 
 
@@ -136,13 +143,13 @@ def fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, *, tolerance:
     """
     _check("jacobi", 1, tolerance, max_iterations)
     x = start
-    for k in range(1, max_iterations + 1):
+    for k in range(max_iterations):
         found = update(x)
         settled = _settled(found, x, tolerance)
         x = found
         if settled:
-            break
-    return x, k
+            return x, k + 1
+    return x, max_iterations
 
 
 # What returns the states after stages first, first + 1, ..., given those before them.
@@ -169,12 +176,12 @@ def _settled(found: Tensor, before: Tensor, tolerance: float) -> bool:
 
 
 def _solve(update: _Update, start: Tensor, states: Tensor, method: str, blocks: int,
-           tolerance: float, max_iterations: int | None) -> tuple[Tensor, int]:
+           residual: bool, tolerance: float, max_iterations: int | None) -> tuple[Tensor, int]:
     """Return the states that solve the chain which `start` begins, and the steps one by one."""
     n = len(states)
-    ends = [round(n * j / min(blocks, n)) for j in range(min(blocks, n) + 1)]
+    ends = [*range(0, n, -(-n // blocks)), n]  # blocks of one size, the last one of what is left
     if method == "hybrid":
-        return _blocks_at_once(update, start, states, ends, tolerance, max_iterations)
+        return _blocks_at_once(update, start, states, ends, residual, tolerance, max_iterations)
     if method == "jacobi":
         ends = [0, n]
     steps = 0
@@ -185,7 +192,10 @@ def _solve(update: _Update, start: Tensor, states: Tensor, method: str, blocks: 
         for k in range(min(end - begin, max_iterations or n)):
             # Those before begin + k have their last values.
             known = before if k == 0 else states[begin + k - 1]
-            found = update(torch.cat([known.unsqueeze(0), states[begin + k:end - 1]]), begin + k)
+            above = torch.cat([known.unsqueeze(0), states[begin + k:end - 1]])
+            found = update(above, begin + k)
+            if residual:
+                found[1:] = found[0] + (found - above)[1:].cumsum(0)
             settled = _settled(found, states[begin + k:end], tolerance)
             states[begin + k:end] = found
             steps += 1
@@ -195,10 +205,11 @@ def _solve(update: _Update, start: Tensor, states: Tensor, method: str, blocks: 
 
 
 def _blocks_at_once(update: _Update, start: Tensor, states: Tensor, ends: Sequence[int],
-                    tolerance: float, max_iterations: int | None) -> tuple[Tensor, int]:
-    length, steps = max(b - a for a, b in pairwise(ends)), 0
+                    residual: bool, tolerance: float,
+                    max_iterations: int | None) -> tuple[Tensor, int]:
+    steps = 0
     for k in range(min(len(ends) - 1, max_iterations or len(states))):
-        before = states.clone()
+        before, length = states.clone(), max(b - a for a, b in pairwise(ends[k:]))
         for j in range(length):
             # Together on a machine with room for all blocks; each by itself here.
             for begin, end in pairwise(ends[k:]):
@@ -207,6 +218,12 @@ def _blocks_at_once(update: _Update, start: Tensor, states: Tensor, ends: Sequen
                     above = start if i == 0 else before[i - 1] if i == begin else states[i - 1]
                     states[i:i + 1] = update(above.unsqueeze(0), i)
         steps += length
+        shift = torch.zeros_like(start)
+        for begin, end in pairwise(ends[k:]):
+            if residual:
+                if begin > ends[k]:  # its start moves to where the block before now ends
+                    shift = states[begin - 1] - before[begin - 1]
+                states[begin:end] += shift
         if _settled(states, before, tolerance):
             break
     return states, steps
@@ -248,7 +265,7 @@ def _in_turn(run: Sequence[Stage], context: Any) -> _Update:
 def _together(run: Sequence[Stage]) -> _Update:
     """Return what evaluates alike stages by one operation for all."""
     parts = [nn.Sequential(*stage.modules) for stage in run]
-    weights, buffers = stack_module_state(parts)  # type: ignore[arg-type]
+    weights, buffers = stack_module_state(parts)
 
     def one(weights: dict[str, Tensor], buffers: dict[str, Tensor], h: Tensor) -> Tensor:
         out: Tensor = functional_call(parts[0], {**weights, **buffers}, (h,))
