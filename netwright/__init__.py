@@ -17,13 +17,14 @@ from netwright import (
 )
 from netwright.compare import compare, recorded
 from netwright.history import History
+from netwright.parallel_forward import fixed_point, parallel_forward, parallel_recurrence
 from netwright.stages import Stages, stages
 from netwright.tasks import Task
 from netwright.training import fit
 
 __all__ = ["History", "Stages", "Task", "boosting", "circuits", "compare", "data", "errors",
-           "evidence", "fit", "learners", "measure", "optim", "papers", "recorded", "reshape",
-           "rules", "stages"]
+           "evidence", "fit", "fixed_point", "learners", "measure", "optim", "papers",
+           "parallel_forward", "parallel_recurrence", "recorded", "reshape", "rules", "stages"]
 __version__ = "0.1.0"
 
 

@@ -40,8 +40,10 @@ EQUAL: dict[str, tuple[str, dict]] = {
     "ForwardForward, given negatives": ("ForwardForward", {"negatives": lambda x, y: x.flip(1)}),
     "ForwardGradient": ("ForwardGradient", {}),
     "Pepita": ("Pepita", {}),
+    "PipelinedBackprop, predicted": ("PipelinedBackprop", {"spike_compensation": False}),
     "PredictiveCoding": ("PredictiveCoding", {}),
     "ProductFeedback": ("ProductFeedback", {}),
+    "StationaryFeedback": ("StationaryFeedback", {"feedback": 0.5}),
     "TwoStageBackward": ("TwoStageBackward", {}),
     "ZerothOrder": ("ZerothOrder", {"epsilon": 0.1}),
 }
@@ -52,6 +54,7 @@ UNEQUAL: dict[str, tuple[str, dict]] = {
     "ForwardGradient, activities": ("ForwardGradient", {"perturb": "activities"}),  # each sample's
     "LikelihoodRatio": ("LikelihoodRatio", {}),  # draws each sample's noise
     "NoProp": ("NoProp", {}),  # likewise
+    "PipelinedBackprop": ("PipelinedBackprop", {}),  # keeps the last gradient of its own share
     "PredictiveCoding, incremental": ("PredictiveCoding", {"incremental": True,
                                                            "weight_rate": 0.05}),
     # steps on the weights within a batch, by what this process sees of it
@@ -67,12 +70,25 @@ def network(*norm: nn.Module) -> nn.Sequential:
                          nn.Linear(8, 3))
 
 
+class Steps(nn.Module):
+    """Reads 12 features as 4 steps of 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(3, 3, batch_first=True)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.gru(h.unflatten(-1, (4, 3)))[0].flatten(1)
+
+
 def build(rule: str, options: dict) -> Rule:
     generator = Generator().manual_seed(7 + (distributed.is_initialized()
                                              and distributed.get_rank()))
     made = network()
     if rule == "EquilibriumPropagation":  # takes no ReLU
         made[1] = nn.Tanh()
+    if rule == "StationaryFeedback":  # takes what has recurrent layers
+        made[1] = Steps()
     return getattr(nw.rules, rule)(made, example=X[:4], generator=generator, **options)
 
 

@@ -12,11 +12,13 @@ from netwright.rules.exact.backprop import Backprop
 from netwright.rules.exact.continual_backprop import ContinualBackprop
 from netwright.rules.exact.dynamical_low_rank import DynamicalLowRank
 from netwright.rules.exact.highway_backprop import HighwayBackprop
+from netwright.rules.exact.pipelined_backprop import PipelinedBackprop
 from netwright.rules.exact.two_stage_backward import TwoStageBackward
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.feedback.pepita import Pepita
 from netwright.rules.feedback.product_feedback import ProductFeedback
+from netwright.rules.feedback.stationary_feedback import StationaryFeedback
 from netwright.rules.forward.forward_forward import ForwardForward
 from netwright.rules.forward.forward_gradient import ForwardGradient
 from netwright.rules.hebbian.softhebb import SoftHebb
@@ -31,5 +33,6 @@ __all__ = ["LLS", "Backprop", "BlockCoordinateDescent", "CascadedForward", "Cont
            "DirectFeedbackAlignment", "DualPropagation", "DynamicalLowRank",
            "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
            "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "ReverseDerivativeAscent",
-           "Rule", "SoftHebb", "TwoStageBackward", "ZerothOrder"]
+           "NoProp", "Pepita", "PipelinedBackprop", "PredictiveCoding", "ProductFeedback",
+           "ReverseDerivativeAscent", "Rule", "SoftHebb", "StationaryFeedback", "TwoStageBackward",
+           "ZerothOrder"]
