@@ -99,7 +99,11 @@ def rule_case(name: str) -> Callable:
         # Equilibrium propagation takes linear layers and smooth activations alone.
         made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)) \
             if name == "EquilibriumPropagation" else network()
-        rule = getattr(nw.rules, name)(made, example=X[:4], generator=Generator().manual_seed(6))
+        options = {"generator": Generator().manual_seed(6)}
+        if name == "DiffusionBlocks":  # returns what it takes
+            made = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 6))
+            options |= {"blocks": 1, "num_classes": 3}
+        rule = getattr(nw.rules, name)(made, example=X[:4], **options)
         return nw.fit(rule, Batches(X, Y, 15), epochs=2, checkpoint_every=1, **keep)
     return case
 

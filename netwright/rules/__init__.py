@@ -1,8 +1,12 @@
 """Learning rules: what can stand where `loss.backward()` stood."""
 
+from netwright.rules.denoising.diffusion_blocks import DiffusionBlocks
 from netwright.rules.denoising.noprop import NoProp
+from netwright.rules.denoising.noprop_continuous import NoPropContinuous
+from netwright.rules.denoising.noprop_flow import NoPropFlow
 from netwright.rules.energy.dual_propagation import DualPropagation
 from netwright.rules.energy.equilibrium_propagation import EquilibriumPropagation
+from netwright.rules.energy.inference_learning import InferenceLearning
 from netwright.rules.energy.predictive_coding import PredictiveCoding
 from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
 from netwright.rules.estimators.zeroth_order import ZerothOrder
@@ -22,8 +26,9 @@ from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "DualPropagation",
+__all__ = ["LLS", "Backprop", "DiffusionBlocks", "DirectFeedbackAlignment", "DualPropagation",
            "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
-           "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
-           "TwoStageBackward", "ZerothOrder"]
+           "HighwayBackprop", "InferenceLearning", "LikelihoodRatio", "LocalLosses",
+           "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous", "NoPropFlow", "Pepita",
+           "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb", "TwoStageBackward",
+           "ZerothOrder"]
