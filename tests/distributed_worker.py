@@ -50,11 +50,15 @@ EQUAL: dict[str, tuple[str, dict]] = {
 # What cannot be equal, and why; the processes still end with the same weights as each other.
 UNEQUAL: dict[str, tuple[str, dict]] = {
     "DirectFeedbackAlignment, noisy": ("DirectFeedbackAlignment", {"noise": 0.1}),  # each sample's
+    "DiffusionBlocks": ("DiffusionBlocks", {"blocks": 1, "num_classes": 3}),  # each one's noise
     "ForwardForward": ("ForwardForward", {}),  # draws each sample's negative label
     "ForwardGradient, activities": ("ForwardGradient", {"perturb": "activities"}),  # each sample's
+    "InferenceLearning": ("InferenceLearning", {}),  # shortens its share's steps by its energy
     "LikelihoodRatio": ("LikelihoodRatio", {}),  # draws each sample's noise
     "NoProp": ("NoProp", {}),  # likewise
     "PipelinedBackprop": ("PipelinedBackprop", {}),  # keeps the last gradient of its own share
+    "NoPropContinuous": ("NoPropContinuous", {}),  # likewise, and its time
+    "NoPropFlow": ("NoPropFlow", {}),  # likewise
     "PredictiveCoding, incremental": ("PredictiveCoding", {"incremental": True,
                                                            "weight_rate": 0.05}),
     # steps on the weights within a batch, by what this process sees of it
@@ -89,6 +93,8 @@ def build(rule: str, options: dict) -> Rule:
         made[1] = nn.Tanh()
     if rule == "StationaryFeedback":  # takes what has recurrent layers
         made[1] = Steps()
+    if rule == "DiffusionBlocks":  # returns what it takes
+        made[2], made[4] = nn.Linear(12, 12), nn.Linear(12, 6)
     return getattr(nw.rules, rule)(made, example=X[:4], generator=generator, **options)
 
 

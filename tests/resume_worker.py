@@ -107,7 +107,7 @@ def forgetful(**keep):
 
 def rule_case(name: str) -> Callable:
     def case(**keep):
-        made, x = network(), X
+        made, x, options = network(), X, {"generator": Generator().manual_seed(6)}
         match name:  # what takes networks of some kind alone
             case "EquilibriumPropagation":  # linear layers and smooth activations
                 made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
@@ -115,9 +115,12 @@ def rule_case(name: str) -> Callable:
                 made = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
             case "StationaryFeedback":  # recurrent layers
                 made = nn.Sequential(nn.Linear(6, 12), Last(), nn.Linear(4, 3))
+            case "DiffusionBlocks":  # what returns what it takes
+                made = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 6))
+                options |= {"blocks": 1, "num_classes": 3}
             case "ReverseDerivativeAscent":  # circuits, and bits
                 made, x = nw.circuits.evaluator(6, 3), (X > 0).long()
-        rule = getattr(nw.rules, name)(made, example=x[:4], generator=Generator().manual_seed(6))
+        rule = getattr(nw.rules, name)(made, example=x[:4], **options)
         return nw.fit(rule, Batches(x, Y, 15), epochs=2, checkpoint_every=1, **keep)
     return case
 

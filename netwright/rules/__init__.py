@@ -1,10 +1,14 @@
 """Learning rules: what can stand where `loss.backward()` stood."""
 
 from netwright.rules.closed_form.block_coordinate_descent import BlockCoordinateDescent
+from netwright.rules.denoising.diffusion_blocks import DiffusionBlocks
 from netwright.rules.denoising.noprop import NoProp
+from netwright.rules.denoising.noprop_continuous import NoPropContinuous
+from netwright.rules.denoising.noprop_flow import NoPropFlow
 from netwright.rules.discrete.reverse_derivative_ascent import ReverseDerivativeAscent
 from netwright.rules.energy.dual_propagation import DualPropagation
 from netwright.rules.energy.equilibrium_propagation import EquilibriumPropagation
+from netwright.rules.energy.inference_learning import InferenceLearning
 from netwright.rules.energy.predictive_coding import PredictiveCoding
 from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
 from netwright.rules.estimators.zeroth_order import ZerothOrder
@@ -30,9 +34,10 @@ from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
 __all__ = ["LLS", "Backprop", "BlockCoordinateDescent", "CascadedForward", "ContinualBackprop",
-           "DirectFeedbackAlignment", "DualPropagation", "DynamicalLowRank",
+           "DiffusionBlocks", "DirectFeedbackAlignment", "DualPropagation", "DynamicalLowRank",
            "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
-           "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PipelinedBackprop", "PredictiveCoding", "ProductFeedback",
+           "HighwayBackprop", "InferenceLearning", "LikelihoodRatio", "LocalLosses",
+           "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous", "NoPropFlow",
+           "Pepita", "PipelinedBackprop", "PredictiveCoding", "ProductFeedback",
            "ReverseDerivativeAscent", "Rule", "SoftHebb", "StationaryFeedback", "TwoStageBackward",
            "ZerothOrder"]
