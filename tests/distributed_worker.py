@@ -15,6 +15,7 @@ from netwright.rules import Rule
 
 X = torch.randn(44, 6, generator=Generator().manual_seed(1))
 Y = (X[:, :3].argmax(1) + (X[:, 3] > 1)) % 3
+EDGES = torch.stack([torch.arange(44), torch.arange(44).roll(1)])
 
 # What two processes train as one does, to rounding: sizes of shares differ, 9 = 4 + 5.
 EQUAL: dict[str, tuple[str, dict]] = {
@@ -27,6 +28,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
                                                 {"feedback": "sign_symmetric"}),
     "DirectFeedbackAlignment, learned": ("DirectFeedbackAlignment",
                                          {"feedback": "kolen_pollack"}),
+    "DisinhibitoryHebb": ("DisinhibitoryHebb", {}),
     "DualPropagation": ("DualPropagation", {}),
     "EquilibriumPropagation": ("EquilibriumPropagation", {}),
     "HighwayBackprop": ("HighwayBackprop", {}),
@@ -39,6 +41,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
     "Pepita": ("Pepita", {}),
     "PredictiveCoding": ("PredictiveCoding", {}),
     "ProductFeedback": ("ProductFeedback", {}),
+    "SingleForward": ("SingleForward", {}),
     "TwoStageBackward": ("TwoStageBackward", {}),
     "ZerothOrder": ("ZerothOrder", {"epsilon": 0.1}),
 }
@@ -48,6 +51,7 @@ UNEQUAL: dict[str, tuple[str, dict]] = {
     "ForwardGradient, activities": ("ForwardGradient", {"perturb": "activities"}),  # each sample's
     "LikelihoodRatio": ("LikelihoodRatio", {}),  # draws each sample's noise
     "NoProp": ("NoProp", {}),  # likewise
+    "PhysicalForwardForward": ("PhysicalForwardForward", {}),  # draws each sample's negative label
     "PredictiveCoding, incremental": ("PredictiveCoding", {"incremental": True,
                                                            "weight_rate": 0.05}),
     # steps on the weights within a batch, by what this process sees of it
@@ -64,16 +68,21 @@ def network(*norm: nn.Module) -> nn.Sequential:
 def build(rule: str, options: dict) -> Rule:
     generator = Generator().manual_seed(7 + (distributed.is_initialized()
                                              and distributed.get_rank()))
-    made = network()
+    made, example = network(), X[:4]
     if rule == "EquilibriumPropagation":  # takes no ReLU
         made[1] = nn.Tanh()
-    return getattr(nw.rules, rule)(made, example=X[:4], generator=generator, **options)
+    if rule == "SingleForward":
+        made, example = nw.models.gcn(6, 3, dropout=0), (X, EDGES)
+    return getattr(nw.rules, rule)(made, example=example, generator=generator, **options)
 
 
 def by_rule(rule: str, options: dict) -> dict[str, torch.Tensor]:
     made = build(rule, options)
-    history = nw.fit(made, Batches(X, Y, 9, seed=2), epochs=2, validation=Batches(
-        X, Y, 20, shuffle=False), optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9))
+    train, validation = Batches(X, Y, 9, seed=2), Batches(X, Y, 20, shuffle=False)
+    if rule == "SingleForward":  # takes graphs, which are not shared out
+        train = validation = [((X, EDGES), Y)]
+    history = nw.fit(made, train, epochs=2, validation=validation,
+                     optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9))
     return dict(made.state_dict()) | {"loss": torch.tensor([e.loss for e in history.epochs])} | {
         "metric": torch.tensor([e.metric for e in history.epochs])}
 

@@ -29,6 +29,7 @@ from netwright.rules import Backprop, Rule
 
 X = torch.randn(44, 6, generator=Generator().manual_seed(1))
 Y = (X[:, :3].argmax(1) + (X[:, 3] > 1)) % 3
+EDGES = torch.stack([torch.arange(44), torch.arange(44).roll(1)])
 
 
 def network() -> nn.Sequential:
@@ -96,11 +97,15 @@ def forgetful(**keep):
 
 def rule_case(name: str) -> Callable:
     def case(**keep):
-        # Equilibrium propagation takes linear layers and smooth activations alone.
+        # These take linear layers and smooth activations alone.
         made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)) \
-            if name == "EquilibriumPropagation" else network()
-        rule = getattr(nw.rules, name)(made, example=X[:4], generator=Generator().manual_seed(6))
-        return nw.fit(rule, Batches(X, Y, 15), epochs=2, checkpoint_every=1, **keep)
+            if name in ("DisinhibitoryHebb", "EquilibriumPropagation") else network()
+        train, example = Batches(X, Y, 15), X[:4]
+        if name == "SingleForward":
+            made, example = nw.models.gcn(6, 3), (X, EDGES)
+            train = [(example, Y)] * 3
+        rule = getattr(nw.rules, name)(made, example=example, generator=Generator().manual_seed(6))
+        return nw.fit(rule, train, epochs=2, checkpoint_every=1, **keep)
     return case
 
 

@@ -15,6 +15,9 @@ from netwright.rules.feedback.pepita import Pepita
 from netwright.rules.feedback.product_feedback import ProductFeedback
 from netwright.rules.forward.forward_forward import ForwardForward
 from netwright.rules.forward.forward_gradient import ForwardGradient
+from netwright.rules.forward.physical_forward_forward import PhysicalForwardForward
+from netwright.rules.forward.single_forward import SingleForward
+from netwright.rules.hebbian.disinhibitory_hebb import DisinhibitoryHebb
 from netwright.rules.hebbian.softhebb import SoftHebb
 from netwright.rules.local.lls import LLS
 from netwright.rules.local.local_losses import LocalLosses
@@ -22,8 +25,8 @@ from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "DualPropagation",
+__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "DisinhibitoryHebb", "DualPropagation",
            "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
            "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
-           "TwoStageBackward", "ZerothOrder"]
+           "NoProp", "Pepita", "PhysicalForwardForward", "PredictiveCoding", "ProductFeedback",
+           "Rule", "SingleForward", "SoftHebb", "TwoStageBackward", "ZerothOrder"]
