@@ -1,3 +1,4 @@
+import math
 from typing import Any, Literal
 
 import torch
@@ -171,7 +172,8 @@ class SingleForward(Rule):
                 h = self._onward(h)
         if not read:
             return votes[-1]
-        return torch.stack([vote.log_softmax(1) for vote in votes]).logsumexp(0)
+        total = torch.stack([vote.log_softmax(1) for vote in votes]).logsumexp(0)
+        return total - math.log(len(votes))
 
     def _labelled(self, y: Tensor, nodes: int) -> Tensor:
         """Return the nodes that have a label, which must be one of the classes."""
