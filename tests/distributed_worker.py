@@ -15,6 +15,7 @@ from netwright.rules import Rule
 
 X = torch.randn(44, 6, generator=Generator().manual_seed(1))
 Y = (X[:, :3].argmax(1) + (X[:, 3] > 1)) % 3
+EDGES = torch.stack([torch.arange(44), torch.arange(44).roll(1)])
 
 # What two processes train as one does, to rounding: sizes of shares differ, 9 = 4 + 5.
 EQUAL: dict[str, tuple[str, dict]] = {
@@ -30,6 +31,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
     "DirectFeedbackAlignment, learned": ("DirectFeedbackAlignment",
                                          {"feedback": "kolen_pollack"}),
     "DirectFeedbackAlignment, ternary": ("DirectFeedbackAlignment", {"ternary": 0.4}),
+    "DisinhibitoryHebb": ("DisinhibitoryHebb", {}),
     "DualPropagation": ("DualPropagation", {}),
     "EquilibriumPropagation": ("EquilibriumPropagation", {}),
     "HighwayBackprop": ("HighwayBackprop", {}),
@@ -44,6 +46,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
     "PredictiveCoding": ("PredictiveCoding", {}),
     "ProductFeedback": ("ProductFeedback", {}),
     "StationaryFeedback": ("StationaryFeedback", {"feedback": 0.5}),
+    "SingleForward": ("SingleForward", {}),
     "TwoStageBackward": ("TwoStageBackward", {}),
     "ZerothOrder": ("ZerothOrder", {"epsilon": 0.1}),
 }
@@ -59,6 +62,7 @@ UNEQUAL: dict[str, tuple[str, dict]] = {
     "PipelinedBackprop": ("PipelinedBackprop", {}),  # keeps the last gradient of its own share
     "NoPropContinuous": ("NoPropContinuous", {}),  # likewise, and its time
     "NoPropFlow": ("NoPropFlow", {}),  # likewise
+    "PhysicalForwardForward": ("PhysicalForwardForward", {}),  # draws each sample's negative label
     "PredictiveCoding, incremental": ("PredictiveCoding", {"incremental": True,
                                                            "weight_rate": 0.05}),
     # steps on the weights within a batch, by what this process sees of it
@@ -88,20 +92,25 @@ class Steps(nn.Module):
 def build(rule: str, options: dict) -> Rule:
     generator = Generator().manual_seed(7 + (distributed.is_initialized()
                                              and distributed.get_rank()))
-    made = network()
+    made, example = network(), X[:4]
     if rule == "EquilibriumPropagation":  # takes no ReLU
         made[1] = nn.Tanh()
     if rule == "StationaryFeedback":  # takes what has recurrent layers
         made[1] = Steps()
     if rule == "DiffusionBlocks":  # returns what it takes
         made[2], made[4] = nn.Linear(12, 12), nn.Linear(12, 6)
-    return getattr(nw.rules, rule)(made, example=X[:4], generator=generator, **options)
+    if rule == "SingleForward":  # takes graphs
+        made, example = nw.models.gcn(6, 3, dropout=0), (X, EDGES)
+    return getattr(nw.rules, rule)(made, example=example, generator=generator, **options)
 
 
 def by_rule(rule: str, options: dict) -> dict[str, torch.Tensor]:
     made = build(rule, options)
-    history = nw.fit(made, Batches(X, Y, 9, seed=2), epochs=2, validation=Batches(
-        X, Y, 20, shuffle=False), optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9))
+    train, validation = Batches(X, Y, 9, seed=2), Batches(X, Y, 20, shuffle=False)
+    if rule == "SingleForward":  # takes graphs, which are not shared out
+        train = validation = [((X, EDGES), Y)]
+    history = nw.fit(made, train, epochs=2, validation=validation,
+                     optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9))
     return dict(made.state_dict()) | {"loss": torch.tensor([e.loss for e in history.epochs])} | {
         "metric": torch.tensor([e.metric for e in history.epochs])}
 

@@ -29,6 +29,7 @@ from netwright.rules import Backprop, Rule
 
 X = torch.randn(44, 6, generator=Generator().manual_seed(1))
 Y = (X[:, :3].argmax(1) + (X[:, 3] > 1)) % 3
+EDGES = torch.stack([torch.arange(44), torch.arange(44).roll(1)])
 
 
 def network() -> nn.Sequential:
@@ -107,9 +108,10 @@ def forgetful(**keep):
 
 def rule_case(name: str) -> Callable:
     def case(**keep):
-        made, x, options = network(), X, {"generator": Generator().manual_seed(6)}
+        made, options = network(), {"generator": Generator().manual_seed(6)}
+        train, example = Batches(X, Y, 15), X[:4]
         match name:  # what takes networks of some kind alone
-            case "EquilibriumPropagation":  # linear layers and smooth activations
+            case "DisinhibitoryHebb" | "EquilibriumPropagation":  # linear layers and smooth activations
                 made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
             case "BlockCoordinateDescent":  # linear layers and ReLU
                 made = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
@@ -119,9 +121,13 @@ def rule_case(name: str) -> Callable:
                 made = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 6))
                 options |= {"blocks": 1, "num_classes": 3}
             case "ReverseDerivativeAscent":  # circuits, and bits
-                made, x = nw.circuits.evaluator(6, 3), (X > 0).long()
-        rule = getattr(nw.rules, name)(made, example=x[:4], **options)
-        return nw.fit(rule, Batches(x, Y, 15), epochs=2, checkpoint_every=1, **keep)
+                bits = (X > 0).long()
+                made, train, example = nw.circuits.evaluator(6, 3), Batches(bits, Y, 15), bits[:4]
+            case "SingleForward":  # graphs
+                made, example = nw.models.gcn(6, 3), (X, EDGES)
+                train = [(example, Y)] * 3
+        rule = getattr(nw.rules, name)(made, example=example, **options)
+        return nw.fit(rule, train, epochs=2, checkpoint_every=1, **keep)
     return case
 
 

@@ -25,6 +25,9 @@ from netwright.rules.feedback.product_feedback import ProductFeedback
 from netwright.rules.feedback.stationary_feedback import StationaryFeedback
 from netwright.rules.forward.forward_forward import ForwardForward
 from netwright.rules.forward.forward_gradient import ForwardGradient
+from netwright.rules.forward.physical_forward_forward import PhysicalForwardForward
+from netwright.rules.forward.single_forward import SingleForward
+from netwright.rules.hebbian.disinhibitory_hebb import DisinhibitoryHebb
 from netwright.rules.hebbian.softhebb import SoftHebb
 from netwright.rules.local.cascaded_forward import CascadedForward
 from netwright.rules.local.lls import LLS
@@ -34,10 +37,10 @@ from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
 __all__ = ["LLS", "Backprop", "BlockCoordinateDescent", "CascadedForward", "ContinualBackprop",
-           "DiffusionBlocks", "DirectFeedbackAlignment", "DualPropagation", "DynamicalLowRank",
-           "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
-           "HighwayBackprop", "InferenceLearning", "LikelihoodRatio", "LocalLosses",
-           "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous", "NoPropFlow",
-           "Pepita", "PipelinedBackprop", "PredictiveCoding", "ProductFeedback",
-           "ReverseDerivativeAscent", "Rule", "SoftHebb", "StationaryFeedback", "TwoStageBackward",
-           "ZerothOrder"]
+           "DiffusionBlocks", "DirectFeedbackAlignment", "DisinhibitoryHebb", "DualPropagation",
+           "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward",
+           "ForwardGradient", "HighwayBackprop", "InferenceLearning", "LikelihoodRatio",
+           "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous",
+           "NoPropFlow", "Pepita", "PhysicalForwardForward", "PipelinedBackprop",
+           "PredictiveCoding", "ProductFeedback", "ReverseDerivativeAscent", "Rule",
+           "SingleForward", "SoftHebb", "StationaryFeedback", "TwoStageBackward", "ZerothOrder"]

@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from netwright.rules.forward._graphs import copied as copied_graph
+from netwright.rules.forward._graphs import graph_parts, is_graph, put_together
 from netwright.rules.rule import check_labels
 
 IMAGE = "pixel_values"
@@ -15,6 +18,12 @@ TINY = 1e-6
 def overlaid(x: Any, image: Tensor, labels: Tensor, *, amplitude: float, normalise: bool) -> Any:
     """Return copies of `x`, as many as there are `labels` for, that carry them in its `image`."""
     copies = max(1, len(labels) // len(image))
+    if is_graph(x):
+        graph = copied_graph(graph_parts(x), copies)
+        graph.features[:, :labels.shape[1]] = amplitude * labels.to(image)
+        if normalise:
+            graph.features.div_(rms(graph.features))
+        return put_together(graph, x)
 
     def copied(value: Tensor) -> Tensor:
         return value.repeat(copies, *[1] * (value.ndim - 1))
@@ -33,14 +42,15 @@ def overlaid(x: Any, image: Tensor, labels: Tensor, *, amplitude: float, normali
 
 def image_of(x: Any, classes: int) -> Tensor:
     """Return the tensor of `x` that labels are written into."""
-    image = x.get(IMAGE) if isinstance(x, Mapping) else x
+    image = (graph_parts(x).features if is_graph(x)
+             else x.get(IMAGE) if isinstance(x, Mapping) else x)
     if not isinstance(image, Tensor) or not image.is_floating_point():
         what = (f"{image.dtype}" if isinstance(image, Tensor)
                 else f"a mapping of {', '.join(map(str, x))}" if isinstance(x, Mapping)
                 else f"a {type(x).__name__}")
-        raise ValueError("x must be a floating-point tensor, or a mapping with one as "
-                         f"{IMAGE}, for a label to be written into it, got {what}; give "
-                         "negatives=, a function that makes negative samples of it")
+        raise ValueError("x must be a floating-point tensor, a mapping with one as "
+                         f"{IMAGE}, or a graph, for a label to be written into it, got "
+                         f"{what}; give negatives=, a function that makes negative samples of it")
     if image[:1].numel() < classes:
         raise ValueError(f"x must have at least {classes} numbers a sample for the "
                          f"label, got {tuple(image.shape)}; give negatives=, a function that "
@@ -48,12 +58,17 @@ def image_of(x: Any, classes: int) -> Tensor:
     return image
 
 
-def check_written(image: Tensor, y: Tensor, classes: int) -> None:
-    """Raise ValueError unless `y` names a class for every sample of `image`."""
+def check_written(image: Tensor, y: Tensor, classes: int, *, some: bool = False) -> None:
+    """Raise ValueError unless `y` names a class for every sample of `image`, or for `some`."""
     if y.shape != image.shape[:1]:
         raise ValueError(f"y must have one class a sample, ({len(image)},), got "
                          f"{tuple(y.shape)}; give negatives= for other labels")
     check_labels(y, classes)
+    if some:
+        if not bool((y >= 0).any()):
+            raise ValueError("y must label at least one node, got -100 alone; leave such batches "
+                             "out")
+        return
     if y.device.type == "cpu" and bool((y < 0).any()):
         raise ValueError("y must name a class for every sample, since it is written into x, "
                          f"got {int(y.min())}; leave such samples out of the batch")
@@ -62,7 +77,8 @@ def check_written(image: Tensor, y: Tensor, classes: int) -> None:
 def normalised(x: Any) -> Any:
     """Return `x` with each sample of its real numbers divided by its rms."""
     if isinstance(x, Mapping):
-        return {key: unit(value) if key == IMAGE else value for key, value in x.items()}
+        real = "x" if is_graph(x) else IMAGE
+        return {key: unit(value) if key == real else value for key, value in x.items()}
     return unit(x) if isinstance(x, Tensor) else (unit(x[0]), *x[1:])
 
 
@@ -102,3 +118,9 @@ def weights(y: Tensor | None, rows: int, halves: int) -> Tensor:
         return torch.full((rows,), 1 / rows)
     counts = (y >= 0).repeat(halves).float()
     return counts / counts.sum().clamp_min(1)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Return each label as a row, and for labels below 0 the neutral one, every class 1/classes."""
+    rows = functional.one_hot(labels.clamp(min=0), classes).float()
+    return rows.where((labels >= 0).unsqueeze(1), 1 / classes)

@@ -4,19 +4,28 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import one_hot, softplus
+from torch.nn.functional import softplus
 
 from netwright.errors import UnknownName
 from netwright.losses import cross_entropy
 from netwright.modes import evaluating, random_state, rehearsing, set_random_state
 from netwright.rules.forward._blocks import in_blocks
 from netwright.rules.forward._class_goodness import channels, class_goodness
+from netwright.rules.forward._graphs import (
+    check_network,
+    graph_parts,
+    input_features,
+    is_graph,
+    linked,
+    put_together,
+)
 from netwright.rules.forward._samples import (
     TINY,
     check_written,
     image_of,
     joined,
     normalised,
+    one_hot,
     overlaid,
     weights,
 )
@@ -48,7 +57,12 @@ class ForwardForward(Rule):
 
     A positive sample carries its class as a one-hot label in its first `num_classes` numbers, a
     negative one another class (`negatives="label_overlay"`), or negatives are what
-    `negatives(x, y)` returns. With `hard_negatives` the other class is drawn in proportion to
+    `negatives(x, y)` returns. In a graph, (features, edge_index), the samples are its nodes: those
+    that have a label carry it in their first features and learn, the others carry a neutral one.
+    With `negatives="virtual_nodes"` a label is instead a pair of edges, to and from a node of the
+    rule's own for the class (`virtual`), with random features; unlabelled nodes have none.
+    Positives and negatives are two copies of the graph, and predictions a copy for each class,
+    which all nodes carry. With `hard_negatives` the other class is drawn in proportion to
     the network's own prediction, else all are as likely.
 
     The last stage, unless `classifier=False`, gives class scores and is not trained by goodness:
@@ -99,7 +113,8 @@ class ForwardForward(Rule):
             that are counted.
         temperature: What the distance from the threshold is divided by; by default a tenth of
             the stage's number of features (0.1 where goodness is the mean, 1 by class).
-        negatives: `"label_overlay"`, or a function of (x, y) that returns negative samples.
+        negatives: `"label_overlay"`, `"virtual_nodes"` for graphs, or a function of (x, y) that
+            returns negative samples.
         amplitude: The value of a label's one.
         hard_negatives: Whether labels of negatives follow the network's own predictions.
         predict_by: `"goodness"` or `"softmax"`, all that there is where `negatives` is a function.
@@ -113,9 +128,11 @@ class ForwardForward(Rule):
         max_rows: The most samples that a prediction by goodness runs at once.
         generator: Where negative labels and the first `kernels` are drawn.
 
-    Shapes: x (batch, *size), or a mapping that holds `pixel_values`, or with a function for
-    `negatives` and by class whatever the network takes; y (batch,), with such a function also
-    (batch, tokens) or None; h_i (batch, *size_i); M_i (classes, channels_i).
+    Shapes: x (batch, *size), a mapping that holds `pixel_values`, a graph ((nodes, features),
+    (2, edges)) with its edges' weights where it has any, or a mapping of x, edge_index and
+    edge_weight, or with a function for `negatives` and by class whatever the network takes;
+    y (batch,), with such a function also (batch, tokens) or None; h_i (batch, *size_i);
+    M_i (classes, channels_i).
 
     Raises:
         ValueError: a label cannot be written into x, or an option does not fit the others.
@@ -123,7 +140,8 @@ class ForwardForward(Rule):
     Paper: Hinton, 2022, The Forward-Forward Algorithm: Some Preliminary Investigations;
     `collaborate`: Lorberbom, Gat, Adi, Schwing, Hazan, 2023, Layer Collaboration in the
     Forward-Forward Algorithm; `"by_class"` and `blocks`: Krutsylo, 2025, Scalable Forward-Forward
-    Algorithm.
+    Algorithm; graphs: Park, Wang, Simoulin, Yang, Yang, Rossi, Trivedi, Ahmed, 2024, Forward
+    Learning of Graph Neural Networks.
 
     >>> network = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(),
     ...                         nn.Linear(8, 3))
@@ -140,7 +158,8 @@ class ForwardForward(Rule):
                  num_classes: int | None = None,
                  goodness: Literal["sum", "mean", "by_class"] = "sum",
                  threshold: float | None = None, temperature: float | None = None,
-                 negatives: Literal["label_overlay"] | Callable[[Any, Any], Any] = "label_overlay",
+                 negatives: Literal["label_overlay", "virtual_nodes"] | Callable[
+                     [Any, Any], Any] = "label_overlay",
                  amplitude: float = 1.0, hard_negatives: bool = True,
                  predict_by: Literal["goodness", "softmax"] | None = None, skip: int | None = None,
                  collaborate: bool | Literal["earlier"] = False,
@@ -152,8 +171,9 @@ class ForwardForward(Rule):
         self.overlays = not callable(negatives) and not self.by_class
         if predict_by is None:
             predict_by = "softmax" if callable(negatives) else "goodness"
-        if negatives != "label_overlay" and not callable(negatives):
-            raise UnknownName("way of making negatives", str(negatives), ["label_overlay"])
+        if negatives not in ("label_overlay", "virtual_nodes") and not callable(negatives):
+            raise UnknownName("way of making negatives", str(negatives),
+                              ["label_overlay", "virtual_nodes"])
         if goodness not in ("sum", "mean", "by_class"):
             raise UnknownName("goodness", goodness, ["sum", "mean", "by_class"])
         if predict_by not in ("goodness", "softmax"):
@@ -180,6 +200,9 @@ class ForwardForward(Rule):
         if skip < 0:
             raise ValueError(f"skip must be 0 or more hidden stages, got {skip}")
 
+        self.links = negatives == "virtual_nodes"
+        if self.links:
+            check_network(self.network)
         self.stages = stages(network, example)
         depth = len(self.stages) - classifier
         if depth < 1:
@@ -213,6 +236,11 @@ class ForwardForward(Rule):
                     channels_first=channels_first[i])
             for i, width in enumerate(channels(self.stages, example, channels_first)[:depth])
             ) if self.by_class else None
+        if self.links:
+            width = input_features(self.network, example)
+            drawn = torch.randn(self.num_classes, width, generator=generator,
+                                device=None if generator is None else generator.device)
+            self.register_buffer("virtual", (drawn / width ** 0.5).to(like))
 
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
         """Add each stage's own gradient to `.grad`; return the mean of the stages' losses."""
@@ -227,11 +255,13 @@ class ForwardForward(Rule):
         if y is None:
             raise ValueError("y must hold the classes that are written into x, got None; "
                              "give negatives= to learn without labels")
-        check_written(self._image(x), y, self.num_classes)
-        scores = self._read(self._overlaid(x, self._neutral()), y) if self.softmax_is_read else None
+        check_written(self._image(x), y, self.num_classes, some=is_graph(x))
+        scores = self._read(self._unlabelled(x), y) if self.softmax_is_read else None
         others = self._other_labels(y, scores if self.hard_negatives else None)
-        labels = torch.cat([y, others])
-        return self._contrast([self._overlaid(x, one_hot(labels, self.num_classes))], y)
+        shown = self._labelled(x, torch.cat([y, others]))
+        if self.links:  # virtual nodes have no label
+            y = torch.cat([y, y.new_full((self.num_classes,), -100)])
+        return self._contrast([shown], y)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
@@ -239,8 +269,7 @@ class ForwardForward(Rule):
         with evaluating(self):
             if self.predict_by == "goodness":
                 return self._votes(self._input(x)) if self.by_class else self._tried_labels(x)
-            return self._softmax(self._overlaid(x, self._neutral()) if self.overlays
-                                 else self._input(x))
+            return self._softmax(self._unlabelled(x) if self.overlays else self._input(x))
 
     def _compete(self, x: Any, y: Tensor | None) -> Tensor:
         """Train the hidden stages to have the largest goodness for the sample's own class."""
@@ -407,27 +436,44 @@ class ForwardForward(Rule):
 
     def _tried_labels(self, x: Any) -> Tensor:
         image, found = self._image(x), []
-        for labels in torch.eye(self.num_classes).split(max(1, self.max_rows // len(image))):
-            labelled = self._overlaid(x, labels.repeat_interleave(len(image), 0))
+        classes = torch.arange(self.num_classes, device=image.device)
+        for labels in classes.split(max(1, self.max_rows // len(image))):
+            labelled = self._labelled(x, labels.repeat_interleave(len(image), 0))
             squares = [square for i, square, _
                        in self._hidden(labelled, self.stages.context(labelled))
                        if i >= self.first_read]
-            found.append(torch.stack(squares).sum(0).view(len(labels), len(image)).T)
+            total = torch.stack(squares).sum(0).view(len(labels), -1)[:, :len(image)]
+            found.append(total.T)
         return torch.cat(found, 1)
 
     def _other_labels(self, y: Tensor, scores: Tensor | None) -> Tensor:
-        """Return a class other than `y` for each sample, in proportion to exp(scores)."""
+        """Return a class other than `y` for each sample, in proportion to exp(scores).
+
+        Nodes of a graph that have no label keep their -100.
+        """
         device = y.device if self.generator is None else self.generator.device
+        known = y.clamp(min=0)
         if scores is None:
             shift = torch.randint(1, self.num_classes, y.shape, generator=self.generator,
                                   device=device)
-            return (y + shift.to(y.device)) % self.num_classes
-        noise = torch.empty(scores.shape, device=device).exponential_(generator=self.generator)
-        others = scores.float().scatter(1, y.unsqueeze(1), -math.inf)
-        return (others - noise.to(y.device).log()).argmax(1)
+            drawn = (known + shift.to(y.device)) % self.num_classes
+        else:
+            noise = torch.empty(scores.shape, device=device).exponential_(generator=self.generator)
+            others = scores.float().scatter(1, known.unsqueeze(1), -math.inf)
+            drawn = (others - noise.to(y.device).log()).argmax(1)
+        return drawn.where(y >= 0, y)
 
-    def _neutral(self) -> Tensor:
-        return torch.full((1, self.num_classes), 1 / self.num_classes)
+    def _labelled(self, x: Any, labels: Tensor) -> Any:
+        """Return copies of `x` that carry `labels`, as many as there are labels for."""
+        if not self.links:
+            return self._overlaid(x, one_hot(labels, self.num_classes))
+        return self._input(put_together(
+            linked(graph_parts(x), self.get_buffer("virtual"), labels), x))
+
+    def _unlabelled(self, x: Any) -> Any:
+        """Return `x` with a neutral label, or with no virtual nodes."""
+        neutral = torch.full((1, self.num_classes), 1 / self.num_classes)
+        return self._input(x) if self.links else self._overlaid(x, neutral)
 
     def _overlaid(self, x: Any, labels: Tensor) -> Any:
         """Return copies of `x` that carry `labels`, as many as there are labels for, normalised."""
