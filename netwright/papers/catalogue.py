@@ -105,7 +105,7 @@ def find(words: str = "", *, family: str | None = None, missing: bool = False) -
 
 
 def resolve(name: str) -> Any:
-    """Return what a name of the catalogue stands for, such as `rules.MonoForward`; netwright for "".
+    """Return what a name of the catalogue stands for, as `rules.MonoForward`; "" for netwright.
 
     >>> resolve("rules.Backprop").__name__
     'Backprop'
