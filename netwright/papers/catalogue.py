@@ -105,12 +105,12 @@ def find(words: str = "", *, family: str | None = None, missing: bool = False) -
 
 
 def resolve(name: str) -> Any:
-    """Return what a name of the catalogue stands for, such as `rules.MonoForward`.
+    """Return what a name of the catalogue stands for, as `rules.MonoForward`; "" for netwright.
 
     >>> resolve("rules.Backprop").__name__
     'Backprop'
     """
     found: Any = importlib.import_module("netwright")
-    for part in name.split("."):
+    for part in name.split(".") if name else ():
         found = getattr(found, part)
     return found

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 import netwright as nw
-from netwright.data import digits
+from netwright.data import Batches, digits
 from netwright.errors import UnknownName
 from netwright.losses import cross_entropy
 from netwright.models import gpt, mlp
@@ -334,6 +334,16 @@ def test_learns_what_frozen_hidden_layers_do_not():
         assert learned > 0.7
         assert learned > train(frozen, y) + 0.1
         assert train(mlp(64, 10, hidden=(64, 16)), y[torch.randperm(len(y))]) < 0.35
+
+
+def test_it_trains_by_fit():
+    x, y = samples(20)
+    rule = PipelinedBackprop(small())
+    history = nw.fit(rule, Batches(x[:, 0], y[:, 0], 4), epochs=2, progress=False,
+                     validation=Batches(x[:, 0], y[:, 0], 20, shuffle=False))
+    assert len(history) == 2
+    assert int(rule.updates) == 9  # that of the tenth step would be seen by an eleventh call
+    assert rule.predict(x[:, 0]).shape == (20, 3)
 
 
 def test_scaled_hyperparameters():
