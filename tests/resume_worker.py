@@ -111,7 +111,7 @@ def rule_case(name: str) -> Callable:
         made, options = network(), {"generator": Generator().manual_seed(6)}
         train, example = Batches(X, Y, 15), X[:4]
         match name:  # what takes networks of some kind alone
-            case "DisinhibitoryHebb" | "EquilibriumPropagation":  # linear layers and smooth activations
+            case "DisinhibitoryHebb" | "EquilibriumPropagation":  # smooth activations
                 made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
             case "BlockCoordinateDescent":  # linear layers and ReLU
                 made = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
