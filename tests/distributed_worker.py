@@ -18,6 +18,7 @@ Y = (X[:, :3].argmax(1) + (X[:, 3] > 1)) % 3
 
 # What two processes train as one does, to rounding: sizes of shares differ, 9 = 4 + 5.
 EQUAL: dict[str, tuple[str, dict]] = {
+    "AdaptiveFeedbackAlignment": ("AdaptiveFeedbackAlignment", {}),
     "Backprop": ("Backprop", {}),
     "FeedbackAlignment": ("FeedbackAlignment", {}),
     "FeedbackAlignment, sign-symmetric": ("FeedbackAlignment", {"feedback": "sign_symmetric"}),
@@ -39,6 +40,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
     "Pepita": ("Pepita", {}),
     "PredictiveCoding": ("PredictiveCoding", {}),
     "ProductFeedback": ("ProductFeedback", {}),
+    "TargetProjection": ("TargetProjection", {}),
     "TwoStageBackward": ("TwoStageBackward", {}),
     "ZerothOrder": ("ZerothOrder", {"epsilon": 0.1}),
 }

@@ -9,6 +9,7 @@ from netwright.rules.estimators.zeroth_order import ZerothOrder
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.exact.highway_backprop import HighwayBackprop
 from netwright.rules.exact.two_stage_backward import TwoStageBackward
+from netwright.rules.feedback.adaptive_feedback_alignment import AdaptiveFeedbackAlignment
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.feedback.pepita import Pepita
@@ -20,10 +21,12 @@ from netwright.rules.local.lls import LLS
 from netwright.rules.local.local_losses import LocalLosses
 from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
+from netwright.rules.local.target_projection import TargetProjection
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "DualPropagation",
-           "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
-           "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
+__all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop",
+           "DirectFeedbackAlignment", "DualPropagation", "EquilibriumPropagation",
+           "FeedbackAlignment", "ForwardForward", "ForwardGradient", "HighwayBackprop",
+           "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp",
+           "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb", "TargetProjection",
            "TwoStageBackward", "ZerothOrder"]

@@ -14,6 +14,7 @@ FEATURES, CLASSES = 20, 3
 
 # How to build each rule, once for each of its variants that takes another path.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "AdaptiveFeedbackAlignment": [{}],
     "Backprop": [{}],
     "DirectFeedbackAlignment": [{}, {"share": True}, {"feedback": "sign_symmetric"},
                                 {"feedback": "kolen_pollack"}],
@@ -36,6 +37,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "PredictiveCoding": [{}, {"incremental": True}],
     "SoftHebb": [{}, {"anti_hebbian": False, "temperature": [0.5, 2.0]}, {"initial_norm": None}],
     "ProductFeedback": [{}],
+    "TargetProjection": [{}, {"distance": "absolute"}, {"distance": "direct"}],
     "ZerothOrder": [{}, {"difference": "forward", "directions": 3},
                     {"in_place": True, "rate": 0.1}],
     "TwoStageBackward": [{}],
