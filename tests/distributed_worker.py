@@ -23,6 +23,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
     "FeedbackAlignment": ("FeedbackAlignment", {}),
     "FeedbackAlignment, sign-symmetric": ("FeedbackAlignment", {"feedback": "sign_symmetric"}),
     "FeedbackAlignment, learned": ("FeedbackAlignment", {"feedback": "kolen_pollack"}),
+    "CounterCurrent": ("CounterCurrent", {}),
     "DirectFeedbackAlignment": ("DirectFeedbackAlignment", {}),
     "DirectFeedbackAlignment, sign-symmetric": ("DirectFeedbackAlignment",
                                                 {"feedback": "sign_symmetric"}),

@@ -10,6 +10,7 @@ from netwright.rules.exact.backprop import Backprop
 from netwright.rules.exact.highway_backprop import HighwayBackprop
 from netwright.rules.exact.two_stage_backward import TwoStageBackward
 from netwright.rules.feedback.adaptive_feedback_alignment import AdaptiveFeedbackAlignment
+from netwright.rules.feedback.counter_current import CounterCurrent
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.feedback.pepita import Pepita
@@ -24,7 +25,7 @@ from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.local.target_projection import TargetProjection
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop",
+__all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "CounterCurrent",
            "DirectFeedbackAlignment", "DualPropagation", "EquilibriumPropagation",
            "FeedbackAlignment", "ForwardForward", "ForwardGradient", "HighwayBackprop",
            "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp",

@@ -16,6 +16,7 @@ FEATURES, CLASSES = 20, 3
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "AdaptiveFeedbackAlignment": [{}],
     "Backprop": [{}],
+    "CounterCurrent": [{}],
     "DirectFeedbackAlignment": [{}, {"share": True}, {"feedback": "sign_symmetric"},
                                 {"feedback": "kolen_pollack"}],
     "DualPropagation": [{}, {"means": "dyads"}, {"alpha": 1.0}],
