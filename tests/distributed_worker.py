@@ -19,12 +19,14 @@ EDGES = torch.stack([torch.arange(44), torch.arange(44).roll(1)])
 
 # What two processes train as one does, to rounding: sizes of shares differ, 9 = 4 + 5.
 EQUAL: dict[str, tuple[str, dict]] = {
+    "AdaptiveFeedbackAlignment": ("AdaptiveFeedbackAlignment", {}),
     "Backprop": ("Backprop", {}),
     "ContinualBackprop": ("ContinualBackprop", {"replacement_rate": 0.1, "maturity": 2}),
     "CascadedForward": ("CascadedForward", {}),
     "FeedbackAlignment": ("FeedbackAlignment", {}),
     "FeedbackAlignment, sign-symmetric": ("FeedbackAlignment", {"feedback": "sign_symmetric"}),
     "FeedbackAlignment, learned": ("FeedbackAlignment", {"feedback": "kolen_pollack"}),
+    "CounterCurrent": ("CounterCurrent", {}),
     "DirectFeedbackAlignment": ("DirectFeedbackAlignment", {}),
     "DirectFeedbackAlignment, sign-symmetric": ("DirectFeedbackAlignment",
                                                 {"feedback": "sign_symmetric"}),
@@ -47,6 +49,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
     "ProductFeedback": ("ProductFeedback", {}),
     "StationaryFeedback": ("StationaryFeedback", {"feedback": 0.5}),
     "SingleForward": ("SingleForward", {}),
+    "TargetProjection": ("TargetProjection", {}),
     "TwoStageBackward": ("TwoStageBackward", {}),
     "ZerothOrder": ("ZerothOrder", {"epsilon": 0.1}),
 }

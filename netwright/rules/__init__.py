@@ -18,6 +18,8 @@ from netwright.rules.exact.dynamical_low_rank import DynamicalLowRank
 from netwright.rules.exact.highway_backprop import HighwayBackprop
 from netwright.rules.exact.pipelined_backprop import PipelinedBackprop
 from netwright.rules.exact.two_stage_backward import TwoStageBackward
+from netwright.rules.feedback.adaptive_feedback_alignment import AdaptiveFeedbackAlignment
+from netwright.rules.feedback.counter_current import CounterCurrent
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.feedback.pepita import Pepita
@@ -34,6 +36,7 @@ from netwright.rules.local.lls import LLS
 from netwright.rules.local.local_losses import LocalLosses
 from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
+from netwright.rules.local.target_projection import TargetProjection
 from netwright.rules.rule import Rule
 
 __all__ = ["LLS", "Backprop", "BlockCoordinateDescent", "CascadedForward", "ContinualBackprop",
@@ -44,3 +47,9 @@ __all__ = ["LLS", "Backprop", "BlockCoordinateDescent", "CascadedForward", "Cont
            "NoPropFlow", "Pepita", "PhysicalForwardForward", "PipelinedBackprop",
            "PredictiveCoding", "ProductFeedback", "ReverseDerivativeAscent", "Rule",
            "SingleForward", "SoftHebb", "StationaryFeedback", "TwoStageBackward", "ZerothOrder"]
+__all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "CounterCurrent",
+           "DirectFeedbackAlignment", "DualPropagation", "EquilibriumPropagation",
+           "FeedbackAlignment", "ForwardForward", "ForwardGradient", "HighwayBackprop",
+           "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp",
+           "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb", "TargetProjection",
+           "TwoStageBackward", "ZerothOrder"]

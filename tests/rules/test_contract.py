@@ -14,12 +14,14 @@ FEATURES, CLASSES = 20, 3
 
 # How to build each rule, once for each of its variants that takes another path.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "AdaptiveFeedbackAlignment": [{}],
     "Backprop": [{}],
     "ContinualBackprop": [{}, {"replacement_rate": 0.5, "maturity": 0}],
     "CascadedForward": [{}],
     "BlockCoordinateDescent": [{}, {"splitting": "two"}, {"keep": 6},
                                {"output_loss": "cross_entropy"}],
     "DiffusionBlocks": [{"blocks": 2, "num_classes": CLASSES}],
+    "CounterCurrent": [{}],
     "DirectFeedbackAlignment": [{}, {"share": True}, {"feedback": "sign_symmetric"},
                                 {"feedback": "kolen_pollack"}, {"ternary": 0.4, "noise": 0.1}],
     "DisinhibitoryHebb": [{}, {"inverse": "linear"}],
@@ -50,6 +52,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "StationaryFeedback": [{}, {"feedback": 0.5}],
     "SoftHebb": [{}, {"anti_hebbian": False, "temperature": [0.5, 2.0]}, {"initial_norm": None}],
     "ProductFeedback": [{}],
+    "TargetProjection": [{}, {"distance": "absolute"}, {"distance": "direct"}],
     "ZerothOrder": [{}, {"difference": "forward", "directions": 3},
                     {"in_place": True, "rate": 0.1}],
     "TwoStageBackward": [{}],

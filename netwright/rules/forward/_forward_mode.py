@@ -33,7 +33,7 @@ def replaying(state: RandomState) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_kernels(network: nn.Module) -> Iterator[None]:
+def plain_kernels(network: nn.Module) -> Iterator[None]:
     """Avoid what has no forward-mode derivative, or a wrong one.
 
     Fused attention and transformers' fused experts have none; under autocast the derivatives of
@@ -97,7 +97,7 @@ class DirectionalDerivative:
 
     def _run(self, evaluate: Callable[..., tuple[Tensor, Tensor, list[Tensor]]],
              primals: Sequence[Tensor], directions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), _plain_kernels(self.network):
+        with torch.no_grad(), plain_kernels(self.network):
             if self.state is not None:
                 with replaying(self.state):
                     return evaluate(primals, directions)[:2]
