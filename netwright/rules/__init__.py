@@ -39,17 +39,12 @@ from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.local.target_projection import TargetProjection
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "Backprop", "BlockCoordinateDescent", "CascadedForward", "ContinualBackprop",
-           "DiffusionBlocks", "DirectFeedbackAlignment", "DisinhibitoryHebb", "DualPropagation",
-           "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "HighwayBackprop", "InferenceLearning", "LikelihoodRatio",
-           "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous",
-           "NoPropFlow", "Pepita", "PhysicalForwardForward", "PipelinedBackprop",
-           "PredictiveCoding", "ProductFeedback", "ReverseDerivativeAscent", "Rule",
-           "SingleForward", "SoftHebb", "StationaryFeedback", "TwoStageBackward", "ZerothOrder"]
-__all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "CounterCurrent",
-           "DirectFeedbackAlignment", "DualPropagation", "EquilibriumPropagation",
-           "FeedbackAlignment", "ForwardForward", "ForwardGradient", "HighwayBackprop",
-           "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp",
-           "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb", "TargetProjection",
-           "TwoStageBackward", "ZerothOrder"]
+__all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "BlockCoordinateDescent",
+           "CascadedForward", "ContinualBackprop", "CounterCurrent", "DiffusionBlocks",
+           "DirectFeedbackAlignment", "DisinhibitoryHebb", "DualPropagation", "DynamicalLowRank",
+           "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
+           "HighwayBackprop", "InferenceLearning", "LikelihoodRatio", "LocalLosses",
+           "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous", "NoPropFlow",
+           "Pepita", "PhysicalForwardForward", "PipelinedBackprop", "PredictiveCoding",
+           "ProductFeedback", "ReverseDerivativeAscent", "Rule", "SingleForward", "SoftHebb",
+           "StationaryFeedback", "TargetProjection", "TwoStageBackward", "ZerothOrder"]
