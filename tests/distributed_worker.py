@@ -46,6 +46,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
 UNEQUAL: dict[str, tuple[str, dict]] = {
     "ForwardForward": ("ForwardForward", {}),  # draws each sample's negative label
     "ForwardGradient, activities": ("ForwardGradient", {"perturb": "activities"}),  # each sample's
+    "ForwardGradient, guided": ("ForwardGradient", {"guess": "local_loss"}),  # the batch's guess
     "LikelihoodRatio": ("LikelihoodRatio", {}),  # draws each sample's noise
     "NoProp": ("NoProp", {}),  # likewise
     "PredictiveCoding, incremental": ("PredictiveCoding", {"incremental": True,
