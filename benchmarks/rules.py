@@ -34,6 +34,7 @@ WIDTH, HIDDEN, CLASSES, BATCH, LIMIT = 784, (1024, 1024), 10, 256, 1.3
 REASONS = {
     "EquilibriumPropagation": "settles in complex numbers, whose activations are no products",
     "ForwardGradient": "draws a normal number for every weight",
+    "QuantizedForwardGradient": "draws a normal number for every weight and direction, and rounds",
     "SoftHebb": "lets the units compete by a softmax, and takes the norms of the weights",
     "ZerothOrder": "draws a normal number for every weight three times over",
 }

@@ -53,7 +53,9 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def test_every_rule_is_here() -> None:
-    rules = {name for name in nw.rules.__all__ if isinstance(getattr(nw.rules, name), type)}
+    # A rule that changes the weights itself is refused in several processes.
+    rules = {name for name in nw.rules.__all__ if isinstance(getattr(nw.rules, name), type)
+             and not getattr(nw.rules, name).updates_weights}
     tested = {rule for rule, _ in (worker.EQUAL | worker.UNEQUAL).values()}
     assert rules - {"Rule"} == tested
 

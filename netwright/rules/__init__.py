@@ -5,6 +5,7 @@ from netwright.rules.energy.dual_propagation import DualPropagation
 from netwright.rules.energy.equilibrium_propagation import EquilibriumPropagation
 from netwright.rules.energy.predictive_coding import PredictiveCoding
 from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
+from netwright.rules.estimators.quantized_forward_gradient import QuantizedForwardGradient
 from netwright.rules.estimators.zeroth_order import ZerothOrder
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.exact.highway_backprop import HighwayBackprop
@@ -25,5 +26,6 @@ from netwright.rules.rule import Rule
 __all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "DualPropagation",
            "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
            "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback", "Rule", "SoftHebb",
+           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback",
+           "QuantizedForwardGradient", "Rule", "SoftHebb",
            "TwoStageBackward", "ZerothOrder"]

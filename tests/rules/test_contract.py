@@ -35,6 +35,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "NoProp": [{"blocks": 3}, {"blocks": 3, "embedding": "one-hot"}],
     "Pepita": [{}, {"presynaptic": "clean"}, {"presynaptic": "own"}, {"feedback": "mirror"}],
     "PredictiveCoding": [{}, {"incremental": True}],
+    "QuantizedForwardGradient": [{}, {"share": 0.5}, {"momentum": 0.0, "kernelwise": False}],
     "SoftHebb": [{}, {"anti_hebbian": False, "temperature": [0.5, 2.0]}, {"initial_norm": None}],
     "ProductFeedback": [{}],
     "ZerothOrder": [{}, {"difference": "forward", "directions": 3},
@@ -196,7 +197,7 @@ def test_a_frozen_network_gets_no_gradient(name: str, options: dict[str, Any]) -
     case.network.requires_grad_(False)
     # the others may have parameters of their own
     if name in ("Backprop", "ForwardGradient", "HighwayBackprop", "LikelihoodRatio",
-                "TwoStageBackward", "ZerothOrder"):
+                "QuantizedForwardGradient", "TwoStageBackward", "ZerothOrder"):
         with pytest.raises(ValueError, match="network has no trainable parameters"):
             case()
     else:
