@@ -4,6 +4,7 @@ from netwright.rules.denoising.noprop import NoProp
 from netwright.rules.energy.dual_propagation import DualPropagation
 from netwright.rules.energy.equilibrium_propagation import EquilibriumPropagation
 from netwright.rules.energy.predictive_coding import PredictiveCoding
+from netwright.rules.estimators.black_box_prompt import BlackBoxPrompt
 from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
 from netwright.rules.estimators.quantized_forward_gradient import QuantizedForwardGradient
 from netwright.rules.estimators.zeroth_order import ZerothOrder
@@ -23,7 +24,7 @@ from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "Backprop", "DirectFeedbackAlignment", "DualPropagation",
+__all__ = ["LLS", "Backprop", "BlackBoxPrompt", "DirectFeedbackAlignment", "DualPropagation",
            "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
            "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
            "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback",

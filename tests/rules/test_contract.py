@@ -15,6 +15,7 @@ FEATURES, CLASSES = 20, 3
 # How to build each rule, once for each of its variants that takes another path.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "Backprop": [{}],
+    "BlackBoxPrompt": [{"dimension": 4, "population": 4}],
     "DirectFeedbackAlignment": [{}, {"share": True}, {"feedback": "sign_symmetric"},
                                 {"feedback": "kolen_pollack"}],
     "DualPropagation": [{}, {"means": "dyads"}, {"alpha": 1.0}],
