@@ -28,10 +28,14 @@ from netwright.models import mlp
 from netwright.rules import Rule
 
 RESULTS = Path(__file__).parent / "results" / "rules.json"
-RULES = [name for name in rules.__all__ if name != "Rule"]
+# What trains no classifiers of vectors: circuits, denoisers, recurrent networks, physical layers.
+APART = {"Rule", "BlackBoxPrompt", "DiffusionBlocks", "PhysicalForwardForward",
+         "ReverseDerivativeAscent", "SingleForward", "StationaryFeedback"}
+RULES = [name for name in rules.__all__ if name not in APART]
 WIDTH, HIDDEN, CLASSES, BATCH, LIMIT = 784, (1024, 1024), 10, 256, 1.3
 # Why a rule takes more than `LIMIT` times its floor.
 REASONS = {
+    "BlockCoordinateDescent": "solves two linear systems for each layer",
     "EquilibriumPropagation": "settles in complex numbers, whose activations are no products",
     "ForwardGradient": "draws a normal number for every weight",
     "QuantizedForwardGradient": "draws a normal number for every weight and direction, and rounds",

@@ -16,11 +16,14 @@ from netwright.results import Comparison, Row
 
 HERE = Path(__file__).parent
 MARK = "<!-- measured comparison -->"
+MAP = "<!-- measured map -->"
+ROW = re.compile(r"^\| \[`(\w+)`\]")
 COST = re.compile(r"<!-- measured cost of (\w+) -->")
 PICTURE = re.compile(r"^!\[[^]]*\]\(\.\./pictures/(\w+)\.svg\)$", re.MULTILINE)
 
 sys.path.insert(0, str(HERE))
-from _pictures import draw  # noqa: E402 - it stands beside this file, which is no package
+import _map  # noqa: E402 - these stand beside this file, which is no package
+from _pictures import draw  # noqa: E402
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -28,8 +31,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     results = evidence.recorded()
     pages = {"evidence.md": _evidence(results), "papers.md": _papers()}
     pages |= {f"pictures/{name}.svg": draw(result) for name, result in results.items()}
+    found = Comparison.load(HERE / "comparison.json")
     pages |= {f"pictures/digits_{rule}.svg": draw(curves) for rule, curves
-              in _by_epoch(Comparison.load(HERE / "comparison.json")).items()}
+              in _by_epoch(found).items()}
+    pages |= {"pictures/map_of_signals.svg": _map.schemes(),
+              "pictures/map_of_costs.svg": _map.measured(found)}
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
@@ -38,10 +44,39 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put what was measured where a page asks for it, and the verdict below each picture."""
     found = Comparison.load(HERE / "comparison.json")
+    if MAP in markdown:
+        markdown = _mapped(markdown, found)
     if MARK in markdown:
         markdown = markdown.replace(MARK, _comparison(found))
     markdown = COST.sub(lambda asked: _cost(asked[1], found), markdown)
     return PICTURE.sub(lambda shown: f"{shown[0]}\n\n{_verdict(shown[1])}", markdown)
+
+
+def _mapped(markdown: str, found: Comparison) -> str:
+    """Return the page with columns of what was measured in the table below the mark."""
+    before, _, after = markdown.partition(MAP)
+    lines, tasks = after.splitlines(), list(_map.TASKS)
+    rows = {(row.task, row.change): row for row in found.rows if row.scores}
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    for i in range(start, len(lines)):
+        if not lines[i].startswith("|"):
+            break
+        rule = ROW.match(lines[i])
+        if i == start:
+            more = "accuracy % | step time | peak memory |"
+        elif i == start + 1:
+            more = "---:|---:|---:|"
+        elif rule is None or not any((task, rule[1]) in rows for task in tasks):
+            more = "– | – | – |"
+        else:
+            there = [(rows[task, rule[1]], rows[task, "Backprop"])
+                     for task in tasks if (task, rule[1]) in rows]
+            columns = ([f"{100 * row.mean:.1f}" for row, _ in there],
+                       [f"{row.step_time / base.step_time:.1f}" for row, base in there],
+                       [f"{row.peak_bytes / base.peak_bytes:.1f}" for row, base in there])
+            more = " | ".join(", ".join(column) for column in columns) + " |"
+        lines[i] += f" {more}"
+    return before + "\n".join(lines)
 
 
 def _cost(rule: str, found: Comparison) -> str:

@@ -48,7 +48,8 @@ def _curves(result: Mapping[str, Any]) -> str:
     columns[0].set_ylabel("\n".join(wrap(result["axes"][1], 34)))
     if len(panels) > 1 or len(names) > 3:
         figure.legend(list(lines.values()), list(lines), loc="outside upper center",
-                      ncols=min(len(names), 4), frameon=False, fontsize=9)
+                      ncols=min(len(names), 4 if sum(map(len, names)) < 90 else 2),
+                      frameon=False, fontsize=9)
     else:
         columns[0].legend(list(lines.values()), list(lines), frameon=False, fontsize=9)
     return _svg(figure)

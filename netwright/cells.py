@@ -227,7 +227,8 @@ def _run(task: Task, change: Change, settings: Mapping[str, Any], seed: int, *, 
         train, held_out = (_On(part, device) if device != "cpu" else part
                            for part in (parts.train, parts.validation if tuning else parts.test))
         parameters = [p for p in rule.parameters() if p.requires_grad]
-        optimizer = task.optimize(parameters, settings["learning_rate"])
+        optimizer = (None if rule.updates_weights else
+                     task.optimize(parameters, settings["learning_rate"]))
         history = fit(rule, train, epochs=task.epochs, optimizer=optimizer, validation=held_out,
                       metric=task.score, higher_is_better=task.maximize, progress=False,
                       on_epoch=lambda epoch: tell(epoch.epoch))

@@ -108,7 +108,7 @@ def fit(rule: Rule | nn.Module, train: Data, *, epochs: int,
     if rule.updates_weights and (optimizer, scheduler, clip, accumulate) != (None, None, None, 1):
         raise ValueError(f"{type(rule).__name__} changes the weights itself; leave out optimizer, "
                          "scheduler, clip and accumulate")
-    if not any(p.requires_grad for p in rule.parameters()):
+    if not _learning(rule):
         raise ValueError("rule has no parameter to train: every one has requires_grad=False, or "
                          "there is none")
     if device is not None:
@@ -175,7 +175,8 @@ class _Training:
                  options: _Options) -> None:
         self.rule, self.train, self.validation = rule, train, validation
         self.optimizer, self.scheduler, self.options = optimizer, scheduler, options
-        self.parameters = [p for p in rule.parameters() if p.requires_grad]
+        rule.optimizer = optimizer
+        self.parameters = _learning(rule)
         self.device = self.parameters[0].device
         self.batches = len(train) if isinstance(train, Sized) else None
         self.cleared: list[Tensor] = []
@@ -561,7 +562,8 @@ class _Training:
         options, optimizer, data = self.options, self.optimizer, self.train
         return {
             "rule": type(self.rule).__name__,
-            "weights": {name: f"{value.dtype} {tuple(value.shape)}"
+            "weights": {name: str(value.dtype) if name in self.rule.resized
+                        else f"{value.dtype} {tuple(value.shape)}"
                         for name, value in self.rule.state_dict().items()
                         if isinstance(value, Tensor)},
             "optimizer": {"type": type(optimizer).__name__,
@@ -619,6 +621,12 @@ def _check_counts(**counts: int | None) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)
                                   or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _learning(rule: Rule) -> list[Parameter]:
+    """Return the parameters that a training changes: whole numbers only where the rule does."""
+    return [p for p in rule.parameters()
+            if p.requires_grad or (rule.updates_weights and not p.is_floating_point())]
 
 
 def _check_data(name: str, data: Any) -> None:

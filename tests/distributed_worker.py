@@ -19,6 +19,8 @@ Y = (X[:, :3].argmax(1) + (X[:, 3] > 1)) % 3
 # What two processes train as one does, to rounding: sizes of shares differ, 9 = 4 + 5.
 EQUAL: dict[str, tuple[str, dict]] = {
     "Backprop": ("Backprop", {}),
+    "ContinualBackprop": ("ContinualBackprop", {"replacement_rate": 0.1, "maturity": 2}),
+    "CascadedForward": ("CascadedForward", {}),
     "FeedbackAlignment": ("FeedbackAlignment", {}),
     "FeedbackAlignment, sign-symmetric": ("FeedbackAlignment", {"feedback": "sign_symmetric"}),
     "FeedbackAlignment, learned": ("FeedbackAlignment", {"feedback": "kolen_pollack"}),
@@ -27,6 +29,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
                                                 {"feedback": "sign_symmetric"}),
     "DirectFeedbackAlignment, learned": ("DirectFeedbackAlignment",
                                          {"feedback": "kolen_pollack"}),
+    "DirectFeedbackAlignment, ternary": ("DirectFeedbackAlignment", {"ternary": 0.4}),
     "DualPropagation": ("DualPropagation", {}),
     "EquilibriumPropagation": ("EquilibriumPropagation", {}),
     "HighwayBackprop": ("HighwayBackprop", {}),
@@ -37,23 +40,33 @@ EQUAL: dict[str, tuple[str, dict]] = {
     "ForwardForward, given negatives": ("ForwardForward", {"negatives": lambda x, y: x.flip(1)}),
     "ForwardGradient": ("ForwardGradient", {}),
     "Pepita": ("Pepita", {}),
+    "PipelinedBackprop, predicted": ("PipelinedBackprop", {"spike_compensation": False}),
     "PredictiveCoding": ("PredictiveCoding", {}),
     "ProductFeedback": ("ProductFeedback", {}),
+    "StationaryFeedback": ("StationaryFeedback", {"feedback": 0.5}),
     "TwoStageBackward": ("TwoStageBackward", {}),
     "ZerothOrder": ("ZerothOrder", {"epsilon": 0.1}),
 }
 # What cannot be equal, and why; the processes still end with the same weights as each other.
 UNEQUAL: dict[str, tuple[str, dict]] = {
+    "DirectFeedbackAlignment, noisy": ("DirectFeedbackAlignment", {"noise": 0.1}),  # each sample's
+    "DiffusionBlocks": ("DiffusionBlocks", {"blocks": 1, "num_classes": 3}),  # each one's noise
     "ForwardForward": ("ForwardForward", {}),  # draws each sample's negative label
     "ForwardGradient, activities": ("ForwardGradient", {"perturb": "activities"}),  # each sample's
     "ForwardGradient, guided": ("ForwardGradient", {"guess": "local_loss"}),  # the batch's guess
+    "InferenceLearning": ("InferenceLearning", {}),  # shortens its share's steps by its energy
     "LikelihoodRatio": ("LikelihoodRatio", {}),  # draws each sample's noise
     "NoProp": ("NoProp", {}),  # likewise
+    "PipelinedBackprop": ("PipelinedBackprop", {}),  # keeps the last gradient of its own share
+    "NoPropContinuous": ("NoPropContinuous", {}),  # likewise, and its time
+    "NoPropFlow": ("NoPropFlow", {}),  # likewise
     "PredictiveCoding, incremental": ("PredictiveCoding", {"incremental": True,
                                                            "weight_rate": 0.05}),
     # steps on the weights within a batch, by what this process sees of it
     "SoftHebb": ("SoftHebb", {}),  # divides its steps by the largest of its share
 }
+# What changes the weights itself leaves nothing to average, and is refused.
+ALONE = {"BlockCoordinateDescent", "DynamicalLowRank", "ReverseDerivativeAscent"}
 
 
 def network(*norm: nn.Module) -> nn.Sequential:
@@ -62,12 +75,27 @@ def network(*norm: nn.Module) -> nn.Sequential:
                          nn.Linear(8, 3))
 
 
+class Steps(nn.Module):
+    """Reads 12 features as 4 steps of 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(3, 3, batch_first=True)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.gru(h.unflatten(-1, (4, 3)))[0].flatten(1)
+
+
 def build(rule: str, options: dict) -> Rule:
     generator = Generator().manual_seed(7 + (distributed.is_initialized()
                                              and distributed.get_rank()))
     made = network()
     if rule == "EquilibriumPropagation":  # takes no ReLU
         made[1] = nn.Tanh()
+    if rule == "StationaryFeedback":  # takes what has recurrent layers
+        made[1] = Steps()
+    if rule == "DiffusionBlocks":  # returns what it takes
+        made[2], made[4] = nn.Linear(12, 12), nn.Linear(12, 6)
     return getattr(nw.rules, rule)(made, example=X[:4], generator=generator, **options)
 
 
@@ -145,6 +173,10 @@ def errors() -> dict[str, str]:
     """Return what is said where the processes cannot train together."""
     rank, said = distributed.get_rank(), {}
     cases = {"uneven": lambda: fitted(train=[(X, Y)] * (rank + 1))}
+    cases |= {rule: lambda rule=rule: nw.fit(getattr(nw.rules, rule)(
+        nw.circuits.evaluator(2, 3) if rule == "ReverseDerivativeAscent" else
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))), [(X, Y)], epochs=1)
+        for rule in ALONE}
     for name, case in cases.items():
         try:
             case()

@@ -36,6 +36,17 @@ def network() -> nn.Sequential:
                          nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
+class Last(nn.Module):
+    """Reads 12 features as 4 steps of 3, and gives the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, h):
+        return self.gru(h.unflatten(-1, (4, 3)))[0][:, -1]
+
+
 class Jitter(Rule):
     """Backpropagation of inputs with noise from the rule's own generator."""
 
@@ -96,11 +107,21 @@ def forgetful(**keep):
 
 def rule_case(name: str) -> Callable:
     def case(**keep):
-        # Equilibrium propagation takes linear layers and smooth activations alone.
-        made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)) \
-            if name == "EquilibriumPropagation" else network()
-        rule = getattr(nw.rules, name)(made, example=X[:4], generator=Generator().manual_seed(6))
-        return nw.fit(rule, Batches(X, Y, 15), epochs=2, checkpoint_every=1, **keep)
+        made, x, options = network(), X, {"generator": Generator().manual_seed(6)}
+        match name:  # what takes networks of some kind alone
+            case "EquilibriumPropagation":  # linear layers and smooth activations
+                made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+            case "BlockCoordinateDescent":  # linear layers and ReLU
+                made = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+            case "StationaryFeedback":  # recurrent layers
+                made = nn.Sequential(nn.Linear(6, 12), Last(), nn.Linear(4, 3))
+            case "DiffusionBlocks":  # what returns what it takes
+                made = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 6))
+                options |= {"blocks": 1, "num_classes": 3}
+            case "ReverseDerivativeAscent":  # circuits, and bits
+                made, x = nw.circuits.evaluator(6, 3), (X > 0).long()
+        rule = getattr(nw.rules, name)(made, example=x[:4], **options)
+        return nw.fit(rule, Batches(x, Y, 15), epochs=2, checkpoint_every=1, **keep)
     return case
 
 

@@ -163,16 +163,18 @@ def server():
     pytest.importorskip("psycopg", reason="needs the extra distributed")
     folder = Path(tempfile.mkdtemp(prefix="netwright-postgres-"))
     # The server refuses to run as root.
-    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    if as_user:
+    as_user: dict = {}
+    if os.geteuid() == 0:
+        as_user = {"user": "postgres", "group": "postgres", "extra_groups": ()}
         shutil.chown(folder, "postgres", "postgres")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
 
     def call(program, *arguments):
-        subprocess.run([*as_user, programs / program, *arguments], check=True, cwd=folder,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+        subprocess.run([programs / program, *arguments], check=True, cwd=folder, timeout=60,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **as_user)
+
     call("initdb", "-D", folder / "data", "-U", "postgres", "--auth=trust", "--no-sync")
     options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
     call("pg_ctl", "-D", folder / "data", "-o", options, "-w", "-l", folder / "log", "start")

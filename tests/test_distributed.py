@@ -57,7 +57,7 @@ def test_every_rule_is_here() -> None:
     rules = {name for name in nw.rules.__all__ if isinstance(getattr(nw.rules, name), type)
              and not getattr(nw.rules, name).updates_weights}
     tested = {rule for rule, _ in (worker.EQUAL | worker.UNEQUAL).values()}
-    assert rules - {"Rule"} == tested
+    assert rules - {"Rule"} == tested | worker.ALONE
 
 
 @torch_distributed
@@ -95,5 +95,7 @@ def test_resumed_processes_end_as_uninterrupted_ones(two: list[dict]) -> None:
 def test_what_cannot_train_together_is_said(two: list[dict]) -> None:
     for rank in range(2):
         assert "[(False, 1), (False, 2)]" in two[rank]["errors"]["uneven"]
+        for rule in worker.ALONE:
+            assert f"{rule} changes the weights itself" in two[rank]["errors"][rule]
     assert "in another process" in two[0]["errors"]["diverged"]
     assert "x holds infinity in sample 3" in two[1]["errors"]["diverged"]

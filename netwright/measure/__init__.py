@@ -2,5 +2,6 @@
 
 from netwright.measure.alignment import alignment
 from netwright.measure.cost import Cost, cost
+from netwright.measure.scaling import ScalingFit, scaling_fit
 
-__all__ = ["Cost", "alignment", "cost"]
+__all__ = ["Cost", "ScalingFit", "alignment", "cost", "scaling_fit"]

@@ -1,23 +1,34 @@
 """Learning rules: what can stand where `loss.backward()` stood."""
 
+from netwright.rules.closed_form.block_coordinate_descent import BlockCoordinateDescent
+from netwright.rules.denoising.diffusion_blocks import DiffusionBlocks
 from netwright.rules.denoising.noprop import NoProp
+from netwright.rules.denoising.noprop_continuous import NoPropContinuous
+from netwright.rules.denoising.noprop_flow import NoPropFlow
+from netwright.rules.discrete.reverse_derivative_ascent import ReverseDerivativeAscent
 from netwright.rules.energy.dual_propagation import DualPropagation
 from netwright.rules.energy.equilibrium_propagation import EquilibriumPropagation
+from netwright.rules.energy.inference_learning import InferenceLearning
 from netwright.rules.energy.predictive_coding import PredictiveCoding
 from netwright.rules.estimators.black_box_prompt import BlackBoxPrompt
 from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
 from netwright.rules.estimators.quantized_forward_gradient import QuantizedForwardGradient
 from netwright.rules.estimators.zeroth_order import ZerothOrder
 from netwright.rules.exact.backprop import Backprop
+from netwright.rules.exact.continual_backprop import ContinualBackprop
+from netwright.rules.exact.dynamical_low_rank import DynamicalLowRank
 from netwright.rules.exact.highway_backprop import HighwayBackprop
+from netwright.rules.exact.pipelined_backprop import PipelinedBackprop
 from netwright.rules.exact.two_stage_backward import TwoStageBackward
 from netwright.rules.feedback.direct_feedback_alignment import DirectFeedbackAlignment
 from netwright.rules.feedback.feedback_alignment import FeedbackAlignment
 from netwright.rules.feedback.pepita import Pepita
 from netwright.rules.feedback.product_feedback import ProductFeedback
+from netwright.rules.feedback.stationary_feedback import StationaryFeedback
 from netwright.rules.forward.forward_forward import ForwardForward
 from netwright.rules.forward.forward_gradient import ForwardGradient
 from netwright.rules.hebbian.softhebb import SoftHebb
+from netwright.rules.local.cascaded_forward import CascadedForward
 from netwright.rules.local.lls import LLS
 from netwright.rules.local.local_losses import LocalLosses
 from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
@@ -30,3 +41,11 @@ __all__ = ["LLS", "Backprop", "BlackBoxPrompt", "DirectFeedbackAlignment", "Dual
            "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback",
            "QuantizedForwardGradient", "Rule", "SoftHebb",
            "TwoStageBackward", "ZerothOrder"]
+__all__ = ["LLS", "Backprop", "BlockCoordinateDescent", "CascadedForward", "ContinualBackprop",
+           "DiffusionBlocks", "DirectFeedbackAlignment", "DualPropagation", "DynamicalLowRank",
+           "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
+           "HighwayBackprop", "InferenceLearning", "LikelihoodRatio", "LocalLosses",
+           "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous", "NoPropFlow",
+           "Pepita", "PipelinedBackprop", "PredictiveCoding", "ProductFeedback",
+           "ReverseDerivativeAscent", "Rule", "SoftHebb", "StationaryFeedback", "TwoStageBackward",
+           "ZerothOrder"]

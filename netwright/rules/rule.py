@@ -1,9 +1,10 @@
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
 from netwright.losses import cross_entropy
 from netwright.modes import evaluating
@@ -18,11 +19,16 @@ class Rule(nn.Module):
     adds to `.grad` as `backward()` does. `network` is a module or its `Stages`. `generator` is
     where a rule draws what is random in it, PyTorch's global state where it is None.
 
+    A rule that must see the optimizer finds in `optimizer` the one that `nw.fit` steps.
+
     A rule that does not speak through `.grad` sets `updates_weights` and changes the weights
-    itself when it is called.
+    itself when it is called. `resized` has the names in the state of weights whose shapes change
+    as it trains.
     """
 
     updates_weights = False
+    optimizer: Optimizer | None = None
+    resized: Collection[str] = ()
 
     def __init__(self, network: nn.Module | Stages, *, generator: Generator | None = None) -> None:
         super().__init__()

@@ -8,7 +8,19 @@ from torch.nn import Parameter
 
 from netwright.losses import cross_entropy
 from netwright.modes import evaluating
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.denoising.label_denoiser import (
+    LabelDenoiser,
+    above_zero,
+    counted_labels,
+    divergence_from_noise,
+    feature_width,
+    features_for,
+    label_embedding,
+    mean_embedding,
+    nearest_embedding,
+    normal,
+)
+from netwright.rules.rule import Rule
 from netwright.stages import Stages, call
 
 
@@ -71,14 +83,11 @@ class NoProp(Rule):
                  embedding_size: int = 20, width: int = 128, offset: float = 0.05,
                  chains: int = 1, seed: int = 0, generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        for name, value in (("blocks", blocks), ("width", width), ("eta", eta),
-                            ("offset", offset),
-                            ("embedding_size", embedding_size), ("chains", chains)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        features, like = _features(self.network, example)
+        above_zero(blocks=blocks, width=width, eta=eta, offset=offset,
+                   embedding_size=embedding_size, chains=chains)
+        features, like = feature_width(self.network, example)
         classes = num_classes or features
-        weights = _embedding(embedding, classes, embedding_size, generator).to(like)
+        weights = label_embedding(embedding, classes, embedding_size, generator).to(like)
         if isinstance(embedding, str) and embedding == "one-hot":
             self.register_buffer("embedding", weights)
         else:
@@ -86,12 +95,9 @@ class NoProp(Rule):
         size = weights.shape[1]
         self.classes, self.eta, self.chains, self.seed = classes, eta, chains, seed
         self.blocks = nn.ModuleList(
-            _Block(self.network if t == 0 else _copy(self.network), features, size, width,
+            LabelDenoiser(self.network if t == 0 else _copy(self.network), features, size, width,
                    classes).to(like) for t in range(blocks))
-        self.classifier = nn.Linear(size, classes).to(like)
-        with torch.no_grad():  # so that the nearest embedding wins at first
-            self.classifier.weight.copy_(weights)
-            self.classifier.bias.copy_(-weights.square().sum(1) / 2)
+        self.classifier = nearest_embedding(weights)
         alpha_bar = cosine_schedule(blocks, offset)
         self.register_buffer("alpha_bar", alpha_bar.to(like))
         self.register_buffer("gain", (alpha_bar / (1 - alpha_bar)).diff().to(like))
@@ -102,25 +108,17 @@ class NoProp(Rule):
         last = len(self.blocks) - 1
         if block is not None and not 0 <= block <= last:
             raise ValueError(f"block must be between 0 and {last}, got {block}")
-        check_labels(y, self.classes)
-        counted = y != -100
-        labels = y[counted]
-        if not len(labels):
-            raise ValueError("y must hold at least one label, got none but -100")
+        counted, labels = counted_labels(y, self.classes)
         total = torch.zeros((), device=y.device)
         for t in range(last + 1) if block is None else [block]:
-            features = call(self._block(t).features, x)
-            if features.shape[:-1] != y.shape:
-                raise ValueError(f"y must be {tuple(features.shape[:-1])} for an output of "
-                                 f"{tuple(features.shape)}, got {tuple(y.shape)}")
+            features = features_for(self._block(t).features, x, y)
             u = self.embedding[labels]
-            u_hat = self._block(t)(features[counted], self._noised(u, t), self.embedding)
+            logits = self._block(t)(features[counted], self._noised(u, t))
+            u_hat = mean_embedding(logits, self.embedding)
             weight = self.gain[t] * self.eta / 2 * (1 if block is None else last + 1)
             total += _descend(weight * (u_hat - u).square().sum(1).mean())
         u = self.embedding[labels]
-        kept = self.alpha_bar[0]
-        divergence = (kept * (u.square().sum(1) - u.shape[1]).mean()
-                      - u.shape[1] * torch.log1p(-kept)) / 2
+        divergence = divergence_from_noise(u, self.alpha_bar[0])
         logits = self.classifier(self._noised(u, last + 1))
         return total + _descend(cross_entropy(logits, labels) + divergence)
 
@@ -138,39 +136,20 @@ class NoProp(Rule):
             for t, (a, b, c) in enumerate(self.steps):
                 features = call(self._block(t).features, x)
                 z = z if t else noise(features)
-                u_hat = self._block(t)(features.expand(self.chains, *features.shape), z,
-                                       self.embedding)
+                logits = self._block(t)(features.expand(self.chains, *features.shape), z)
+                u_hat = mean_embedding(logits, self.embedding)
                 z = a * u_hat + b * z + c.sqrt() * noise(features)
             scores = self.classifier(z)
         return scores[0] if self.chains == 1 else scores.softmax(-1).mean(0).log()
 
-    def _block(self, t: int) -> "_Block":
+    def _block(self, t: int) -> LabelDenoiser:
         block = self.blocks[t]
-        assert isinstance(block, _Block)
+        assert isinstance(block, LabelDenoiser)
         return block
 
     def _noised(self, u: Tensor, t: int) -> Tensor:
-        device = u.device if self.generator is None else self.generator.device
-        noise = torch.randn(u.shape, generator=self.generator, dtype=u.dtype, device=device)
         kept = self.alpha_bar[t]
-        return kept.sqrt() * u + (1 - kept).sqrt() * noise.to(u.device)
-
-
-class _Block(nn.Module):
-    def __init__(self, network: nn.Module, features: int, size: int, width: int,
-                 classes: int) -> None:
-        super().__init__()
-        self.features = network
-        # Features of any scale; large ones would leave the softmax flat where it is wrong.
-        self.norm = nn.LayerNorm(features) if features > 1 else nn.Identity()
-        self.state = nn.Sequential(nn.Linear(size, width), nn.ReLU(), nn.Linear(width, width),
-                                   nn.ReLU())
-        self.head = nn.Sequential(nn.Linear(features + width, width), nn.ReLU(),
-                                  nn.Linear(width, classes))
-
-    def forward(self, features: Tensor, z: Tensor, embedding: Tensor) -> Tensor:
-        joined = torch.cat([self.norm(features), self.state(z)], dim=-1)
-        return self.head(joined).softmax(-1).to(embedding.dtype) @ embedding
+        return kept.sqrt() * u + (1 - kept).sqrt() * normal(u.shape, u, self.generator)
 
 
 def cosine_schedule(blocks: int, offset: float) -> Tensor:
@@ -224,34 +203,3 @@ def _copy(network: nn.Module) -> nn.Module:
     copy = deepcopy(network)
     copy.zero_grad(set_to_none=True)
     return copy
-
-
-def _features(network: nn.Module, example: Any) -> tuple[int, Tensor]:
-    """Return the width of the network's output, and a tensor of its dtype and device."""
-    if example is not None:
-        with evaluating(network), torch.no_grad():
-            output = call(network, example)
-        if output.ndim < 2:
-            raise ValueError("network must return (batch, *, features), got "
-                             f"{tuple(output.shape)}; keep the batch and the features apart")
-        return output.shape[-1], output
-    last = list(network.modules())[-1]
-    if not isinstance(last, nn.Linear):
-        raise ValueError(f"example was None, and {type(network).__name__} does not end in a "
-                         "linear layer that tells its width; give an input as example=x")
-    return last.out_features, last.weight
-
-
-def _embedding(embedding: str | Tensor, classes: int, size: int,
-               generator: Generator | None) -> Tensor:
-    if isinstance(embedding, Tensor):
-        if embedding.ndim != 2 or len(embedding) != classes:
-            raise ValueError(f"embedding must be ({classes}, size) for {classes} classes, got "
-                             f"{tuple(embedding.shape)}")
-        return embedding.detach().clone()
-    if embedding == "one-hot":
-        return torch.eye(classes)
-    if embedding == "learned":
-        return nn.init.orthogonal_(torch.empty(classes, size), generator=generator)
-    raise ValueError("embedding must be 'learned', 'one-hot' or a tensor (classes, size), "
-                     f"got {embedding!r}")

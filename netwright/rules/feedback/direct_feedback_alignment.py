@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -7,7 +8,7 @@ from torch import Generator, Tensor, nn
 from netwright.losses import cross_entropy
 from netwright.modes import evaluating
 from netwright.rules.feedback.matrices import Matrices, draw
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, check_labels, targets
 from netwright.stages import Stages, stages
 
 
@@ -28,6 +29,15 @@ class DirectFeedbackAlignment(Rule):
     of its columns, but draws it evenly from [-1, 1). `sign_symmetric`, which these papers do not
     have, is what Liao, Leibo and Poggio do in feedback alignment.
 
+    `ternary` and `noise` simulate an optical projector between the output and the hidden stages.
+    `ternary` is a threshold for the error n e of one label, where the loss is a mean over n:
+    sign(e)/n is projected where |n e| > ternary, and 0 elsewhere. `noise` adds normal numbers to
+    each projection, of `noise` times its root mean square, drawn anew at each call; an error of 0
+    is not sent, and gets none. With `share` the device projects once, and each stage reads its
+    columns, noise and all. The last stage, and the update of a learned B, keep the exact e. That
+    noise grows with the signal is a choice of this rule. An undecided network's error is 1/classes
+    for each wrong class, so a `ternary` below that sends ones for all of them, and does not train.
+
     With `kolen_pollack`, W_last - B of the last hidden stage shrinks by the optimizer's weight
     decay and by nothing else, so give the optimizer one that is decoupled (SGD's, AdamW's).
 
@@ -37,12 +47,13 @@ class DirectFeedbackAlignment(Rule):
     Raises:
         ValueError: no example; logits without a class axis; a stage that does not keep the batch
             axis; `sign_symmetric` where a stage is not one linear layer; `share` with feedback
-            that is not random.
+            that is not random; `ternary` or `noise` below 0.
 
     Papers: Nøkland, 2016, Direct Feedback Alignment Provides Learning in Deep Neural Networks.
     Launay, Poli, Boniface, Krzakala, 2020, Direct Feedback Alignment Scales to Modern Deep
-    Learning Tasks and Architectures. Webster, Choi, Ahn, 2020, Learning the Connections in Direct
-    Feedback Alignment.
+    Learning Tasks and Architectures. Launay, Poli, Müller, Pariente, Carron, Daudet, Krzakala,
+    Gigan, 2020, Hardware Beyond Backpropagation: a Photonic Co-Processor for Direct Feedback
+    Alignment. Webster, Choi, Ahn, 2020, Learning the Connections in Direct Feedback Alignment.
 
     >>> network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     >>> rule = DirectFeedbackAlignment(network, example=torch.randn(2, 4))
@@ -54,7 +65,7 @@ class DirectFeedbackAlignment(Rule):
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  feedback: Literal["random", "sign_symmetric", "kolen_pollack"] = "random",
-                 share: bool = False,
+                 share: bool = False, ternary: float | None = None, noise: float = 0.0,
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
@@ -64,10 +75,17 @@ class DirectFeedbackAlignment(Rule):
         if share and feedback != "random":
             raise ValueError(f"share=True keeps one fixed matrix, got feedback={feedback!r}; "
                              "use share=False")
+        if ternary is not None and not ternary >= 0:
+            raise ValueError("ternary must be a threshold of at least 0 for one label's error, or "
+                             f"None for exact errors, got {ternary}; try 0.2")
+        if not 0 <= noise < math.inf:
+            raise ValueError("noise must be at least 0, as a share of each projection's root mean "
+                             f"square, got {noise}; try 0.1")
         if example is None:
             raise ValueError("example must be an input of the network, got None; the feedback "
                              "matrices take their sizes from it")
         self.stages, self.loss, self.share = stages(network, example), loss, share
+        self.ternary, self.noise = ternary, noise
         self.feedback = Matrices(learned=feedback == "kolen_pollack")
         with evaluating(self.network), torch.no_grad():
             *hidden, logits = self._outputs(example)
@@ -90,28 +108,41 @@ class DirectFeedbackAlignment(Rule):
             hidden.check(h, error)
         products = self._products()
         projected: dict[int, Tensor] = {}
+        sent = error if self.ternary is None else _ternary(error, self.ternary,
+                                                           targets(output, y))
         if logits.requires_grad:  # a frozen stage has nothing to learn
             logits.backward(error)
         for name, lead, rows, size in reversed(self._hidden):
             h = outputs.pop()  # what stage i stored for its backward pass is freed before i - 1
             if not h.requires_grad:
                 continue
-            flat = error.flatten(0, lead - 1).flatten(1)
+            flat = sent.flatten(0, lead - 1).flatten(1)
             if self.share:
                 if lead not in projected:
-                    projected[lead] = flat @ self.feedback[str(rows)].to(flat.dtype)
+                    projected[lead] = self._project(flat, self.feedback[str(rows)])
                 signal = projected[lead][:, :h.shape[lead:].numel()]
             else:
                 B = self.feedback[name]
                 if B.requires_grad:
-                    update = flat.T @ h.detach().flatten(0, lead - 1).flatten(1).to(flat.dtype)
+                    exact = error.flatten(0, lead - 1).flatten(1)
+                    update = exact.T @ h.detach().flatten(0, lead - 1).flatten(1).to(exact.dtype)
                     _accumulate(B, update.view(rows, *h.shape[lead:]))
                 B = B.detach()[_part(h.shape[lead:], size)].flatten(1)
                 if products:
                     B = B.copysign(products[name])
-                signal = flat @ B.to(flat.dtype)
+                signal = self._project(flat, B)
             h.backward(signal.view(h.shape).to(h.dtype))
         return loss.detach()
+
+    def _project(self, errors: Tensor, B: Tensor) -> Tensor:
+        """Return `errors` B, with the noise of the projector."""
+        signal = errors @ B.to(errors.dtype)
+        if self.noise:
+            device = signal.device if self.generator is None else self.generator.device
+            drawn = torch.randn(signal.shape, generator=self.generator, device=device)
+            rms = signal.square().mean(1, keepdim=True).sqrt()
+            signal = signal + self.noise * rms * drawn.to(signal)
+        return signal
 
     def _outputs(self, x: Any) -> list[Tensor]:
         context, h, outputs = self.stages.context(x), x, []
@@ -186,6 +217,11 @@ class _Hidden(NamedTuple):
                 f"x must give stage {self.name!r} an output of {('batch',) * self.lead} and at "
                 f"most {tuple(self.size)}, as the example did, got {tuple(h.shape)} beside logits "
                 f"of {tuple(error.shape)}; build the rule with an example like it")
+
+
+def _ternary(error: Tensor, threshold: float, labels: Tensor) -> Tensor:
+    """Return -1, 0 or 1 for each number of `error`, as the mean over so many `labels` has it."""
+    return error.sign() * (error.abs() * labels > threshold) / labels.to(error.dtype)
 
 
 def _part(size: torch.Size, drawn: torch.Size) -> tuple[slice, ...]:

@@ -145,6 +145,24 @@ def test_a_weak_nudge_brings_the_settled_gradient_to_the_exact_one_at_first_orde
     assert cosine_similarity(found, exact, dim=0) > 1 - 1e-5
 
 
+@pytest.mark.parametrize("nudge", [1.0, 1e-2])
+def test_the_energy_falls_to_an_equilibrium(nudge: float) -> None:
+    network, x = mlp(), inputs()
+    energies = PredictiveCoding(network, steps=400, state_rate=0.3,
+                                nudge=nudge).energies(x, LABELS)
+    rises = [after - before for before, after in pairwise(energies)]
+    assert max(rises) < 1e-14  # rounding
+    assert energies[0] - energies[-1] > 1e-3 * nudge**2
+    states = forward_states(network, x)
+    for _ in range(400):
+        pulls = torch.autograd.grad(whole_energy(network, x, LABELS, states, nudge), states)
+        states = [(h - 0.3 * pull).detach().requires_grad_()
+                  for h, pull in zip(states, pulls, strict=True)]
+    settled = whole_energy(network, x, LABELS, states, nudge)
+    assert energies[-1] == pytest.approx(settled.item() / len(x), rel=1e-12)
+    assert flat(list(torch.autograd.grad(settled, states))).norm() < 1e-9 * nudge
+
+
 @pytest.mark.parametrize("steps", [3, 4])
 def test_at_rate_one_the_front_of_the_errors_carries_the_exact_gradient(steps: int) -> None:
     network, x = mlp(depth=steps + 1), inputs()

@@ -47,11 +47,12 @@ def words(length: int) -> dict[str, Any]:
             "attention_mask": torch.ones(2, length, dtype=torch.long), "use_cache": False}
 
 
+@pytest.mark.parametrize("ternary", [None, 0.3])
 @pytest.mark.parametrize("feedback", ["random", "sign_symmetric", "kolen_pollack"])
 def test_the_update_of_a_multilayer_perceptron_is_the_closed_form(
-        feedback: Any, gradients: Gradients) -> None:
+        feedback: Any, ternary: float | None, gradients: Gradients) -> None:
     network, x, y = tanh_chain(), torch.randn(4, 4).double(), CLASSES
-    rule = DirectFeedbackAlignment(network, x, feedback=feedback)
+    rule = DirectFeedbackAlignment(network, x, feedback=feedback, ternary=ternary)
     B1, B2 = rule.feedback["0"].detach(), rule.feedback["2"].detach()
     with torch.no_grad():
         h1 = network[0](x).tanh()
@@ -60,7 +61,12 @@ def test_the_update_of_a_multilayer_perceptron_is_the_closed_form(
         if feedback == "sign_symmetric":
             W2, W3 = network[2].weight, network[4].weight
             B1, B2 = B1.abs() * (W3 @ W2).sign(), B2.abs() * W3.sign()
-        at_1, at_2 = error @ B1 * (1 - h1 ** 2), error @ B2 * (1 - h2 ** 2)
+        sent = error
+        if ternary is not None:  # one label's error, which is 4 times that of the mean of 4
+            sent = torch.where(4 * error > ternary, 1., torch.where(4 * error < -ternary, -1., 0.))
+            assert set(sent.unique().tolist()) == {-1.0, 0.0, 1.0}
+            sent = sent.double() / 4
+        at_1, at_2 = sent @ B1 * (1 - h1 ** 2), sent @ B2 * (1 - h2 ** 2)
         expected = {"0.weight": at_1.T @ x, "0.bias": at_1.sum(0), "2.weight": at_2.T @ h1,
                     "2.bias": at_2.sum(0), "4.weight": error.T @ h2, "4.bias": error.sum(0)}
     assert_same(gradients(rule, x, y), expected)
@@ -113,6 +119,66 @@ def test_a_language_model_takes_texts_of_any_length(share: bool) -> None:
     rule = DirectFeedbackAlignment(network, words(6), share=share)
     rule(words(9), torch.randint(11, (2, 9)))
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+    return GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=16, n_embd=16, n_layer=3, n_head=2,
+                                      resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForTokenClassification
+    return BertForTokenClassification(BertConfig(
+        vocab_size=11, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=16, num_labels=5, hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0))
+
+
+def graph_network() -> nn.Module:
+    from torch_geometric.nn import GCN
+    return GCN(5, 8, num_layers=3, out_channels=5)
+
+
+def padded(**more: Any) -> dict[str, Any]:
+    return {"input_ids": torch.randint(11, (2, 7)),
+            "attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]), **more}
+
+
+def graph() -> tuple[Tensor, Tensor]:
+    return torch.randn(14, 5).double(), torch.randint(14, (2, 40))
+
+
+@pytest.mark.parametrize("ternary", [None, 0.2])
+@pytest.mark.parametrize(("make", "inputs", "shape"), [
+    (gpt2, lambda: padded(use_cache=False), (2, 7)),
+    (llama, lambda: padded(use_cache=False), (2, 7)), (bert, padded, (2, 7)),
+    (graph_network, graph, (14,))], ids=["GPT-2", "Llama", "BERT", "GCN"])
+def test_transformers_and_graphs_get_each_positions_own_projected_error(
+        make: Callable[[], nn.Module], inputs: Callable[[], Any], shape: tuple[int, ...],
+        ternary: float | None, gradients: Gradients) -> None:
+    network, x = make().double(), inputs()
+    y = torch.randint(5, shape)
+    y.view(-1)[-3:] = -100  # the padding, or nodes outside the training set
+    rule = DirectFeedbackAlignment(network, x, ternary=ternary)
+    net, h, expected = rule.stages, x, dict[str, Tensor]()
+    names = {id(p): name for name, p in network.named_parameters()}
+    logits = net(x).detach()
+    labelled, n = y != -100, int((y != -100).sum())
+    error = torch.zeros_like(logits)
+    error[labelled] = logits[labelled].softmax(-1) - functional.one_hot(
+        y[labelled], logits.shape[-1]) * 1.0
+    sent = error if ternary is None else error.sign() * (error.abs() > ternary)
+    context = net.context(x)
+    for i, stage in enumerate(net):
+        out = stage(h, context)
+        to_it = error if i == len(net) - 1 else sent @ rule.feedback[stage.name]
+        found = torch.autograd.grad(out, stage.parameters(), to_it / n, allow_unused=True)
+        for p, gradient in zip(stage.parameters(), found, strict=True):
+            if gradient is not None:  # a table may belong to the first and to the last stage
+                expected[names[id(p)]] = expected.get(names[id(p)], 0) + gradient
+        h = out.detach()
+    assert_same(gradients(rule, x, y), expected, tolerance=1e-9)
 
 
 def test_each_node_of_a_graph_receives_the_projection_of_its_own_error() -> None:
@@ -186,6 +252,51 @@ def test_the_learned_feedback_of_the_last_hidden_stage_turns_to_the_weights(
                                difference * (1 - 0.1 * 0.1) ** 400, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_a_projector_is_as_noisy_as_it_says_and_right_on_average(share: bool) -> None:
+    network = nn.Sequential(nn.Linear(4, 1000, bias=False), nn.Linear(1000, 800),
+                            nn.Linear(800, 3))
+    x, y = torch.ones(1, 4), torch.tensor([1])
+    exact = DirectFeedbackAlignment(network, x, share=share,
+                                    generator=torch.Generator().manual_seed(0))
+    noisy = DirectFeedbackAlignment(network, x, share=share, noise=0.5,
+                                    generator=torch.Generator().manual_seed(0))
+
+    def signal(rule: DirectFeedbackAlignment, layer: int) -> Tensor:
+        rule.zero_grad()
+        rule(x, y)
+        weight = network[layer].weight.grad
+        return weight[:, 0].clone() if layer == 0 else network[1].bias.grad.clone()
+
+    for layer in (0, 1):
+        clean, first = signal(exact, layer), signal(noisy, layer)
+        assert (first - clean).std() / clean.square().mean().sqrt() == pytest.approx(0.5, rel=0.1)
+        mean = torch.stack([signal(noisy, layer) for _ in range(100)]).mean(0)
+        assert (mean - clean).std() < 0.15 * (first - clean).std()
+    torch.testing.assert_close(network[2].bias.grad,
+                               network(x).softmax(1)[0].detach() - torch.tensor([0., 1., 0.]))
+
+
+def test_a_shared_projection_is_read_with_its_noise() -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 3))
+    rule = DirectFeedbackAlignment(network, torch.ones(1, 4), share=True, noise=1.0)
+    rule(torch.ones(1, 4), torch.tensor([1]))
+    torch.testing.assert_close(network[1].bias.grad, network[0].bias.grad[:6])
+
+
+def test_an_error_of_zero_is_not_sent_and_gets_no_noise() -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    rule = DirectFeedbackAlignment(network, torch.ones(1, 4), noise=1.0)
+    rule(torch.eye(4), torch.tensor([0, 1, -100, -100]))
+    assert network[0].weight.grad[:, :2].all()
+    assert not network[0].weight.grad[:, 2:].any()
+    sure = DirectFeedbackAlignment(network, torch.ones(1, 4), ternary=1.0, noise=1.0)
+    sure.zero_grad()
+    sure(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+    assert not network[0].weight.grad.any()  # no label's error is above 1
+    assert network[1].weight.grad.any()
+
+
 @pytest.mark.parametrize("feedback", ["random", "kolen_pollack"])
 def test_frozen_stages_get_no_gradient(feedback: Any) -> None:
     network = tanh_chain()
@@ -231,6 +342,16 @@ def test_it_learns_more_than_its_last_layer_and_comes_to_align(
         assert cosine(ours["2.weight"], exact["2.weight"]) > 0.15  # below 81 degrees
 
 
+def test_ternary_errors_through_a_noisy_projector_still_train_hidden_stages(
+        trained: Callable[..., Any]) -> None:
+    for seed in range(2):
+        _, accuracy = trained(lambda network: DirectFeedbackAlignment(
+            network, torch.ones(1, 64), share=True, ternary=0.2, noise=0.1), seed, width=64)
+        _, control = trained(Backprop, seed, width=64, frozen=True)
+        assert accuracy > 0.9  # 0.933 and more over five seeds
+        assert accuracy > control + 0.04  # 0.856 to 0.867
+
+
 def test_shuffled_labels_teach_it_nothing(trained: Callable[..., Any]) -> None:
     _, accuracy = trained(lambda network: DirectFeedbackAlignment(network, torch.ones(1, 64)), 0,
                           shuffled=True)
@@ -268,6 +389,12 @@ def test_what_the_rule_cannot_do_is_refused() -> None:
         DirectFeedbackAlignment(network, x, feedback="gaussian")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"share=True keeps one fixed .*feedback='kolen_pollack'"):
         DirectFeedbackAlignment(network, x, share=True, feedback="kolen_pollack")
+    for ternary in (-0.1, math.nan):
+        with pytest.raises(ValueError, match=r"ternary must be a threshold of at least 0 .* got"):
+            DirectFeedbackAlignment(network, x, ternary=ternary)
+    for noise in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"noise must be at least 0, .* got"):
+            DirectFeedbackAlignment(network, x, noise=noise)
     with pytest.raises(ValueError, match=r"network must return \(batch, classes\)"):
         DirectFeedbackAlignment(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), x.float())
     with pytest.raises(ValueError, match=r"stage '0' must keep the batch axis of the logits"):

@@ -1,0 +1,184 @@
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from netwright.losses import cross_entropy
+from netwright.modes import (
+    random_state,
+    same_buffers,
+    same_random_state,
+    set_random_state,
+)
+from netwright.rules.rule import Rule, check_labels, targets
+from netwright.stages import Stages, stages
+
+
+class InferenceLearning(Rule):
+    """Let the states settle where a step of the weights would leave them, and take that step.
+
+    E = loss(h_L, y) + sum_i |h_i - f_i(h_{i-1})|^2 / (2 rate n_i), for each target;
+    n_i = 1 + |a_i|^2 for stage i's weighted layer on a_i (their sum, of several layers);
+    h_i := f_i(h_{i-1}), then `steps` times h_i := h_i - s P_i dE/dh_i, all i at once, with
+    P_i = rate n_i, at the output 1 / (1 + 1 / (rate n_L)); g = dE/dw there, its mean over targets.
+
+    SGD with lr=rate then ends at W + (h_i - f_i) a_i^T / n_i: the least change of W after which
+    the layer returns h_i, and its square is |h_i - f_i|^2 / n_i. So E is the loss after the step
+    plus the square of the step over 2 rate, and where it is least is the step of implicit SGD,
+    w' = w - rate dL/dw at w', whose size stays bounded however large `rate` is. That is exact for
+    one sample and stages that begin with their activation, as `nw.stages(network, cuts=...)` can
+    cut them; a batch takes the mean of its samples' steps. As `rate` falls to 0, g becomes the
+    exact gradient.
+
+    A step that would raise E is not taken, and s is halved; s starts at `state_rate`, and grows
+    by a tenth with each step. An error travels one stage a step, so `steps` are at least the
+    number of stages. Other optimizers than SGD, or another lr, can take g, but then the weights
+    do not go where the states have settled. Dropout keeps one mask for all steps, and running
+    statistics see the forward pass alone.
+
+    Shapes: x as the network takes it; h_i as stage i returns it; y as the loss takes it.
+
+    Raises:
+        ValueError: `steps` are too few for an error to reach the first stage, or a rate is not
+            above 0.
+
+    Paper: Alonso, Millidge, Krichmar, Neftci, 2022, A Theoretical Framework for Inference Learning
+    (the variant nearest to implicit SGD, IL-prox; there n_i is a batch's mean and a constant
+    while the states settle).
+
+    >>> network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> rule = InferenceLearning(network)
+    >>> x, y = torch.randn(2, 4), torch.tensor([0, 2])
+    >>> rule(x, y).requires_grad
+    False
+    >>> energies = rule.energies(x, y)
+    >>> energies == sorted(energies, reverse=True)
+    True
+    """
+
+    def __init__(self, network: nn.Module | Stages, example: Any = None, *, rate: float = 0.1,
+                 loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy, steps: int = 25,
+                 state_rate: float = 0.5, generator: Generator | None = None) -> None:
+        chain = stages(network, example)
+        if steps < len(chain):
+            raise ValueError(f"steps must be at least {len(chain)} for {len(chain)} stages, got "
+                             f"{steps}; an error travels one stage a step and would not reach "
+                             "the first: raise steps or cut the network into fewer stages")
+        for name, value in (("rate", rate), ("state_rate", state_rate)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}; try the default")
+        super().__init__(network, generator=generator)
+        self.stages, self.loss, self.steps = chain, loss, steps
+        self.rate, self.state_rate = rate, state_rate
+
+    def forward(self, x: Any, y: Tensor) -> Tensor:
+        """Add g to `.grad`; return the loss of the forward pass."""
+        weights = [p for p in self.network.parameters() if p.requires_grad]
+        batch = _Batch(self, x, y)
+        if weights:
+            with batch.undone():
+                for _ in range(self.steps):
+                    batch.step()
+                energy, _ = batch.energy(batch.states)
+                gradients = torch.autograd.grad(energy / batch.count, weights, allow_unused=True)
+            for parameter, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None \
+                        else parameter.grad.add_(gradient)
+        return batch.loss
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def energies(self, x: Any, y: Tensor) -> list[float]:
+        """Return the mean of E over the targets after 0, 1, ..., `steps` steps; change nothing."""
+        with same_buffers(self.network), same_random_state():
+            batch = _Batch(self, x, y)
+            with batch.undone():
+                found = [float(batch.lowest)]
+                for _ in range(self.steps):
+                    batch.step()
+                    found.append(float(batch.lowest))
+        return [value / float(batch.count) for value in found]
+
+
+class _Batch:
+    """The states of one batch, at first a forward pass's, and the lowest E that they have had."""
+
+    def __init__(self, rule: InferenceLearning, x: Any, y: Tensor) -> None:
+        self.rule, self.x, self.y = rule, x, y
+        self.context, self.start = rule.stages.context(x), random_state()
+        self.states: list[Tensor] = []
+        self.dtypes: list[torch.dtype] = []
+        h = x
+        with torch.no_grad():
+            for stage in rule.stages:
+                h = stage(h, self.context)
+                # Sums of small steps need more digits than autocast's types hold.
+                self.states.append(h.to(torch.promote_types(h.dtype, torch.float32)))
+                self.dtypes.append(h.dtype)
+            if rule.loss is cross_entropy:
+                check_labels(y, h.shape[-1])
+            self.loss = rule.loss(h, y)
+        self.count = targets(h, y)
+        self.lowest = self.loss * self.count
+        self.size = rule.state_rate
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Listen to the weighted layers; put back what the body does to buffers and randomness."""
+        self.heard: list[Tensor] = []
+        layers = {m for stage in self.rule.stages for part in stage.modules for m in part.modules()
+                  if any(p.ndim > 1 for p in m.parameters(recurse=False))}
+        handles = [layer.register_forward_pre_hook(self._hear) for layer in layers]
+        try:
+            with same_buffers(self.rule.network), same_random_state():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def step(self) -> None:
+        """Move all states down E, or shorten the next step where this one would raise it."""
+        states = [h.detach().requires_grad_() for h in self.states]
+        energy, norms = self.energy(states)
+        slopes = torch.autograd.grad(energy, states)
+        moved = []
+        for i, (h, slope, norm) in enumerate(zip(states, slopes, norms, strict=True)):
+            soft = self.rule.rate * norm.detach().view(-1, *[1] * (h.ndim - 1))
+            soft = 1 / (1 + 1 / soft) if i == len(states) - 1 else soft
+            moved.append((h - self.size * soft * slope).detach())
+        with torch.no_grad():
+            reached, _ = self.energy(moved)
+        if reached <= self.lowest:
+            self.states, self.lowest, self.size = moved, reached, self.size * 1.1
+        else:
+            self.size /= 2
+
+    def energy(self, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return the sum of E over the targets, and each stage's n for each sample."""
+        set_random_state(self.start)
+        energy, norms, h = self.rule.loss(states[-1], self.y) * self.count, [], self.x
+        for stage, state, dtype in zip(self.rule.stages, states, self.dtypes, strict=True):
+            self.heard.clear()
+            error = state - stage(h, self.context)
+            norm = torch.ones(len(error), dtype=error.dtype, device=error.device)
+            for squares in self.heard:
+                norm = norm + (squares if len(squares) == len(norm) else squares.sum() / len(norm))
+            squares = error.square().flatten(1).sum(1) if error.ndim > 1 else error.square()
+            energy = energy + (squares / (2 * self.rule.rate * norm)).sum()
+            norms.append(norm)
+            h = state.to(dtype)
+        return energy, norms
+
+    def _hear(self, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Note |a|^2 for each sample; a convolution reads a number once for each place it takes."""
+        if not (arguments and isinstance(arguments[0], Tensor)
+                and arguments[0].is_floating_point()):
+            return
+        a = arguments[0].to(torch.promote_types(arguments[0].dtype, torch.float32))
+        kernel, stride = getattr(layer, "kernel_size", ()), getattr(layer, "stride", ())
+        reads = prod(kernel) / prod(stride) if isinstance(kernel, tuple) else 1
+        self.heard.append(reads * a.square().flatten(1).sum(1))
