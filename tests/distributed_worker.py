@@ -66,7 +66,8 @@ UNEQUAL: dict[str, tuple[str, dict]] = {
     "SoftHebb": ("SoftHebb", {}),  # divides its steps by the largest of its share
 }
 # What changes the weights itself leaves nothing to average, and is refused.
-ALONE = {"BlockCoordinateDescent", "DynamicalLowRank", "ReverseDerivativeAscent"}
+ALONE = {"BlackBoxPrompt", "BlockCoordinateDescent", "DynamicalLowRank",
+         "QuantizedForwardGradient", "ReverseDerivativeAscent"}
 
 
 def network(*norm: nn.Module) -> nn.Sequential:

@@ -35,17 +35,11 @@ from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
 from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "Backprop", "BlackBoxPrompt", "DirectFeedbackAlignment", "DualPropagation",
-           "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
-           "HighwayBackprop", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward",
-           "NoProp", "Pepita", "PredictiveCoding", "ProductFeedback",
-           "QuantizedForwardGradient", "Rule", "SoftHebb",
-           "TwoStageBackward", "ZerothOrder"]
-__all__ = ["LLS", "Backprop", "BlockCoordinateDescent", "CascadedForward", "ContinualBackprop",
-           "DiffusionBlocks", "DirectFeedbackAlignment", "DualPropagation", "DynamicalLowRank",
-           "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
-           "HighwayBackprop", "InferenceLearning", "LikelihoodRatio", "LocalLosses",
-           "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous", "NoPropFlow",
-           "Pepita", "PipelinedBackprop", "PredictiveCoding", "ProductFeedback",
-           "ReverseDerivativeAscent", "Rule", "SoftHebb", "StationaryFeedback", "TwoStageBackward",
-           "ZerothOrder"]
+__all__ = ["LLS", "Backprop", "BlackBoxPrompt", "BlockCoordinateDescent", "CascadedForward",
+           "ContinualBackprop", "DiffusionBlocks", "DirectFeedbackAlignment", "DualPropagation",
+           "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward",
+           "ForwardGradient", "HighwayBackprop", "InferenceLearning", "LikelihoodRatio",
+           "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous",
+           "NoPropFlow", "Pepita", "PipelinedBackprop", "PredictiveCoding", "ProductFeedback",
+           "QuantizedForwardGradient", "ReverseDerivativeAscent", "Rule", "SoftHebb",
+           "StationaryFeedback", "TwoStageBackward", "ZerothOrder"]
