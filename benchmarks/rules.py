@@ -38,6 +38,7 @@ REASONS = {
     "BlockCoordinateDescent": "solves two linear systems for each layer",
     "EquilibriumPropagation": "settles in complex numbers, whose activations are no products",
     "ForwardGradient": "draws a normal number for every weight",
+    "QuantizedForwardGradient": "draws a normal number for every weight and direction, and rounds",
     "SoftHebb": "lets the units compete by a softmax, and takes the norms of the weights",
     "ZerothOrder": "draws a normal number for every weight three times over",
 }

@@ -59,6 +59,7 @@ UNEQUAL: dict[str, tuple[str, dict]] = {
     "DiffusionBlocks": ("DiffusionBlocks", {"blocks": 1, "num_classes": 3}),  # each one's noise
     "ForwardForward": ("ForwardForward", {}),  # draws each sample's negative label
     "ForwardGradient, activities": ("ForwardGradient", {"perturb": "activities"}),  # each sample's
+    "ForwardGradient, guided": ("ForwardGradient", {"guess": "local_loss"}),  # the batch's guess
     "InferenceLearning": ("InferenceLearning", {}),  # shortens its share's steps by its energy
     "LikelihoodRatio": ("LikelihoodRatio", {}),  # draws each sample's noise
     "NoProp": ("NoProp", {}),  # likewise
@@ -72,7 +73,8 @@ UNEQUAL: dict[str, tuple[str, dict]] = {
     "SoftHebb": ("SoftHebb", {}),  # divides its steps by the largest of its share
 }
 # What changes the weights itself leaves nothing to average, and is refused.
-ALONE = {"BlockCoordinateDescent", "DynamicalLowRank", "ReverseDerivativeAscent"}
+ALONE = {"BlackBoxPrompt", "BlockCoordinateDescent", "DynamicalLowRank",
+         "QuantizedForwardGradient", "ReverseDerivativeAscent"}
 
 
 def network(*norm: nn.Module) -> nn.Sequential:
@@ -185,8 +187,8 @@ def errors() -> dict[str, str]:
     rank, said = distributed.get_rank(), {}
     cases = {"uneven": lambda: fitted(train=[(X, Y)] * (rank + 1))}
     cases |= {rule: lambda rule=rule: nw.fit(getattr(nw.rules, rule)(
-        nw.circuits.evaluator(2, 3) if rule == "ReverseDerivativeAscent" else
-        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))), [(X, Y)], epochs=1)
+        *([nw.circuits.evaluator(2, 3)] if rule == "ReverseDerivativeAscent" else
+          [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), X[:4]])), [(X, Y)], epochs=1)
         for rule in ALONE}
     for name, case in cases.items():
         try:

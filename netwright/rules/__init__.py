@@ -10,7 +10,9 @@ from netwright.rules.energy.dual_propagation import DualPropagation
 from netwright.rules.energy.equilibrium_propagation import EquilibriumPropagation
 from netwright.rules.energy.inference_learning import InferenceLearning
 from netwright.rules.energy.predictive_coding import PredictiveCoding
+from netwright.rules.estimators.black_box_prompt import BlackBoxPrompt
 from netwright.rules.estimators.likelihood_ratio import LikelihoodRatio
+from netwright.rules.estimators.quantized_forward_gradient import QuantizedForwardGradient
 from netwright.rules.estimators.zeroth_order import ZerothOrder
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.exact.continual_backprop import ContinualBackprop
@@ -48,3 +50,11 @@ __all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "BlockCoordinateDesce
            "Pepita", "PhysicalForwardForward", "PipelinedBackprop", "PredictiveCoding",
            "ProductFeedback", "ReverseDerivativeAscent", "Rule", "SingleForward", "SoftHebb",
            "StationaryFeedback", "TargetProjection", "TwoStageBackward", "ZerothOrder"]
+__all__ = ["LLS", "Backprop", "BlackBoxPrompt", "BlockCoordinateDescent", "CascadedForward",
+           "ContinualBackprop", "DiffusionBlocks", "DirectFeedbackAlignment", "DualPropagation",
+           "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward",
+           "ForwardGradient", "HighwayBackprop", "InferenceLearning", "LikelihoodRatio",
+           "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous",
+           "NoPropFlow", "Pepita", "PipelinedBackprop", "PredictiveCoding", "ProductFeedback",
+           "QuantizedForwardGradient", "ReverseDerivativeAscent", "Rule", "SoftHebb",
+           "StationaryFeedback", "TwoStageBackward", "ZerothOrder"]

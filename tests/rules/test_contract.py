@@ -16,6 +16,7 @@ FEATURES, CLASSES = 20, 3
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "AdaptiveFeedbackAlignment": [{}],
     "Backprop": [{}],
+    "BlackBoxPrompt": [{"dimension": 4, "population": 4}],
     "ContinualBackprop": [{}, {"replacement_rate": 0.5, "maturity": 0}],
     "CascadedForward": [{}],
     "BlockCoordinateDescent": [{}, {"splitting": "two"}, {"keep": 6},
@@ -32,7 +33,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "ForwardForward": [{}, {"goodness": "mean"}, {"predict_by": "softmax"}, {"collaborate": True},
                        {"collaborate": "earlier"}, {"goodness": "by_class"}, {"blocks": 1},
                        {"goodness": "by_class", "blocks": ["0"], "predict_by": "softmax"}],
-    "ForwardGradient": [{}, {"perturb": "activities"}, {"directions": 3}],
+    "ForwardGradient": [{}, {"perturb": "activities"}, {"directions": 3}, {"guess": "local_loss"},
+                        {"perturb": "activities", "guess": "local_loss"}],
     "LLS": [{}, {"variant": "M"}, {"variant": "MxM"}, {"basis": "square"}],
     "LocalLosses": [{}, {"blocks": 2}],
     "MomentumAuxiliary": [{}, {"blocks": 2}],
@@ -49,6 +51,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
                           {"spike_compensation": False, "prediction": None, "stash": True}],
     "PhysicalForwardForward": [{}],
     "PredictiveCoding": [{}, {"incremental": True}],
+    "QuantizedForwardGradient": [{}, {"share": 0.5}, {"momentum": 0.0, "kernelwise": False}],
     "StationaryFeedback": [{}, {"feedback": 0.5}],
     "SoftHebb": [{}, {"anti_hebbian": False, "temperature": [0.5, 2.0]}, {"initial_norm": None}],
     "ProductFeedback": [{}],
@@ -243,8 +246,8 @@ def test_a_frozen_network_gets_no_gradient(name: str, options: dict[str, Any]) -
     case.network.requires_grad_(False)
     # the others may have parameters of their own
     if name in ("Backprop", "ContinualBackprop", "ForwardGradient", "HighwayBackprop",
-                "LikelihoodRatio", "PipelinedBackprop", "StationaryFeedback", "TwoStageBackward",
-                "ZerothOrder"):
+                "LikelihoodRatio", "PipelinedBackprop", "QuantizedForwardGradient",
+                "StationaryFeedback", "TwoStageBackward", "ZerothOrder"):
         with pytest.raises(ValueError, match="network has no trainable parameters"):
             case()
     else:
