@@ -22,11 +22,11 @@ from netwright.rules.exact.two_stage_backward import (
     schedule,
 )
 
-DEVICES = 4
+DEVICES = (4, 8)
 PROCESSES = 2
-SCHEDULES: dict[str, tuple[Literal["1f1b", "gpipe"], int]] = {
-    "naive": ("gpipe", 1), "GPipe, 4 micro-batches": ("gpipe", 4),
-    "1F1B, 4 micro-batches": ("1f1b", 4), "1F1B, 8 micro-batches": ("1f1b", 8)}
+# For so many devices: the order, and micro-batches as a multiple of the devices, 0 for one.
+SCHEDULES: tuple[tuple[str, Literal["1f1b", "gpipe"], int], ...] = (
+    ("naive", "gpipe", 0), ("GPipe", "gpipe", 1), ("1F1B", "1f1b", 1), ("1F1B", "1f1b", 2))
 SMALL = "small transformer"
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -38,34 +38,37 @@ def two_stage_backward(scale: Scale) -> Outcome:
     desk = scale == "desk"
     seeds, repeats = (range(3), 7) if desk else (range(5), 50)
     figures: dict[str, list[float]] = {
-        f"all parts of equal time, {name}: plain over two-stage step": [_gain([[1.0] * DEVICES] * 4,
+        f"all parts of equal time, {name}: plain over two-stage step": [_gain([[1.0] * devices] * 4,
                                                                               *plan, plain=2.0)]
-        for name, plan in SCHEDULES.items()}
+        for devices in DEVICES for name, plan in _schedules(devices).items()}
     curves: dict[str, Curve] = {}
     rises: dict[str, bool] = {}
     for model, make in (("transformer", lambda: _transformer(256, 64)),
                         ("convolutions", _convolutions), ("MLP", _perceptron),
                         (SMALL, lambda: _transformer(64, 16))):
-        times = []
+        times: dict[int, list[list[list[float]]]] = {devices: [] for devices in DEVICES}
         for seed in seeds:
             torch.manual_seed(seed)
             network, x, y = make()
             figures.setdefault(f"{model}: largest difference from autograd's gradients, "
                                "over their largest", []).append(_difference(network, x, y))
-            times.append(_times(network, x, y, repeats))
-        for name, plan in SCHEDULES.items():
-            found = [_gain(t, *plan) for t in times]
-            figures[f"{model}, {name}: plain over two-stage step, simulated"] = found
-            rises[model] = rises.get(model, True) and min(found) > 1
+            for devices in DEVICES:
+                times[devices].append(_times(network, x, y, repeats, devices))
+        for devices in DEVICES:
+            for name, plan in _schedules(devices).items():
+                found = [_gain(t, *plan) for t in times[devices]]
+                figures[f"{model}, {name}: plain over two-stage step, simulated"] = found
+                rises[model] = rises.get(model, True) and min(found) > 1
+            curves[f"{model}, 1F1B on {devices} devices"] = Curve(
+                list(MICRO_BATCHES), [[_gain(t, "1f1b", m) for m in MICRO_BATCHES]
+                                      for t in times[devices]])
         figures[f"{model}: both parts over a plain backward, processor time"] = [
-            (sum(t[1]) + sum(t[2])) / sum(t[3]) for t in times]
+            (sum(t[1]) + sum(t[2])) / sum(t[3]) for t in times[DEVICES[0]]]
         figures[f"{model}: second part's share of both"] = [
-            sum(t[2]) / (sum(t[1]) + sum(t[2])) for t in times]
+            sum(t[2]) / (sum(t[1]) + sum(t[2])) for t in times[DEVICES[0]]]
         two, one = (cost(rule(network), (x, y), repeats=1, warmup=0).working_bytes
                     for rule in (TwoStageBackward, Backprop))
         figures[f"{model}: working memory of a step over backpropagation's"] = [two / one]
-        curves[f"{model}, 1F1B"] = Curve(
-            list(MICRO_BATCHES), [[_gain(t, "1f1b", m) for m in MICRO_BATCHES] for t in times])
     real: dict[str, bool] = {}
     for model in ("transformer", "MLP"):
         name = f"{model}, {PROCESSES} processes, 1F1B, {PROCESSES} micro-batches"
@@ -82,17 +85,17 @@ def two_stage_backward(scale: Scale) -> Outcome:
         verdict = "shown" if all(rises.values()) and all(real.values()) else "partly shown"
     return Outcome(
         verdict=verdict,
-        setting={"devices": DEVICES, "seeds": len(seeds),
+        setting={"devices": list(DEVICES), "seeds": len(seeds),
                  "transformer": "8 blocks, width 256, 8 rows of 64",
                  "convolutions": "12 of 3x3, 32 channels, batch norm, 16 images of 24x24",
                  "MLP": "12 layers of width 1024, 128 rows",
                  SMALL: "8 blocks, width 64, 8 rows of 16",
                  "simulated throughput rises in every schedule": rises,
                  "measured throughput of two processes rises for every seed": real,
-                 "times": f"of each quarter of the network, one thread, median of {repeats}: "
-                          "forward, first part, second part, plain backward in turn"},
+                 "times": "of each device's share of the network, one thread, median of "
+                          f"{repeats}: forward, first part, second part, plain backward in turn"},
         figures=figures,
-        note="The pipelines over 4 devices are simulated, a device for each quarter of the "
+        note="The pipelines over 4 and 8 devices are simulated, each device with its share of the "
              "network, with the processor times measured on one core and sending for nothing. "
              "Those over 2 processes are real: each has half of the network and one thread on this "
              "machine, sends signals by gloo, and does second parts while nothing has come; plain "
@@ -113,8 +116,8 @@ def two_stage_backward(scale: Scale) -> Outcome:
 def _transformer(width: int, context: int) -> tuple[nn.Sequential, Tensor, Tensor]:
     x = torch.randint(32, (8, context))
     network = gpt(32, context, width=width, depth=8)
-    # two blocks in each quarter
-    return nn.Sequential(network[:3], network[3:5], network[5:7], network[7:]), x, x
+    # a block in each eighth
+    return nn.Sequential(network[:2], *[network[i] for i in range(2, 8)], network[8:]), x, x
 
 
 def _convolutions() -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -256,12 +259,19 @@ def _difference(network: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((found[0] - found[1]).abs().max() / found[1].abs().max())
 
 
-def _times(network: nn.Sequential, x: Tensor, y: Tensor, repeats: int) -> list[list[float]]:
-    """Return each quarter's times: forward, first part, second part, and a plain backward."""
-    cuts = [round(i * len(network) / DEVICES) for i in range(DEVICES + 1)]
+def _schedules(devices: int) -> dict[str, tuple[Literal["1f1b", "gpipe"], int]]:
+    """Return the order and the number of micro-batches of each schedule, by name."""
+    return {f"{devices} devices, {name}" + (f", {times * devices} micro-batches" if times else ""):
+            (order, max(times * devices, 1)) for name, order, times in SCHEDULES}
+
+
+def _times(network: nn.Sequential, x: Tensor, y: Tensor, repeats: int,
+           devices: int) -> list[list[float]]:
+    """Return each device's times: forward, first part, second part, and a plain backward."""
+    cuts = [round(i * len(network) / devices) for i in range(devices + 1)]
     found, h = [], x
     for i, part in enumerate(network[a:b] for a, b in pairwise(cuts)):
-        parameters, last = list(part.parameters()), i == DEVICES - 1
+        parameters, last = list(part.parameters()), i == devices - 1
         start = h.detach().requires_grad_(i > 0)
 
         def run(part: nn.Module = part, start: Tensor = start, last: bool = last) -> Tensor:
