@@ -41,20 +41,13 @@ from netwright.rules.local.mono_forward import MonoForward
 from netwright.rules.local.target_projection import TargetProjection
 from netwright.rules.rule import Rule
 
-__all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "BlockCoordinateDescent",
-           "CascadedForward", "ContinualBackprop", "CounterCurrent", "DiffusionBlocks",
-           "DirectFeedbackAlignment", "DisinhibitoryHebb", "DualPropagation", "DynamicalLowRank",
-           "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward", "ForwardGradient",
-           "HighwayBackprop", "InferenceLearning", "LikelihoodRatio", "LocalLosses",
-           "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous", "NoPropFlow",
-           "Pepita", "PhysicalForwardForward", "PipelinedBackprop", "PredictiveCoding",
-           "ProductFeedback", "ReverseDerivativeAscent", "Rule", "SingleForward", "SoftHebb",
-           "StationaryFeedback", "TargetProjection", "TwoStageBackward", "ZerothOrder"]
-__all__ = ["LLS", "Backprop", "BlackBoxPrompt", "BlockCoordinateDescent", "CascadedForward",
-           "ContinualBackprop", "DiffusionBlocks", "DirectFeedbackAlignment", "DualPropagation",
+__all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "BlackBoxPrompt",
+           "BlockCoordinateDescent", "CascadedForward", "ContinualBackprop", "CounterCurrent",
+           "DiffusionBlocks", "DirectFeedbackAlignment", "DisinhibitoryHebb", "DualPropagation",
            "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward",
            "ForwardGradient", "HighwayBackprop", "InferenceLearning", "LikelihoodRatio",
            "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous",
-           "NoPropFlow", "Pepita", "PipelinedBackprop", "PredictiveCoding", "ProductFeedback",
-           "QuantizedForwardGradient", "ReverseDerivativeAscent", "Rule", "SoftHebb",
-           "StationaryFeedback", "TwoStageBackward", "ZerothOrder"]
+           "NoPropFlow", "Pepita", "PhysicalForwardForward", "PipelinedBackprop",
+           "PredictiveCoding", "ProductFeedback", "QuantizedForwardGradient",
+           "ReverseDerivativeAscent", "Rule", "SingleForward", "SoftHebb", "StationaryFeedback",
+           "TargetProjection", "TwoStageBackward", "ZerothOrder"]
