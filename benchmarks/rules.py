@@ -28,9 +28,9 @@ from netwright.models import mlp
 from netwright.rules import Rule
 
 RESULTS = Path(__file__).parent / "results" / "rules.json"
-# What trains no classifiers of vectors: circuits, denoisers, recurrent networks, physical layers.
-APART = {"Rule", "BlackBoxPrompt", "DiffusionBlocks", "PhysicalForwardForward",
-         "ReverseDerivativeAscent", "SingleForward", "StationaryFeedback"}
+# What trains no classifiers of vectors: prompts, denoisers, circuits, graphs, recurrent networks.
+APART = {"Rule", "BlackBoxPrompt", "DiffusionBlocks", "ReverseDerivativeAscent", "SingleForward",
+         "StationaryFeedback"}
 RULES = [name for name in rules.__all__ if name not in APART]
 WIDTH, HIDDEN, CLASSES, BATCH, LIMIT = 784, (1024, 1024), 10, 256, 1.3
 # Why a rule takes more than `LIMIT` times its floor.

@@ -1,7 +1,7 @@
 """Draws the map of the rules: how the teaching signal travels, and what was measured."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from _pictures import _svg
 from matplotlib.axes import Axes
@@ -129,7 +129,7 @@ def group_of(rule: str) -> str:
     return getattr(rules, rule).__module__.split(".")[2]
 
 
-def ordered(names: Sequence[str]) -> list[str]:
+def ordered(names: Iterable[str]) -> list[str]:
     """Return rules by group, in the order of the map, and by name."""
     return sorted(names, key=lambda name: (list(GROUPS).index(group_of(name)), name.lower()))
 
@@ -137,7 +137,7 @@ def ordered(names: Sequence[str]) -> list[str]:
 def measured(found: Comparison) -> str:
     """Return an SVG of every rule's accuracy and cost: a line for each, a mark for each task."""
     rows = {(row.task, row.change): row for row in found.rows if row.scores}
-    names = ordered(list({change for _, change in rows}))
+    names = ordered({change for _, change in rows})
     figure = Figure(figsize=(9, 1.1 + 0.24 * len(names)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     asked: list[tuple[str, Callable[[Row, Row], float]]] = [
