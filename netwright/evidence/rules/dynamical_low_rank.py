@@ -11,9 +11,9 @@ from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
 from netwright.rules import Backprop, DynamicalLowRank
 
 BATCH, WIDTH, HIDDEN = 64, 256, 3
-RATES = (0.05, 0.1)
-BAD_STEPS = 200
-TOLERANCES = (0.05, 0.1, 0.15, 0.2)
+RATES = (0.1, 0.3)
+BAD_STEPS = 400
+TOLERANCES = (0.05, 0.1, 0.15)
 NEAR, SMALL = 1.0, 0.5  # percentage points; share of the dense weights
 Batch = tuple[Tensor, Tensor]
 
@@ -23,7 +23,7 @@ Batch = tuple[Tensor, Tensor]
           "singular values stop the descent of plain factors.")
 def dynamical_low_rank(scale: Scale) -> Outcome:
     """Accuracy and ranks by tolerance, beside the dense network; descent from a bad start."""
-    count, epochs, seeds = (15000, 5, range(3)) if scale == "desk" else (60000, 20, range(5))
+    count, epochs, seeds = (30000, 10, range(3)) if scale == "desk" else (60000, 20, range(5))
     data = mnist()
     x, y = data.x_train[:count].flatten(1), data.y_train[:count]
     test = data.x_test.flatten(1), data.y_test
@@ -69,10 +69,11 @@ def dynamical_low_rank(scale: Scale) -> Outcome:
                              f"{SMALL:.0%} of its weights, and the descent from a bad start is "
                              "faster than the plain factors' for every seed"},
         figures=figures, curves=ranks, axes=("quarter epochs", "largest rank"),
-        note="Gradient descent without momentum for all. Weights are counted as U S and V. A first "
-             "run with batches of 256 and rates of 0.1 and 0.3 made too few steps to tell: dense "
-             "networks ended at 89.7 % with a deviation of 6.7, and 40 steps from the bad start "
-             "led to losses of 2.29 and 2.30, which is chance.")
+        note="Gradient descent without momentum for all. Weights are counted as U S and V. Two "
+             "shorter trainings came first: one of 295 steps, after which dense networks stood at "
+             "89.7 % and neither descent had left its bad start, and one of 1,175 steps with rates "
+             "up to 0.1, not shown either: dense networks reached 93.7 %, a tolerance of 0.1 91.4 "
+             "% with 31 % of the weights. What low rank loses falls as training goes on.")
 
 
 def _best(score: Callable[[float], float]) -> float:
