@@ -35,7 +35,8 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def rule(name: str, stages: int) -> Rule:
     torch.manual_seed(0)
-    activation = nn.Tanh if name == "EquilibriumPropagation" else nn.ReLU  # it takes no ReLU
+    smooth = name in ("DisinhibitoryHebb", "EquilibriumPropagation")  # they take no ReLU
+    activation = nn.Tanh if smooth else nn.ReLU
     hidden = [part for _ in range(stages - 1) for part in (nn.Linear(WIDTH, WIDTH), activation())]
     network = nn.Sequential(*hidden, nn.Linear(WIDTH, CLASSES))
     kind = getattr(rules, name)
