@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from netwright.units import Units, hidden_units
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
-IDS = torch.randint(30, (2, 7))
+IDS = torch.randint(30, (2, 7), generator=torch.Generator().manual_seed(0))
+PICTURES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 20}
 
@@ -36,11 +37,11 @@ def resnet() -> nn.Module:
 
 
 @pytest.mark.parametrize(("make", "x", "counts"), [
-    (cnn, torch.randn(2, 3, 8, 8), [6, 8, 10]),
+    (cnn, PICTURES[..., :8, :8], [6, 8, 10]),
     (gpt2, {"input_ids": IDS}, [64, 64]),
     (llama, {"input_ids": IDS}, [20, 20]),
     (bert, {"input_ids": IDS}, [20, 20, 16]),  # and the pooler's, which the classifier reads
-    (resnet, {"pixel_values": torch.randn(2, 3, 32, 32)}, [2, 2, 2, 2, 4, 4, 4, 4]),
+    (resnet, {"pixel_values": PICTURES}, [2, 2, 2, 2, 4, 4, 4, 4]),
 ], ids=["cnn", "gpt2", "llama", "bert", "resnet"])
 def test_a_silenced_unit_is_one_whose_maker_does_not_matter(make, x, counts) -> None:
     """Units whose outgoing weights are 0 can have any incoming weights; others cannot."""
@@ -65,7 +66,7 @@ def test_a_silenced_unit_is_one_whose_maker_does_not_matter(make, x, counts) -> 
         assert not torch.allclose(output(), before, atol=1e-6)
 
 
-@pytest.mark.parametrize(("make", "x"), [(cnn, torch.randn(2, 3, 8, 8)),
+@pytest.mark.parametrize(("make", "x"), [(cnn, PICTURES[..., :8, :8]),
                                          (gpt2, {"input_ids": IDS})], ids=["cnn", "gpt2"])
 def test_values_are_what_the_outgoing_weights_read(make, x) -> None:
     torch.manual_seed(0)
@@ -136,7 +137,7 @@ def test_tied_weights_are_left_out() -> None:
 
 
 def test_looking_changes_nothing() -> None:
-    model, x = cnn(), torch.randn(2, 3, 8, 8)
+    model, x = cnn(), PICTURES[..., :8, :8]
     model.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.inference_mode():

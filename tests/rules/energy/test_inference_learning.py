@@ -63,7 +63,7 @@ def test_the_step_is_the_solved_proximal_step_of_one_sample(activation, rate):
     rule = InferenceLearning(cut(network), rate=rate, steps=400)
     rule(x, LABELS[:1])
     assert (-rate * flat(network) - step).norm() < 5e-3 * step.norm()
-    assert rule.energies(x, LABELS[:1])[-1] == pytest.approx(least, rel=1e-7)
+    assert rule.energies(x, LABELS[:1])[-1] == pytest.approx(least, rel=1e-5)
 
 
 def test_one_linear_stage_with_squared_error_in_closed_form():
@@ -137,7 +137,9 @@ def test_energy_never_rises_and_starts_at_the_loss(rate, state_rate):
         torch.manual_seed(2)
         energies = rule.energies(x, LABELS)
         torch.manual_seed(2)
-        assert energies[0] == pytest.approx(float(cross_entropy(network(x), LABELS)), rel=1e-5)
+        with torch.no_grad():
+            loss = float(cross_entropy(network(x), LABELS))
+        assert energies[0] == pytest.approx(loss, rel=1e-5)
         assert energies == sorted(energies, reverse=True)
         assert energies[-1] < energies[0]
 
