@@ -55,6 +55,9 @@ class _Snapshot:
             self.attributes[name].clear()
             self.attributes[name].update(table)
         for tensor, value in self.tensors:
-            tensor.data.copy_(value)
+            if tensor.shape == value.shape:
+                tensor.data.copy_(value)
+            else:  # some rules resize their weights
+                tensor.data = value
         for generator, state in self.generators:
             generator.set_state(state)

@@ -35,9 +35,9 @@ class InferenceLearning(Rule):
 
     A step that would raise E is not taken, and s is halved; s starts at `state_rate`, and grows
     by a tenth with each step. An error travels one stage a step, so `steps` are at least the
-    number of stages. Other optimizers than SGD, or another lr, can take g, but then the weights
-    do not go where the states have settled. Dropout keeps one mask for all steps, and running
-    statistics see the forward pass alone.
+    number of stages; None is 25, or that number if it is larger. Other optimizers than SGD, or
+    another lr, can take g, but then the weights do not go where the states have settled. Dropout
+    keeps one mask for all steps, and running statistics see the forward pass alone.
 
     Shapes: x as the network takes it; h_i as stage i returns it; y as the loss takes it.
 
@@ -60,9 +60,10 @@ class InferenceLearning(Rule):
     """
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, rate: float = 0.1,
-                 loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy, steps: int = 25,
+                 loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy, steps: int | None = None,
                  state_rate: float = 0.5, generator: Generator | None = None) -> None:
         chain = stages(network, example)
+        steps = max(25, len(chain)) if steps is None else steps
         if steps < len(chain):
             raise ValueError(f"steps must be at least {len(chain)} for {len(chain)} stages, got "
                              f"{steps}; an error travels one stage a step and would not reach "

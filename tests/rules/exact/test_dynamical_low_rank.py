@@ -223,6 +223,16 @@ def test_a_transformer_with_dropout_learns() -> None:
     assert len(rule.ranks) > 8
 
 
+def test_measuring_leaves_the_ranks_as_they_were() -> None:
+    rule = DynamicalLowRank(mlp(), X, tolerance=0.5, rate=0.5)
+    before = {name: value.clone() for name, value in rule.state_dict().items()}
+    nw.measure.cost(rule, (X, Y), repeats=2)
+    assert rule.ranks == {"0": 8, "2": 8}
+    assert all(torch.equal(value, before[name]) for name, value in rule.state_dict().items())
+    rule(X, Y)
+    assert max(rule.ranks.values()) < 8  # a step does change them
+
+
 def test_fit_trains_it_without_an_optimizer() -> None:
     rule = DynamicalLowRank(mlp(), X, rate=0.3)
     history = nw.fit(rule, [(X, Y)], epochs=20, progress=False)
