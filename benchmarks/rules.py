@@ -42,6 +42,7 @@ REASONS = {
     "EquilibriumPropagation": "settles in complex numbers, whose activations are no products",
     "ForwardGradient": "draws a normal number for every weight",
     "QuantizedForwardGradient": "draws a normal number for every weight and direction, and rounds",
+    "RandomFeatureBoosting": "solves a logistic regression to its end, in float64",
     "SoftHebb": "lets the units compete by a softmax, and takes the norms of the weights",
     "ZerothOrder": "draws a normal number for every weight three times over",
 }

@@ -74,7 +74,7 @@ UNEQUAL: dict[str, tuple[str, dict]] = {
 }
 # What changes the weights itself leaves nothing to average, and is refused.
 ALONE = {"BlackBoxPrompt", "BlockCoordinateDescent", "DynamicalLowRank",
-         "QuantizedForwardGradient", "ReverseDerivativeAscent"}
+         "QuantizedForwardGradient", "RandomFeatureBoosting", "ReverseDerivativeAscent"}
 
 
 def network(*norm: nn.Module) -> nn.Sequential:

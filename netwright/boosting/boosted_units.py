@@ -13,7 +13,7 @@ from netwright.boosting._estimators import (
     check_name,
     check_numbers,
 )
-from netwright.boosting._losses import best_step, loss, residual
+from netwright.fits import best_step, loss, residual
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"logistic": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 

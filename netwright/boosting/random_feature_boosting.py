@@ -12,7 +12,7 @@ from netwright.boosting._estimators import (
     check_name,
     check_numbers,
 )
-from netwright.boosting._losses import best_step, loss, residual
+from netwright.fits import boosted_map, linear_readout, loss, residual
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 DELTAS = ["gradient", "dense", "diagonal", "scalar"]
@@ -74,10 +74,7 @@ class _RandomFeatureBoosting(Grown):
         mean = f.mean(0)
         f = f - mean  # so that what is added has a bias of its own, which is not penalised
         if self.delta == "gradient":
-            G = r @ W
-            G = G / G.square().sum(1).mean().sqrt().clamp_min(torch.finfo(G.dtype).tiny)
-            delta = ridge_solution(f, G, self.ridge)
-            delta = delta * best_step(scores, f @ delta @ W.T, y, self._squared)
+            delta = boosted_map(f, scores, W, y, self._squared, self.ridge)
         elif self.delta == "dense":
             delta = dense_sandwich(f, r, W, self.ridge)
         elif self.delta == "diagonal":
@@ -89,19 +86,7 @@ class _RandomFeatureBoosting(Grown):
         block.delta.weight.copy_(torch.cat([delta] * (block.delta.in_features // len(delta))).T)
 
     def _readout(self, phi: Tensor, y: Tensor, before: nn.Linear | None) -> nn.Linear:
-        readout = nn.Linear(phi.shape[1], y.shape[1], dtype=phi.dtype)
-        mean = phi.mean(0)
-        if self._squared:
-            readout.weight.copy_(ridge_solution(phi - mean, y, self.ridge_readout).T)
-            readout.bias.copy_(y.mean(0) - readout.weight @ mean)
-            return readout
-        if before is None:
-            readout.weight.zero_()
-            readout.bias.copy_(y.mean(0).log())
-        else:
-            readout.load_state_dict(before.state_dict())
-        fit_logistic(readout, phi, y, self.ridge_readout)
-        return readout
+        return linear_readout(phi, y, self._squared, self.ridge_readout, before)
 
     def _draw(self, x: Tensor, y: Tensor, count: int, generator: Generator) -> nn.Linear:
         """Return a layer of `count` random features of x."""
@@ -235,20 +220,6 @@ class RandomFeatureNetwork(nn.Module):
         return self.readout(phi)
 
 
-def ridge_solution(f: Tensor, g: Tensor, ridge: float) -> Tensor:
-    """Return the D that minimises |g - f D|²/n + ridge |D|², by the smaller of its two forms.
-
-    Shapes: f (n, p); g (n, q); D (p, q).
-    """
-    n, p = f.shape
-    gram = f @ f.T if n < p else f.T @ f
-    gram.diagonal().add_(n * ridge)
-    factor = torch.linalg.cholesky(gram)
-    if n < p:
-        return f.T @ torch.cholesky_solve(g, factor)
-    return torch.cholesky_solve(f.T @ g, factor)
-
-
 def dense_sandwich(f: Tensor, r: Tensor, W: Tensor, ridge: float) -> Tensor:
     """Return the D that minimises |r - f D W^T|²/n + ridge |D|².
 
@@ -275,18 +246,3 @@ def scalar_sandwich(f: Tensor, r: Tensor, W: Tensor, ridge: float) -> Tensor:
     """Return the number d that minimises |r - d f W^T|²/n + ridge d², f (n, width)."""
     scores = f @ W.T
     return (r * scores).sum() / (scores.square().sum() + len(f) * ridge)
-
-
-@torch.enable_grad()
-def fit_logistic(readout: nn.Linear, phi: Tensor, y: Tensor, ridge: float) -> None:
-    """Minimise the cross-entropy of the readout plus ridge |W|², from where it stands."""
-    optimizer = torch.optim.LBFGS(readout.parameters(), max_iter=100, tolerance_grad=1e-5,
-                                  line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(readout(phi), y, False) + ridge * readout.weight.square().sum()
-        value.backward()
-        return value
-    optimizer.step(closure)
-    readout.zero_grad()

@@ -1,6 +1,7 @@
 """Learning rules: what can stand where `loss.backward()` stood."""
 
 from netwright.rules.closed_form.block_coordinate_descent import BlockCoordinateDescent
+from netwright.rules.closed_form.random_feature_boosting import RandomFeatureBoosting
 from netwright.rules.denoising.diffusion_blocks import DiffusionBlocks
 from netwright.rules.denoising.noprop import NoProp
 from netwright.rules.denoising.noprop_continuous import NoPropContinuous
@@ -49,5 +50,5 @@ __all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "BlackBoxPrompt",
            "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous",
            "NoPropFlow", "Pepita", "PhysicalForwardForward", "PipelinedBackprop",
            "PredictiveCoding", "ProductFeedback", "QuantizedForwardGradient",
-           "ReverseDerivativeAscent", "Rule", "SingleForward", "SoftHebb", "StationaryFeedback",
-           "TargetProjection", "TwoStageBackward", "ZerothOrder"]
+           "RandomFeatureBoosting", "ReverseDerivativeAscent", "Rule", "SingleForward",
+           "SoftHebb", "StationaryFeedback", "TargetProjection", "TwoStageBackward", "ZerothOrder"]

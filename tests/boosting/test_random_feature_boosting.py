@@ -12,14 +12,13 @@ from sklearn.utils.estimator_checks import check_estimator
 
 import netwright as nw
 from netwright.boosting import RandomFeatureBoostingClassifier, RandomFeatureBoostingRegressor
-from netwright.boosting._losses import best_step, loss, residual
 from netwright.boosting.random_feature_boosting import (
     dense_sandwich,
     diagonal_sandwich,
-    ridge_solution,
     scalar_sandwich,
 )
 from netwright.errors import UnknownName
+from netwright.fits import best_step, loss, residual, ridge_solution
 
 SMALL = {"n_features": 16, "width": 8, "random_state": 0}
 DELTAS = ["gradient", "dense", "diagonal", "scalar"]

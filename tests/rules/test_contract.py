@@ -52,6 +52,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "PhysicalForwardForward": [{}],
     "PredictiveCoding": [{}, {"incremental": True}],
     "QuantizedForwardGradient": [{}, {"share": 0.5}, {"momentum": 0.0, "kernelwise": False}],
+    "RandomFeatureBoosting": [{}, {"output_loss": "squared"}, {"keep": 6}],
     "StationaryFeedback": [{}, {"feedback": 0.5}],
     "SoftHebb": [{}, {"anti_hebbian": False, "temperature": [0.5, 2.0]}, {"initial_norm": None}],
     "ProductFeedback": [{}],

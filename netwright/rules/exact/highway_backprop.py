@@ -7,11 +7,9 @@ from torch import Generator, Tensor, nn
 from netwright.errors import UnknownName
 from netwright.losses import cross_entropy
 from netwright.rules.exact.links import Link, run_linked
+from netwright.rules.residual import is_added
 from netwright.rules.rule import Rule
 from netwright.stages import Stages, stages
-
-# What passes a gradient on as it is, in the graph of an addition.
-IDENTITIES = ("AddBackward0", "ToCopyBackward0")
 
 
 class HighwayBackprop(Rule):
@@ -107,7 +105,7 @@ class HighwayBackprop(Rule):
             return False
         fits = end.shape == start.shape and end.dtype == start.dtype
         if self.residual is None:
-            return fits and _is_added(start, end)
+            return fits and is_added(start, end)
         if name in self.residual and not fits:
             raise ValueError(f"residual names stage {name!r}, whose output must have its input's "
                              f"shape and dtype, got {tuple(end.shape)} of {end.dtype} from "
@@ -127,16 +125,3 @@ class HighwayBackprop(Rule):
             *above, bottom = torch.stack([top, *reversed(through)]).cumsum(0)
             signals = above[::-1]
         return signals, bottom
-
-
-def _is_added(start: Tensor, end: Tensor) -> bool:
-    """Return whether `end` is `start` plus something, by the graph between them."""
-    nodes = [end.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is start.grad_fn:
-            return True
-        if node is not None and node.name() in IDENTITIES:
-            scaled = getattr(node, "_saved_alpha", 1) != 1  # a + alpha b
-            nodes += [parent for parent, _ in node.next_functions[:1 if scaled else None]]
-    return False
