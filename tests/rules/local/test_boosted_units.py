@@ -93,8 +93,7 @@ def test_units_whose_turn_has_not_come_say_nothing(optimizer: str) -> None:
     assert torch.equal(loud(X), network(X))
     assert torch.equal(rule.predict(X), network(X))
     # When it comes, they begin as they were drawn.
-    optimizer_ = torch.optim.SGD(rule.parameters(), 0.0)
-    goes_on(rule, 3, optimizer_)
+    goes_on(rule, 3, torch.optim.SGD(rule.parameters(), 0.0))
     assert int(rule.group) == 2
     assert torch.equal(network[4].weight[:, 6:], drawn[:, 6:])
 
@@ -113,10 +112,8 @@ def test_what_has_had_its_turn_stays(optimizer: str, known: bool) -> None:
              network[4].weight[:, :3].clone()]
     learning = network[2].weight[3:6].clone()
     goes_on(rule, 7, stepped, known=known)
-    if optimizer == "sgd" or (known and optimizer != "adamw"):
-        rule.predict = None  # type: ignore[assignment, method-assign]  # nothing need be put back
-    else:
-        rule.predict(X)
+    if optimizer == "adamw" or not (known or optimizer == "sgd"):
+        rule.predict(X)  # puts back what the last step moved; without it there is nothing to do
     assert all(torch.equal(a, b) for a, b in zip(network[0].parameters(), lower, strict=True))
     assert torch.equal(network[2].weight[:3], units[0])
     assert torch.equal(network[2].bias[:3], units[1])
