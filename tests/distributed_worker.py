@@ -21,6 +21,7 @@ EDGES = torch.stack([torch.arange(44), torch.arange(44).roll(1)])
 EQUAL: dict[str, tuple[str, dict]] = {
     "AdaptiveFeedbackAlignment": ("AdaptiveFeedbackAlignment", {}),
     "Backprop": ("Backprop", {}),
+    "BoostedUnits": ("BoostedUnits", {"units": 3, "steps": 3}),
     "ContinualBackprop": ("ContinualBackprop", {"replacement_rate": 0.1, "maturity": 2}),
     "CascadedForward": ("CascadedForward", {}),
     "FeedbackAlignment": ("FeedbackAlignment", {}),

@@ -115,6 +115,8 @@ def rule_case(name: str) -> Callable:
                 made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
             case "BlockCoordinateDescent":  # linear layers and ReLU
                 made = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+            case "BoostedUnits":  # groups short enough that there are several
+                options |= {"units": 3, "steps": 2}
             case "StationaryFeedback":  # recurrent layers
                 made = nn.Sequential(nn.Linear(6, 12), Last(), nn.Linear(4, 3))
             case "DiffusionBlocks":  # what returns what it takes

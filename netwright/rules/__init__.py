@@ -34,6 +34,7 @@ from netwright.rules.forward.physical_forward_forward import PhysicalForwardForw
 from netwright.rules.forward.single_forward import SingleForward
 from netwright.rules.hebbian.disinhibitory_hebb import DisinhibitoryHebb
 from netwright.rules.hebbian.softhebb import SoftHebb
+from netwright.rules.local.boosted_units import BoostedUnits
 from netwright.rules.local.cascaded_forward import CascadedForward
 from netwright.rules.local.lls import LLS
 from netwright.rules.local.local_losses import LocalLosses
@@ -52,3 +53,12 @@ __all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "BlackBoxPrompt",
            "PredictiveCoding", "ProductFeedback", "QuantizedForwardGradient",
            "RandomFeatureBoosting", "ReverseDerivativeAscent", "Rule", "SingleForward",
            "SoftHebb", "StationaryFeedback", "TargetProjection", "TwoStageBackward", "ZerothOrder"]
+           "BlockCoordinateDescent", "BoostedUnits", "CascadedForward", "ContinualBackprop",
+           "CounterCurrent", "DiffusionBlocks", "DirectFeedbackAlignment", "DisinhibitoryHebb",
+           "DualPropagation", "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment",
+           "ForwardForward", "ForwardGradient", "HighwayBackprop", "InferenceLearning",
+           "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp",
+           "NoPropContinuous", "NoPropFlow", "Pepita", "PhysicalForwardForward",
+           "PipelinedBackprop", "PredictiveCoding", "ProductFeedback", "QuantizedForwardGradient",
+           "ReverseDerivativeAscent", "Rule", "SingleForward", "SoftHebb", "StationaryFeedback",
+           "TargetProjection", "TwoStageBackward", "ZerothOrder"]

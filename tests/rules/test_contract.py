@@ -17,6 +17,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "AdaptiveFeedbackAlignment": [{}],
     "Backprop": [{}],
     "BlackBoxPrompt": [{"dimension": 4, "population": 4}],
+    "BoostedUnits": [{}, {"units": 5, "steps": 1}],
     "ContinualBackprop": [{}, {"replacement_rate": 0.5, "maturity": 0}],
     "CascadedForward": [{}],
     "BlockCoordinateDescent": [{}, {"splitting": "two"}, {"keep": 6},
@@ -62,7 +63,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "TwoStageBackward": [{}],
 }
 # What a call leaves behind besides `.grad`: what the next update will need.
-REMEMBERS = ("ContinualBackprop", "PipelinedBackprop")
+REMEMBERS = ("BoostedUnits", "ContinualBackprop", "PipelinedBackprop")
 # What is for networks with recurrent layers alone, and gets one of those.
 RECURRENT = ("StationaryFeedback",)
 # What takes no such network as the one below, and where it is held to the same.
@@ -246,9 +247,10 @@ def test_a_frozen_network_gets_no_gradient(name: str, options: dict[str, Any]) -
     case = Contract(name, options)
     case.network.requires_grad_(False)
     # the others may have parameters of their own
-    if name in ("Backprop", "ContinualBackprop", "ForwardGradient", "HighwayBackprop",
-                "LikelihoodRatio", "PipelinedBackprop", "QuantizedForwardGradient",
-                "StationaryFeedback", "TwoStageBackward", "ZerothOrder"):
+    if name in ("Backprop", "BoostedUnits", "ContinualBackprop", "ForwardGradient",
+                "HighwayBackprop", "LikelihoodRatio", "PipelinedBackprop",
+                "QuantizedForwardGradient", "StationaryFeedback", "TwoStageBackward",
+                "ZerothOrder"):
         with pytest.raises(ValueError, match="network has no trainable parameters"):
             case()
     else:
