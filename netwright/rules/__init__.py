@@ -44,15 +44,6 @@ from netwright.rules.local.target_projection import TargetProjection
 from netwright.rules.rule import Rule
 
 __all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "BlackBoxPrompt",
-           "BlockCoordinateDescent", "CascadedForward", "ContinualBackprop", "CounterCurrent",
-           "DiffusionBlocks", "DirectFeedbackAlignment", "DisinhibitoryHebb", "DualPropagation",
-           "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment", "ForwardForward",
-           "ForwardGradient", "HighwayBackprop", "InferenceLearning", "LikelihoodRatio",
-           "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp", "NoPropContinuous",
-           "NoPropFlow", "Pepita", "PhysicalForwardForward", "PipelinedBackprop",
-           "PredictiveCoding", "ProductFeedback", "QuantizedForwardGradient",
-           "RandomFeatureBoosting", "ReverseDerivativeAscent", "Rule", "SingleForward",
-           "SoftHebb", "StationaryFeedback", "TargetProjection", "TwoStageBackward", "ZerothOrder"]
            "BlockCoordinateDescent", "BoostedUnits", "CascadedForward", "ContinualBackprop",
            "CounterCurrent", "DiffusionBlocks", "DirectFeedbackAlignment", "DisinhibitoryHebb",
            "DualPropagation", "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment",
@@ -60,5 +51,5 @@ __all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "BlackBoxPrompt",
            "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp",
            "NoPropContinuous", "NoPropFlow", "Pepita", "PhysicalForwardForward",
            "PipelinedBackprop", "PredictiveCoding", "ProductFeedback", "QuantizedForwardGradient",
-           "ReverseDerivativeAscent", "Rule", "SingleForward", "SoftHebb", "StationaryFeedback",
-           "TargetProjection", "TwoStageBackward", "ZerothOrder"]
+           "RandomFeatureBoosting", "ReverseDerivativeAscent", "Rule", "SingleForward", "SoftHebb",
+           "StationaryFeedback", "TargetProjection", "TwoStageBackward", "ZerothOrder"]

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from netwright.boosting._losses import best_step
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 import netwright as nw
-from netwright.boosting._losses import best_step
 from netwright.data import Batches
 from netwright.rules import Backprop, BoostedUnits
 
