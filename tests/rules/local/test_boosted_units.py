@@ -98,20 +98,23 @@ def test_units_whose_turn_has_not_come_say_nothing(optimizer: str) -> None:
     assert torch.equal(network[4].weight[:, 6:], drawn[:, 6:])
 
 
+@pytest.mark.parametrize("more", [0, 7])
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_what_has_had_its_turn_stays(optimizer: str, known: bool) -> None:
+def test_what_has_had_its_turn_stays(optimizer: str, known: bool, more: int) -> None:
     """With momentum too; it decays for one step at most, and is then put back."""
     network = mlp()
-    rule = taught(network, 4, optimizer=optimizer, known=known)
+    rule = BoostedUnits(network, X, units=3, steps=4)
     stepped = OPTIMIZERS[optimizer](rule.parameters())
-    goes_on(rule, 1, stepped, known=known)  # the first group is done
-    rule.predict(X)
+    goes_on(rule, 4, stepped, known=known)
+    stepped.zero_grad()
+    rule(X, Y)  # the first group is done
     lower = [p.detach().clone() for p in network[0].parameters()]
     units = [network[2].weight[:3].clone(), network[2].bias[:3].clone(),
              network[4].weight[:, :3].clone()]
     learning = network[2].weight[3:6].clone()
-    goes_on(rule, 7, stepped, known=known)
+    stepped.step()  # where momentum would move it most
+    goes_on(rule, more, stepped, known=known)
     if optimizer == "adamw" or not (known or optimizer == "sgd"):
         rule.predict(X)  # puts back what the last step moved; without it there is nothing to do
     assert all(torch.equal(a, b) for a, b in zip(network[0].parameters(), lower, strict=True))
