@@ -373,6 +373,8 @@ class _Training:
             self._clear()
         if group.samples and samples and samples != group.last:
             self._scale(group.last / samples)  # so that .grad is always in units of one mean
+        if self.world > 1 and self.rule.together:
+            self._check_shares(samples)
         group.last = samples or group.last
         group.batches += 1
         group.samples += samples
@@ -381,6 +383,15 @@ class _Training:
             self._note(self._call(x, y), samples, x, y)
         if group.batches == self.options.accumulate:
             self._update()
+
+    def _check_shares(self, samples: int) -> None:
+        """Raise ValueError in every process where one has no share of the batch."""
+        (empty,) = processes.total([float(not samples)], self.device)
+        if empty:
+            raise ValueError(f"{type(self.rule).__name__} needs a share of every batch in each of "
+                             f"the {self.world} processes, and {int(empty)} had none at "
+                             f"{self._place()}; use a data set or a batch size that leaves no "
+                             "smaller batch at the end")
 
     def _call(self, x: Any, y: Tensor) -> Tensor:
         try:

@@ -191,6 +191,9 @@ def errors() -> dict[str, str]:
         *([nw.circuits.evaluator(2, 3)] if rule == "ReverseDerivativeAscent" else
           [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), X[:4]])), [(X, Y)], epochs=1)
         for rule in ALONE}
+    cases |= {f"{rule}, no share": lambda rule=rule: nw.fit(  # 19 are 9, 9 and 1
+        build(rule, {}), Batches(X[:19], Y[:19], 9, seed=2), epochs=1)
+        for rule in ("BoostedUnits", "ContinualBackprop")}
     for name, case in cases.items():
         try:
             case()

@@ -95,5 +95,7 @@ def test_what_cannot_train_together_is_said(two: list[dict]) -> None:
         assert "[(False, 1), (False, 2)]" in two[rank]["errors"]["uneven"]
         for rule in worker.ALONE:
             assert f"{rule} changes the weights itself" in two[rank]["errors"][rule]
+        for rule in ("BoostedUnits", "ContinualBackprop"):
+            assert "1 had none at epoch 1, step 3" in two[rank]["errors"][f"{rule}, no share"]
     assert "in another process" in two[0]["errors"]["diverged"]
     assert "x holds infinity in sample 3" in two[1]["errors"]["diverged"]

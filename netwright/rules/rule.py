@@ -22,11 +22,13 @@ class Rule(nn.Module):
     A rule that must see the optimizer finds in `optimizer` the one that `nw.fit` steps.
 
     A rule that does not speak through `.grad` sets `updates_weights` and changes the weights
-    itself when it is called. `resized` has the names in the state of weights whose shapes change
-    as it trains.
+    itself when it is called. One that talks to the other processes in its calls sets `together`:
+    then every process must have a share of every batch. `resized` has the names in the state of
+    weights whose shapes change as it trains.
     """
 
     updates_weights = False
+    together = False
     optimizer: Optimizer | None = None
     resized: Collection[str] = ()
 

@@ -51,6 +51,7 @@ class ContinualBackprop(Rule):
     3
     """
 
+    together = True
     utility: Tensor
     activity: Tensor
     size_sum: Tensor

@@ -56,6 +56,7 @@ class BoostedUnits(Rule):
     [True, True, True, True, True, True, False, False]
     """
 
+    together = True
     search: ClassVar = {"steps": [25, 100]}
 
     group: Tensor
