@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from netwright.boosting._losses import best_step
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 import netwright as nw
 from netwright.data import Batches
+from netwright.fits import best_step
 from netwright.rules import Backprop, BoostedUnits
 
 X = torch.randn(12, 5, generator=Generator().manual_seed(0))
