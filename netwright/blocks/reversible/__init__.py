@@ -1,0 +1,9 @@
+"""Reversible blocks: what they were given is reconstructed from what they return."""
+
+from netwright.blocks.reversible.block import ReversibleBlock
+from netwright.blocks.reversible.coupling import AdditiveCoupling, AffineCoupling
+from netwright.blocks.reversible.engine import Add, Update
+from netwright.blocks.reversible.sequential import ReversibleSequential
+
+__all__ = ["Add", "AdditiveCoupling", "AffineCoupling", "ReversibleBlock", "ReversibleSequential",
+           "Update"]

@@ -1,0 +1,6 @@
+"""Flows: densities made of transforms that can be undone, trained without stored activations."""
+
+from netwright.flows.coupling import AffineCouplingTransform, Permute
+from netwright.flows.flow import Flow, Transform
+
+__all__ = ["AffineCouplingTransform", "Flow", "Permute", "Transform"]

@@ -1,0 +1,151 @@
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from netwright.blocks.reversible.engine import Step, Stored, Whole, chained, run
+from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.losses import cross_entropy
+from netwright.rules.rule import Rule, checked
+from netwright.stages import Stages, stages
+from netwright.stages._sequential import SequentialStage
+from netwright.stages.stage import tensor_of
+
+
+class Reversible(Rule):
+    """Backpropagate through a network that reconstructs its activations instead of storing them.
+
+    Invertible stage:  h_{i-1} = f_i^{-1}(h_i), then the gradient through f_i(h_{i-1}).
+    Ordinary stage:  h_{i-1} is kept, the rest computed again (gradient checkpointing).
+
+    The gradients are backpropagation's, up to the rounding of the reconstruction. A run of
+    invertible stages keeps its last output alone, however long it is; an ordinary stage between
+    them keeps its input, and the first and the last one, if ordinary, what backpropagation keeps.
+    Everything that is computed again runs under the random state, the autocast state and the
+    buffers of the first time, so that dropout and batch norm do not notice.
+
+    In an `nn.Sequential` a layer is invertible if it has an `inverse`, as those of
+    `nw.blocks.reversible` have; `nw.reshape.reversible` makes such blocks of residual ones. In a
+    network that is not one, each stage counts as ordinary, and reversible blocks inside it still
+    store nothing.
+
+    Args:
+        network: Any network that can be staged.
+        example: An input, where the stages are found by watching a run.
+        loss: The loss that is differentiated.
+        checkpoint: Whether ordinary stages between others are computed again; otherwise they
+            keep their activations, and nothing in them is computed twice.
+        exact: Whether rounding is kept too, about a byte for each number and step, so that the
+            reconstruction is bit for bit.
+        generator: Not needed: the rule draws nothing.
+
+    Shapes: x as the network takes it; y as the loss takes it.
+
+    Raises:
+        ValueError: nothing in the network is trainable.
+        CannotReverse: a stage that should be invertible is not, or works in place; what was
+            reconstructed is not finite.
+
+    Paper: Gomez, Ren, Urtasun, Grosse, 2017, The Reversible Residual Network: Backpropagation
+    Without Storing Activations.
+
+    >>> import torch
+    >>> from netwright.blocks.reversible import AdditiveCoupling
+    >>> half = lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    >>> network = nn.Sequential(nn.Linear(4, 16), AdditiveCoupling(half(), half()),
+    ...                         AdditiveCoupling(half(), half()), nn.Linear(16, 3))
+    >>> loss = Reversible(network)(torch.randn(2, 4), torch.tensor([0, 2]))
+    >>> network[0].weight.grad.shape
+    torch.Size([16, 4])
+    """
+
+    def __init__(self, network: nn.Module | Stages, example: Any = None, *,
+                 loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+                 checkpoint: bool = True, exact: bool = False,
+                 generator: Generator | None = None) -> None:
+        super().__init__(network, generator=generator)
+        self.loss, self.checkpoint, self.exact = loss, checkpoint, exact
+        self._seen = False
+        if isinstance(self.network, ReversibleSequential):
+            self.stages = None
+            self._parts = [_Part("network", self.network, [self.network], invertible=True)]
+        else:
+            self.stages = stages(network, example)
+            self._parts = [part for stage in self.stages for part in _parts(stage)]
+
+    def forward(self, x: Any, y: Tensor) -> Tensor:
+        """Add dL/dw to `.grad`; return the detached loss."""
+        context = None if self.stages is None else self.stages.context(x, live=True)
+        h, waiting, last = x, list[list[Step]](), len(self._parts) - 1
+        for k, part in enumerate(self._parts):
+            if part.invertible:
+                waiting.append(_steps(part))
+            elif 0 < k < last and self.checkpoint and not part.reverses():
+                lent = [t for t in tree_leaves(vars(context))
+                        if isinstance(t, Tensor) and t.requires_grad]
+                waiting.append([Stored(part.name, partial(part.function, context=context),
+                                       part.modules, [*part.loose, *lent])])
+            else:
+                h = part.function(self._run(waiting, h), context=context)
+                waiting = []
+        h = tensor_of(self._run(waiting, h))
+        self._seen = True
+        loss = checked(self.loss, h, y)
+        if not loss.requires_grad:
+            raise ValueError("network has no trainable parameters; set requires_grad on some")
+        loss.backward()
+        return loss.detach()
+
+    def _run(self, waiting: list[list[Step]], h: Any) -> Any:
+        if not waiting:
+            return h
+        streams = [h] if isinstance(h, Tensor) else list(h)
+        streams = run(chained(waiting), streams, exact=self.exact, first=not self._seen)
+        return streams[0] if len(streams) == 1 else tuple(streams)
+
+
+class _Part(NamedTuple):
+    """What is reconstructed, stored or run as one: a stage, or some layers of one."""
+
+    name: str
+    function: Callable[..., Any]
+    modules: list[nn.Module]
+    invertible: bool
+    loose: Sequence[Tensor] = ()
+
+    def reverses(self) -> bool:
+        """Return whether something inside stores no activations of itself."""
+        return any(isinstance(inner, ReversibleSequential)
+                   for module in self.modules for inner in module.modules())
+
+
+def _parts(stage: Any) -> list[_Part]:
+    if not isinstance(stage, SequentialStage):
+        return [_Part(stage.name, stage, stage.modules, False, stage.loose)]
+    parts: list[_Part] = []
+    for module in stage.modules:
+        kind = type(module).__name__
+        if callable(getattr(module, "inverse", None)):
+            parts.append(_Part(f"{kind} of stage {stage.name}", module, [module], True))
+            continue
+        before = [] if not parts or parts[-1].invertible else parts.pop().modules
+        layers = [*before, module]
+        parts.append(_Part(f"{kind} of stage {stage.name}", _InOrder(layers), layers, False))
+    return parts
+
+
+class _InOrder:
+    """Runs layers one after another, as a stage does."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.stage = SequentialStage("", layers)
+
+    def __call__(self, h: Any, context: Any) -> Any:
+        return self.stage(h, context)
+
+
+def _steps(part: _Part) -> list[Step]:
+    module: Any = part.modules[0]
+    return module.steps() if hasattr(module, "steps") else [Whole(part.name, module)]
