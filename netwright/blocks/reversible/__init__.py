@@ -4,6 +4,11 @@ from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.coupling import AdditiveCoupling, AffineCoupling
 from netwright.blocks.reversible.engine import Add, Update
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.blocks.reversible.transformer import (
+    DoubleStreams,
+    MergeStreams,
+    ReversibleTransformerBlock,
+)
 
-__all__ = ["Add", "AdditiveCoupling", "AffineCoupling", "ReversibleBlock", "ReversibleSequential",
-           "Update"]
+__all__ = ["Add", "AdditiveCoupling", "AffineCoupling", "DoubleStreams", "MergeStreams",
+           "ReversibleBlock", "ReversibleSequential", "ReversibleTransformerBlock", "Update"]
