@@ -3,6 +3,12 @@
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.coupling import AdditiveCoupling, AffineCoupling
 from netwright.blocks.reversible.engine import Add, Update
+from netwright.blocks.reversible.multi_split import (
+    MultiSplitReversible,
+    ReversibleSearch,
+    Zero,
+    darts_reversible,
+)
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.blocks.reversible.transformer import (
     DoubleStreams,
@@ -11,4 +17,5 @@ from netwright.blocks.reversible.transformer import (
 )
 
 __all__ = ["Add", "AdditiveCoupling", "AffineCoupling", "DoubleStreams", "MergeStreams",
-           "ReversibleBlock", "ReversibleSequential", "ReversibleTransformerBlock", "Update"]
+           "MultiSplitReversible", "ReversibleBlock", "ReversibleSearch", "ReversibleSequential",
+           "ReversibleTransformerBlock", "Update", "Zero", "darts_reversible"]
