@@ -3,6 +3,7 @@
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.coupling import AdditiveCoupling, AffineCoupling
 from netwright.blocks.reversible.engine import Add, Update
+from netwright.blocks.reversible.graph import GroupedReversible, ReversibleGIN
 from netwright.blocks.reversible.multi_split import (
     MultiSplitReversible,
     ReversibleSearch,
@@ -16,6 +17,7 @@ from netwright.blocks.reversible.transformer import (
     ReversibleTransformerBlock,
 )
 
-__all__ = ["Add", "AdditiveCoupling", "AffineCoupling", "DoubleStreams", "MergeStreams",
-           "MultiSplitReversible", "ReversibleBlock", "ReversibleSearch", "ReversibleSequential",
-           "ReversibleTransformerBlock", "Update", "Zero", "darts_reversible"]
+__all__ = ["Add", "AdditiveCoupling", "AffineCoupling", "DoubleStreams", "GroupedReversible",
+           "MergeStreams", "MultiSplitReversible", "ReversibleBlock", "ReversibleGIN",
+           "ReversibleSearch", "ReversibleSequential", "ReversibleTransformerBlock", "Update",
+           "Zero", "darts_reversible"]
