@@ -54,8 +54,8 @@ def test_inverts(splits):
     deep, x = chain(splits, depth=12).eval(), rows(splits)
     torch.testing.assert_close(deep.inverse(deep(x)), x, atol=1e-10, rtol=0)
     single = copy.deepcopy(deep).float()
-    # measured: 3e-6
-    torch.testing.assert_close(single.inverse(single(x.float())), x.float(), atol=2e-5, rtol=0)
+    # measured: at most 7e-6
+    torch.testing.assert_close(single.inverse(single(x.float())), x.float(), atol=4e-5, rtol=0)
 
 
 @pytest.mark.parametrize("splits", [2, 3])
