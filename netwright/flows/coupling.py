@@ -179,7 +179,7 @@ class SplineCouplingTransform(_Coupling):
     sizes[0] (3 bins - 1), or the other way about where `flip` is set.
 
     Raises:
-        ValueError: x, or what net returns, has not that many entries; `bins` is below 1 or above
+        ValueError: x, or what net returns, has not that many entries; `bins` is below 2 or above
             500, or `bound` is not positive.
 
     Paper: Durkan, Bekasov, Murray, Papamakarios, 2019, Neural Spline Flows.
@@ -194,8 +194,8 @@ class SplineCouplingTransform(_Coupling):
     def __init__(self, net: nn.Module, sizes: tuple[int, int], *, bins: int = 8,
                  bound: float = 5.0, flip: bool = False) -> None:
         super().__init__(net, sizes, flip=flip)
-        if not 1 <= bins <= 500:
-            raise ValueError(f"bins must be between 1 and 500, got {bins}")
+        if not 2 <= bins <= 500:
+            raise ValueError(f"bins must be between 2 and 500, got {bins}")
         if not bound > 0:
             raise ValueError(f"bound must be above 0, got {bound}")
         self.bins, self.bound = bins, bound
@@ -237,56 +237,66 @@ class _Spline(Update):
     sums = (2,)
     bins, bound, size, least = 8, 5.0, 1, 1e-3
 
-    def make(self, reads: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the knots' places, heights and slopes, (batch, size, bins + 1, *)."""
-        raw = super().make(reads)
-        count = self.size * (3 * self.bins - 1)
+    def make(self, reads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the inner knots (batch, size, *, 2, bins - 1), places and heights, and slopes."""
+        raw, bins = super().make(reads), self.bins
+        count = self.size * (3 * bins - 1)
         if raw.ndim < 2 or raw.shape[1] != count:
-            raise ValueError(f"net must return {count} entries in dimension 1, {3 * self.bins - 1} "
+            raise ValueError(f"net must return {count} entries in dimension 1, {3 * bins - 1} "
                              f"for each of {self.size}, got {tuple(raw.shape)}")
-        raw = raw.unflatten(1, (self.size, -1))
-        widths, heights, slopes = raw.split([self.bins, self.bins, self.bins - 1], 2)
-        inner = self.least + nn.functional.softplus(slopes + 0.5413)  # 1 where net returns 0
-        end = torch.ones_like(raw[:, :, :1])
-        return self._knots(widths), self._knots(heights), torch.cat([end, inner, end], 2)
+        raw = raw.unflatten(1, (self.size, -1)).movedim(2, -1)
+        parts = raw[..., :2 * bins].unflatten(-1, (2, bins))
+        # Softmax and its sums from the left; PyTorch's softmax is slow where a row is so short.
+        sums = (parts - parts.detach().amax(-1, keepdim=True)).exp().cumsum(-1)
+        parts = sums[..., :-1] / sums[..., -1:]
+        least = torch.arange(1, bins, dtype=raw.dtype, device=raw.device) * self.least
+        knots = torch.add((2 * least - 1) * self.bound, parts,
+                          alpha=2 * self.bound * (1 - bins * self.least))
+        # softplus(0.5413) + 0.001 is 1
+        return knots, nn.functional.softplus(raw[..., 2 * bins:] + 0.53974) + self.least
 
-    def _knots(self, raw: Tensor) -> Tensor:
-        parts = self.least + (1 - self.least * self.bins) * raw.softmax(2)
-        inner = (2 * parts[:, :, :-1].cumsum(2) - 1) * self.bound
-        end = torch.full_like(raw[:, :, :1], self.bound)
-        return torch.cat([-end, inner, end], 2)
+    def change(self, x: Sequence[Tensor], made: tuple[Tensor, Tensor]) -> list[Tensor]:
+        a0, b0, width, height, d0, d1 = self._bin(x[0], made, 0)
+        inside, s = x[0].abs() < self.bound, height / width
+        u = ((x[0] - a0) / width).clamp(0, 1)
+        uu = u * u
+        v = u - uu
+        below = torch.addcmul(s, d0 + d1 - 2 * s, v)
+        z = b0 + height * torch.addcmul(s * uu, d0, v) / below
+        # d0 (1 - u)^2 + 2 s u (1 - u) + d1 u^2
+        above = torch.addcmul(torch.addcmul(d0 * (1 - u - v), s, v, value=2), d1, uu)
+        log = (above * (s / below).square()).log()
+        log = torch.where(inside, log, 0.0)
+        return [torch.where(inside, z, x[0]), x[1] + log.flatten(1).sum(1)]
 
-    def change(self, x: Sequence[Tensor], made: Any) -> list[Tensor]:
-        (a, b, d), inside = made, x[0].abs() < self.bound
-        a0, a1, b0, b1, d0, d1 = _bin(x[0], a, a, b, d)
-        width, height = a1 - a0, b1 - b0
-        s, u = height / width, ((x[0] - a0) / width).clamp(0, 1)
-        v = u * (1 - u)
-        below = s + (d0 + d1 - 2 * s) * v
-        z = b0 + height * (s * u * u + d0 * v) / below
-        slope = s * s * (d1 * u * u + 2 * s * v + d0 * (1 - u) ** 2) / (below * below)
-        z, log = torch.where(inside, z, x[0]), torch.where(inside, slope, 1.0).log()
-        return [z, x[1] + log.flatten(1).sum(1)]
-
-    def restore(self, y: Sequence[Tensor], made: Any) -> list[Tensor]:
-        (a, b, d), inside = made, y[0].abs() < self.bound
-        a0, a1, b0, b1, d0, d1 = _bin(y[0], b, a, b, d)
-        width, height = a1 - a0, b1 - b0
+    def restore(self, y: Sequence[Tensor], made: tuple[Tensor, Tensor]) -> list[Tensor]:
+        a0, b0, width, height, d0, d1 = self._bin(y[0], made, 1)
         s, up = height / width, y[0] - b0
-        both = d0 + d1 - 2 * s
-        p, q, r = height * (s - d0) + up * both, height * d0 - up * both, -s * up
-        u = (2 * r / (-q - (q * q - 4 * p * r).clamp(min=0).sqrt())).clamp(0, 1)
-        x = torch.where(inside, a0 + u * width, y[0])
-        return [x, y[1]]
+        both = up * (d0 + d1 - 2 * s)
+        p, q, r = torch.addcmul(both, height, s - d0), height * d0 - both, s * up
+        root = torch.addcmul(q * q, p, r, value=4).clamp(min=0).sqrt()
+        u = (2 * r / (q + root)).clamp(0, 1)
+        return [torch.where(y[0].abs() < self.bound, torch.addcmul(a0, u, width), y[0]), y[1]]
 
+    def _bin(self, x: Tensor, made: tuple[Tensor, Tensor], by: int) -> tuple[Tensor, ...]:
+        """Return place, height, width, rise and both slopes of the bin in which `x` lies.
 
-def _bin(x: Tensor, by: Tensor, a: Tensor, b: Tensor, d: Tensor) -> list[Tensor]:
-    """Return a, b and d at both ends of the bin of `by` in which x lies."""
-    k = (x.detach().unsqueeze(2) >= by.detach()[:, :, 1:-1]).sum(2, keepdim=True)
-    found = []
-    for knots in (a, b, d):
-        found += [knots.gather(2, k).squeeze(2), knots.gather(2, k + 1).squeeze(2)]
-    return found
+        `by` says whether x is among the places, 0, or the heights, 1.
+        """
+        knots, slopes = made
+        x = x.detach().unsqueeze(-1)
+        k = torch.searchsorted(knots.detach()[..., by, :].contiguous(), x, right=True)
+        last = self.bins - 2
+        ends = torch.cat([k - 1, k], -1).clamp(0, last)
+        first, final = k == 0, k == last + 1
+        d = slopes.gather(-1, ends)
+        d0 = torch.where(first, 1.0, d[..., :1]).squeeze(-1)
+        d1 = torch.where(final, 1.0, d[..., 1:]).squeeze(-1)
+        found = knots.gather(-1, ends.unsqueeze(-2).expand(*ends.shape[:-1], 2, 2))
+        low = torch.where(first, -self.bound, found[..., 0])
+        high = torch.where(final, self.bound, found[..., 1])
+        (a0, b0), (width, height) = low.unbind(-1), (high - low).unbind(-1)
+        return a0, b0, width, height, d0, d1
 
 
 def _fitting(made: Tensor, x: Tensor, numbers: int) -> Tensor:
