@@ -47,25 +47,24 @@ def net(outputs: int) -> nn.Module:
 
 
 def ours(kind: str, transforms: int, *, stored: bool) -> nn.Module:
-    makers = {"additive": lambda flip: AdditiveCouplingTransform(net(HALF), (HALF, HALF), flip=flip),
-              "affine": lambda flip: AffineCouplingTransform(net(2 * HALF), (HALF, HALF), flip=flip),
-              "spline": lambda flip: SplineCouplingTransform(net(23 * HALF), (HALF, HALF),
-                                                             flip=flip)}
-    flow = Flow([makers[kind](bool(i % 2)) for i in range(transforms)], SIZE, stored=stored)
+    make, numbers = {"additive": (AdditiveCouplingTransform, 1),
+                     "affine": (AffineCouplingTransform, 2),
+                     "spline": (SplineCouplingTransform, 23)}[kind]
+    flow = Flow([make(net(numbers * HALF), (HALF, HALF), flip=bool(i % 2))
+                 for i in range(transforms)], SIZE, stored=stored)
     return LogProb(flow.log_prob, flow)
 
 
 def theirs(kind: str, transforms: int) -> nn.Module:
-    affine = {"univariate": zuko.transforms.MonotonicAffineTransform, "shapes": [(), ()]}
-    univariate = {
-        "additive": {"univariate": zuko.transforms.AdditiveTransform, "shapes": [()]},
-        "affine": affine,
-        "spline": {"univariate": zuko.transforms.MonotonicRQSTransform, "shapes": [(8,), (8,), (7,)]},
-    }[kind]
+    univariate, shapes = {
+        "additive": (zuko.transforms.AdditiveTransform, [()]),
+        "affine": (zuko.transforms.MonotonicAffineTransform, [(), ()]),
+        "spline": (zuko.transforms.MonotonicRQSTransform, [(8,), (8,), (7,)])}[kind]
     mask = torch.arange(SIZE) < HALF
     flow = zuko.flows.Flow(
         [zuko.flows.GeneralCouplingTransform(SIZE, mask=mask if i % 2 else ~mask,
-                                             hidden_features=[HIDDEN, HIDDEN], **univariate)
+                                             hidden_features=[HIDDEN, HIDDEN],
+                                             univariate=univariate, shapes=shapes)
          for i in range(transforms)],
         zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, torch.zeros(SIZE),
                                             torch.ones(SIZE), buffer=True))

@@ -17,7 +17,8 @@ class Transform(nn.Module):
     A transform of one's own defines either `map(x, condition)`, which returns z and log_det, and
     `inverse(z, condition)`; or `steps(condition)`, which are run on the streams x and log_det
     (numbers 0 and 1) and undone in the backward pass, so that nothing is computed twice but what
-    the steps' modules make; log_det is a sum, which `restore` may return as it is. In a `Flow` neither stores its activations.
+    the steps' modules make; log_det is a sum, which `restore` may return as it is. In a `Flow`
+    neither stores its activations.
 
     Shapes: x and z (batch, *size); log_det (batch,); condition what the transform takes, or None.
     """
