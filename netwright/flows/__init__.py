@@ -7,6 +7,21 @@ from netwright.flows.coupling import (
     SplineCouplingTransform,
 )
 from netwright.flows.flow import Flow, Transform
+from netwright.flows.lattice import (
+    GaugeTransform,
+    U1Action,
+    autocorrelation_time,
+    field_loss,
+    flow_hmc,
+    gauge_flow,
+    hmc,
+    plaquettes,
+    smooth_charge,
+    topological_charge,
+)
+from netwright.flows.leapfrog import LeapfrogLayer, LeapfrogSampler
 
-__all__ = ["AdditiveCouplingTransform", "AffineCouplingTransform", "Flow", "Permute",
-           "SplineCouplingTransform", "Transform"]
+__all__ = ["AdditiveCouplingTransform", "AffineCouplingTransform", "Flow", "GaugeTransform",
+           "LeapfrogLayer", "LeapfrogSampler", "Permute", "SplineCouplingTransform", "Transform",
+           "U1Action", "autocorrelation_time", "field_loss", "flow_hmc", "gauge_flow", "hmc",
+           "plaquettes", "smooth_charge", "topological_charge"]
