@@ -27,7 +27,12 @@ class Update:
     `reads` and `writes` number the streams, and none is in both. On the way back `module` runs
     once more; `restore` and `change` run besides, so they should be cheap. A step that is an
     addition is an `Add`, a module that has an `inverse` a `Whole`.
+
+    `sums` are those of `writes` that every step only adds to and none reads: nothing depends on
+    what they were, so `restore` may return them as they are.
     """
+
+    sums: Sequence[int] = ()
 
     def __init__(self, name: str, module: nn.Module | None, reads: Sequence[int],
                  writes: Sequence[int], args: Sequence[Any] = (),
@@ -322,6 +327,8 @@ def _look_back(step: Update, x: list[Tensor], y: list[Tensor], made: Any, record
     """Note what restoring `y` misses of `x`, and see that it is rounding error."""
     with torch.no_grad(), _again(record):
         back = step.restore(y, made)
+    back = [old if i in step.sums else new
+            for i, old, new in zip(step.writes, x, back, strict=True)]
     for old, new, got in zip(x, back, y, strict=True):
         if not (isinstance(new, Tensor) and new.shape == old.shape):
             raise CannotReverse(f"the inverse of {step.name} gave another shape than "
