@@ -3,7 +3,18 @@
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.coupling import AdditiveCoupling, AffineCoupling
 from netwright.blocks.reversible.engine import Add, Update
+from netwright.blocks.reversible.revcol import ColumnLevel, ColumnSupervision, RevCol, RevColumn
 from netwright.blocks.reversible.sequential import ReversibleSequential
 
-__all__ = ["Add", "AdditiveCoupling", "AffineCoupling", "ReversibleBlock", "ReversibleSequential",
-           "Update"]
+__all__ = [
+    "Add",
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "ColumnLevel",
+    "ColumnSupervision",
+    "RevCol",
+    "RevColumn",
+    "ReversibleBlock",
+    "ReversibleSequential",
+    "Update",
+]
