@@ -3,6 +3,8 @@
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.coupling import AdditiveCoupling, AffineCoupling
 from netwright.blocks.reversible.engine import Add, Update
+from netwright.blocks.reversible.mbconv import MBConv
+from netwright.blocks.reversible.revbifpn import RevBiFPN, RevSilo
 from netwright.blocks.reversible.revcol import ColumnLevel, ColumnSupervision, RevCol, RevColumn
 from netwright.blocks.reversible.sequential import ReversibleSequential
 
@@ -12,8 +14,11 @@ __all__ = [
     "AffineCoupling",
     "ColumnLevel",
     "ColumnSupervision",
+    "MBConv",
+    "RevBiFPN",
     "RevCol",
     "RevColumn",
+    "RevSilo",
     "ReversibleBlock",
     "ReversibleSequential",
     "Update",
