@@ -3,10 +3,11 @@
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.coupling import AdditiveCoupling, AffineCoupling
 from netwright.blocks.reversible.engine import Add, Update
-from netwright.blocks.reversible.mbconv import MBConv
+from netwright.blocks.reversible.mbconv import MBConv, ReversibleMBConv
 from netwright.blocks.reversible.revbifpn import RevBiFPN, RevSilo
 from netwright.blocks.reversible.revcol import ColumnLevel, ColumnSupervision, RevCol, RevColumn
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.blocks.reversible.unet import ReversibleUNet
 
 __all__ = [
     "Add",
@@ -20,6 +21,8 @@ __all__ = [
     "RevColumn",
     "RevSilo",
     "ReversibleBlock",
+    "ReversibleMBConv",
     "ReversibleSequential",
+    "ReversibleUNet",
     "Update",
 ]
