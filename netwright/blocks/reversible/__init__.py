@@ -3,7 +3,17 @@
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.coupling import AdditiveCoupling, AffineCoupling
 from netwright.blocks.reversible.engine import Add, Update
+from netwright.blocks.reversible.momentum import DropVelocity, MomentumBlock, StartVelocity
 from netwright.blocks.reversible.sequential import ReversibleSequential
 
-__all__ = ["Add", "AdditiveCoupling", "AffineCoupling", "ReversibleBlock", "ReversibleSequential",
-           "Update"]
+__all__ = [
+    "Add",
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "DropVelocity",
+    "MomentumBlock",
+    "ReversibleBlock",
+    "ReversibleSequential",
+    "StartVelocity",
+    "Update",
+]
