@@ -2,8 +2,11 @@
 
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.coupling import AdditiveCoupling, AffineCoupling
+from netwright.blocks.reversible.downsample import InjectivePad, InvertibleDownsample
 from netwright.blocks.reversible.engine import Add, Update
+from netwright.blocks.reversible.irevnet import IRevNet, IRevNetBlock
 from netwright.blocks.reversible.momentum import DropVelocity, MomentumBlock, StartVelocity
+from netwright.blocks.reversible.revnet import RevNet
 from netwright.blocks.reversible.sequential import ReversibleSequential
 
 __all__ = [
@@ -11,7 +14,12 @@ __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "DropVelocity",
+    "IRevNet",
+    "IRevNetBlock",
+    "InjectivePad",
+    "InvertibleDownsample",
     "MomentumBlock",
+    "RevNet",
     "ReversibleBlock",
     "ReversibleSequential",
     "StartVelocity",
