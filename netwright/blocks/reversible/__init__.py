@@ -2,6 +2,7 @@
 
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.coupling import AdditiveCoupling, AffineCoupling
+from netwright.blocks.reversible.decoupler import ReversibleDecoupler, TransmissionPrompt
 from netwright.blocks.reversible.downsample import InjectivePad, InvertibleDownsample
 from netwright.blocks.reversible.engine import Add, Update
 from netwright.blocks.reversible.irevnet import IRevNet, IRevNetBlock
@@ -21,7 +22,9 @@ __all__ = [
     "MomentumBlock",
     "RevNet",
     "ReversibleBlock",
+    "ReversibleDecoupler",
     "ReversibleSequential",
     "StartVelocity",
+    "TransmissionPrompt",
     "Update",
 ]
