@@ -300,7 +300,7 @@ class _Run(torch.autograd.Function):
         del rest
         ctx.maybe_clear_saved_tensors()  # what it ended in may go as soon as it is undone
         grads, found = list(ends), dict[int, Tensor]()
-        sums: list[tuple[Any, Tensor]] = [(None, _sum(stream)) for stream in streams if _real(stream)]
+        sums: list[tuple[Any, Tensor]] = [(None, _sum(s)) for s in streams if _real(s)]
         with _as_before(plan), ctx.autocast():
             random = None
             stop = 0 if plan.first else plan.stop  # even what learns nothing may use a stranger
@@ -359,7 +359,7 @@ def _forward(plan: _Plan, streams: list[Tensor], needs: list[bool] | None = None
 def _inside(roots: Sequence[nn.Module]) -> list[nn.Module]:
     """Return what `modules()` of all the roots do, in a third of the time."""
     found: dict[nn.Module, None] = {}
-    waiting = list(roots)
+    waiting: list[nn.Module | None] = list(roots)
     while waiting:
         module = waiting.pop()
         if module is not None and module not in found:
@@ -482,7 +482,8 @@ def _back(plan: _Plan, k: int, held: list[Tensor], streams: list[Tensor],
     if plan.first:
         _no_strangers(step, outputs, [*given, *record.own])
     # From here on the outputs' numbers are in nobody's way, but where gradients begin.
-    starts = [(get_gradient_edge(o), s if s.dtype == o.dtype else s.to(o.dtype)) for o, s in zip(outputs, signals, strict=True)
+    starts = [(get_gradient_edge(o), s if s.dtype == o.dtype else s.to(o.dtype))
+              for o, s in zip(outputs, signals, strict=True)
               if s is not None and isinstance(o, Tensor) and o.requires_grad]
     del outputs, signals
     wanted = [(i, t) for i, t in zip(reads, given, strict=True) if t.requires_grad]

@@ -512,7 +512,7 @@ def test_stored_bytes_do_not_grow():
     few, many = saved(2), saved(8)
     assert many[0] <= 1.05 * few[0]
     assert many[1] <= 1.05 * few[1]
-    exact = saved(8, exact=True)[0] - saved(2, exact=True)[0]
+    exact = saved(8, exact=True)[1] - saved(2, exact=True)[1]
     assert 0 < exact <= 6 * 2 * 64 * 4 * 1.1  # about a byte for each number of each step
 
 
