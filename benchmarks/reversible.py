@@ -30,7 +30,7 @@ from netwright.evidence.evidence import machine
 from netwright.measure import cost
 
 RESULTS = Path(__file__).parent / "results" / "reversible.json"
-DEPTHS, TURNS = (8, 16, 32, 64), 9
+DEPTHS, TURNS = (8, 16, 32, 64), 7
 PEERS = ("memcnn", "revtorch", "revlib, function", "revlib, graph", "checkpoint")
 BOUND, FLAT = 1.20, 1.05
 

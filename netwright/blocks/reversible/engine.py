@@ -215,7 +215,9 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
             stream was not finite when it came back though it had ended so; buffers, gradients and
             the random state are then as they were.
     """
-    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+    transformed = (forward_ad._current_level >= 0
+                   or torch._C._functorch.maybe_current_level() is not None)
+    if transformed or not (first or torch.is_grad_enabled()):
         return forth(steps, streams)
     plan = _Plan(steps, len(streams), exact, first)
     if torch.is_grad_enabled() and (plan.learning or any(s.requires_grad for s in streams)):
@@ -430,7 +432,7 @@ def _there(step: Update | Stored, streams: list[Tensor], record: _Record,
     if middle is not None:
         after = random_state()
         set_random_state(middle)  # an inverse that draws must draw what the module drew
-        _look_back(step, x, y, made, record, plan.exact)
+        _look_back(step, x, y, made, record, plan)
         set_random_state(after)
     streams = list(streams)
     for i, stream in zip(step.writes, y, strict=True):
@@ -439,15 +441,15 @@ def _there(step: Update | Stored, streams: list[Tensor], record: _Record,
 
 
 def _look_back(step: Update, x: list[Tensor], y: list[Tensor], made: Any, record: _Record,
-               exact: bool) -> None:
-    """Note what restoring `y` misses of `x`, and see that it is rounding error."""
+               plan: _Plan) -> None:
+    """Note what restoring `y` misses of `x`, or see that it is rounding error, or both."""
     with torch.no_grad(), _again(record):
         back = step.restore(y, made)
     for old, new, got in zip(x, back, y, strict=True):
         if not (isinstance(new, Tensor) and new.shape == old.shape):
             raise CannotReverse(f"the inverse of {step} gave another shape than "
                                 f"{tuple(old.shape)}; it must undo the step")
-        if not (_real(old) and old.numel()):
+        if not (plan.first and _real(old) and old.numel()):
             continue
         scale = max(float(old.abs().amax()), float(got.abs().amax()) if got.numel() else 0, 1.0)
         error = float((old - new).abs().amax())
@@ -455,7 +457,7 @@ def _look_back(step: Update, x: list[Tensor], y: list[Tensor], made: Any, record
             raise CannotReverse(f"{step} is not invertible here: restoring what it was given "
                                 f"misses it by {error:.2g}, where numbers are up to {scale:.2g}; "
                                 "check its inverse")
-    if exact:
+    if plan.exact:
         record.held = [t for old, new in zip(x, back, strict=True) for t in _missing(old, new)]
 
 
@@ -679,11 +681,12 @@ def _missing(true: Tensor, restored: Tensor) -> tuple[Tensor, Tensor]:
     if true.dtype not in _BITS and not true.is_complex():
         return true.new_empty(0), true.new_empty(0)
     missing = _bits(true) - _bits(restored)
-    fits = (missing > _FAR) & (missing < -_FAR)
-    beyond = missing[~fits]
-    if not bool(missing.any()):
+    near = missing.to(torch.int8)
+    far = (near != missing).logical_or_(near == _FAR)
+    beyond = missing[far]
+    if not (beyond.numel() or bool(near.any())):
         return beyond, beyond
-    return torch.where(fits, missing, _FAR).to(torch.int8), beyond
+    return near.masked_fill_(far, _FAR), beyond
 
 
 def _repaired(restored: Tensor, near: Tensor, beyond: Tensor) -> Tensor:
