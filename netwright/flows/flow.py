@@ -117,11 +117,16 @@ class Flow(nn.Module):
         self.transforms = nn.ModuleList(transforms)
         self.size = torch.Size([size] if isinstance(size, int) else size)
         self.base, self.stored, self.exact = base, stored, exact
-        self._seen = False
+        self._seen: set[tuple[bool, bool]] = set()
 
     def steps(self, condition: Any = None) -> list[Step]:
         """Return the steps of all transforms, on the streams x and log_det."""
-        return chained([part.steps(condition) for part in self.transforms])  # type: ignore[operator]
+        parts: list[list[Step]] = []
+        for number, part in enumerate(self.transforms):
+            parts.append(part.steps(condition))  # type: ignore[operator]
+            for step in parts[-1]:
+                step.place = f"transform {number}"
+        return chained(parts)
 
     def forward(self, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         """Return z and log |det dz/dx|."""
@@ -132,9 +137,11 @@ class Flow(nn.Module):
                 x, change = part(x, condition)
                 log_det = log_det + change
             return x, log_det
+        # What is looked at in the first pass may be another in the first of training.
+        kind = torch.is_grad_enabled(), self.training
         z, log_det = run(self.steps(condition), [x, x.new_zeros(len(x))], exact=self.exact,
-                         first=not self._seen)
-        self._seen = True
+                         first=kind not in self._seen)
+        self._seen.add(kind)
         return z, log_det
 
     def inverse(self, z: Tensor, condition: Any = None) -> Tensor:
