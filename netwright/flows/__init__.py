@@ -1,6 +1,15 @@
 """Flows: densities made of transforms that can be undone, trained without stored activations."""
 
+from netwright.flows.act_norm import ActNorm
 from netwright.flows.coupling import AffineCouplingTransform, Permute
 from netwright.flows.flow import Flow, Transform
+from netwright.flows.image_coupling import coupling_net, image_coupling
+from netwright.flows.inverse_convolution import InvConv2d
+from netwright.flows.invertible_convolution import InvertibleConv3x3
+from netwright.flows.part import Part, multi_scale
+from netwright.flows.quad_coupling import QuadCoupling
+from netwright.flows.squeeze import Squeeze
 
-__all__ = ["AffineCouplingTransform", "Flow", "Permute", "Transform"]
+__all__ = ["ActNorm", "AffineCouplingTransform", "Flow", "InvConv2d", "InvertibleConv3x3", "Part",
+           "Permute", "QuadCoupling", "Squeeze", "Transform", "coupling_net", "image_coupling",
+           "multi_scale"]
