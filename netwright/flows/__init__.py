@@ -1,6 +1,7 @@
 """Flows: densities made of transforms that can be undone, trained without stored activations."""
 
 from netwright.flows.act_norm import ActNorm
+from netwright.flows.conditional import ConditionalAffineCoupling, ConditionalFlow
 from netwright.flows.coupling import AffineCouplingTransform, Permute
 from netwright.flows.flow import Flow, Transform
 from netwright.flows.image_coupling import coupling_net, image_coupling
@@ -10,6 +11,6 @@ from netwright.flows.part import Part, multi_scale
 from netwright.flows.quad_coupling import QuadCoupling
 from netwright.flows.squeeze import Squeeze
 
-__all__ = ["ActNorm", "AffineCouplingTransform", "Flow", "InvConv2d", "InvertibleConv3x3", "Part",
-           "Permute", "QuadCoupling", "Squeeze", "Transform", "coupling_net", "image_coupling",
-           "multi_scale"]
+__all__ = ["ActNorm", "AffineCouplingTransform", "ConditionalAffineCoupling", "ConditionalFlow",
+           "Flow", "InvConv2d", "InvertibleConv3x3", "Part", "Permute", "QuadCoupling",
+           "Squeeze", "Transform", "coupling_net", "image_coupling", "multi_scale"]
