@@ -7,10 +7,11 @@ from netwright.flows.flow import Flow, Transform
 from netwright.flows.image_coupling import coupling_net, image_coupling
 from netwright.flows.inverse_convolution import InvConv2d
 from netwright.flows.invertible_convolution import InvertibleConv3x3
+from netwright.flows.invertible_rescaler import InvertibleRescaler
 from netwright.flows.part import Part, multi_scale
 from netwright.flows.quad_coupling import QuadCoupling
 from netwright.flows.squeeze import Squeeze
 
 __all__ = ["ActNorm", "AffineCouplingTransform", "ConditionalAffineCoupling", "ConditionalFlow",
-           "Flow", "InvConv2d", "InvertibleConv3x3", "Part", "Permute", "QuadCoupling",
-           "Squeeze", "Transform", "coupling_net", "image_coupling", "multi_scale"]
+           "Flow", "InvConv2d", "InvertibleConv3x3", "InvertibleRescaler", "Part", "Permute",
+           "QuadCoupling", "Squeeze", "Transform", "coupling_net", "image_coupling", "multi_scale"]
