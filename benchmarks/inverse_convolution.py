@@ -4,7 +4,8 @@
 
 The solve over an image's anti-diagonals, its backward pass, and autograd through
 `torch.linalg.solve_triangular` on the convolution written as a matrix, by the image's side. Both
-have the same weight, image and signal; they take turns, and a figure is the median of its turns.
+have the same weight, image and signal and one thread; they take turns, and a figure is the median
+processor time of its turns.
 The matrix is left out where it and its gradient would not fit into the memory that is free.
 """
 
@@ -23,7 +24,7 @@ from netwright.evidence.evidence import machine
 from netwright.flows.corner import inverse_convolution, starting_weight
 
 RESULTS = Path(__file__).parent / "results" / "inverse_convolution.json"
-SIDES, CHANNELS, BATCH, KERNEL = (8, 12, 16, 24, 32, 48, 64), 4, 16, 3
+SIDES, CHANNELS, BATCH, KERNEL = (8, 16, 24, 32, 48, 64), 4, 16, 3
 ENOUGH = 20.0  # seconds, after which a slow contender is not timed again
 
 
@@ -70,17 +71,17 @@ def measured(side: int) -> dict[str, float]:
     there: dict[str, list[float]] = {name: [] for name in contenders}
     back: dict[str, list[float]] = {name: [] for name in contenders}
     gradients: dict[str, tuple[Tensor, ...]] = {}
-    for turn in range(12):
+    for turn in range(32):
         for name, solve in contenders.items():
             if sum(there[name]) + sum(back[name]) > ENOUGH and len(back[name]) > 1:
                 continue
-            start = time.perf_counter()
+            start = time.process_time()
             out = solve()
-            between = time.perf_counter()
+            between = time.process_time()
             gradients[name] = torch.autograd.grad(out, (y, weight), signal)
             if turn:
                 there[name].append(between - start)
-                back[name].append(time.perf_counter() - between)
+                back[name].append(time.process_time() - between)
             del out
     row = {}
     for name in contenders:
@@ -99,12 +100,13 @@ def measured(side: int) -> dict[str, float]:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     found = {}
     for side in SIDES:
         found[side] = measured(side)
         print(side, {name: round(value, 3) for name, value in found[side].items()}, flush=True)
     RESULTS.write_text(json.dumps({
-        "channels": CHANNELS, "batch": BATCH, "kernel": KERNEL, "threads": torch.get_num_threads(),
+        "channels": CHANNELS, "batch": BATCH, "kernel": KERNEL, "threads": 1,
         "sides": found, "machine": machine()}, indent=1) + "\n", encoding="utf-8")
     factors = [row["backward, dense / over diagonals"] for row in found.values()
                if "backward, dense / over diagonals" in row]
