@@ -130,6 +130,17 @@ class _Inverse(torch.autograd.Function):
             padded = pad(x, (left, columns - left, top, rows - top))
             return by_y, -conv2d_weight(padded, weight.shape, by_y), None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], y: Tensor, weight: Tensor,
+             corner: str) -> tuple[Tensor, int]:
+        many = y.expand(info.batch_size, *y.shape) if in_dims[0] is None else y.movedim(
+            in_dims[0], 0)
+        if in_dims[1] is None:
+            x = _Inverse.apply(many.flatten(0, 1), weight, corner)
+            return x.unflatten(0, (info.batch_size, -1)), 0
+        return torch.stack([_Inverse.apply(one, kernel, corner) for one, kernel in
+                            zip(many, weight.movedim(in_dims[1], 0), strict=True)]), 0
+
 
 @torch.no_grad()
 def _solved(y: Tensor, weight: Tensor, corner: str) -> Tensor:

@@ -73,6 +73,23 @@ def test_gradients_are_those_of_a_triangular_solve_on_the_dense_matrix():
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_it_runs_inside_transforms_of_functions():
+    weight, y = kernel("TR"), torch.randn(5, 3, 4, 4).double()
+    solve = inverse_convolution
+    many = torch.func.vmap(lambda y: solve(y[None], weight, "TR")[0])(y)
+    torch.testing.assert_close(many, solve(y, weight, "TR"))
+    kernels = torch.stack([weight, 2 * weight])
+    each = torch.func.vmap(lambda w: solve(y, w, "TR"))(kernels)
+    torch.testing.assert_close(each[1], solve(y, weight, "TR") / 2)
+    flow = Flow([InvConv2d(3)], (3, 4, 4)).double()
+    jacobian = torch.func.jacrev(lambda y: flow(y[None])[0].flatten())(y[0]).flatten(1)
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], flow.log_det(y)[0])
+    per_image = torch.func.vmap(torch.func.grad(
+        lambda w, y: solve(y[None], w, "TR").square().sum()), (None, 0))(weight, y)
+    whole = torch.func.grad(lambda w: solve(y, w, "TR").square().sum())(weight)
+    torch.testing.assert_close(per_image.sum(0), whole)
+
+
 def test_a_plain_padded_convolution_at_the_top_left():
     weight, x = kernel("TL"), torch.randn(2, 3, 6, 6).double()
     torch.testing.assert_close(corner_convolution(x, weight), conv2d(pad(x, (2, 0, 2, 0)), weight))
