@@ -161,7 +161,8 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
         CannotReverse: a step changed its streams' shapes, or did what `first` looks for, or a
             stream was not finite when it came back though it had ended so.
     """
-    own = [_tensors(step) for step in steps]
+    known = _Known()
+    own = [_tensors(step, known) for step in steps]
     learning = list({id(t): t for tensors in own for t in tensors}.values())
     transformed = (forward_ad._current_level >= 0
                    or torch._C._functorch.maybe_current_level() is not None)
@@ -169,9 +170,9 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
             or not (learning or any(stream.requires_grad for stream in streams))):
         streams = list(streams)
         for step in steps:
-            streams = _there(step, streams, _Record(), first=first and not transformed)
+            streams = _there(step, streams, _Record(), known, first=first and not transformed)
         return streams
-    plan = _Plan(list(steps), own, len(streams), exact, first)
+    plan = _Plan(list(steps), own, known, len(streams), exact, first)
     return list(_Run.apply(plan, *streams, *learning))
 
 
@@ -194,12 +195,55 @@ def undo(steps: Sequence[Step], streams: Sequence[Tensor]) -> list[Tensor]:
 class _Plan:
     """What the way there leaves for the way back."""
 
-    def __init__(self, steps: list[Step], own: list[list[Tensor]], streams: int, exact: bool,
-                 first: bool) -> None:
-        self.steps, self.own, self.streams = steps, own, streams
+    def __init__(self, steps: list[Step], own: list[list[Tensor]], known: "_Known", streams: int,
+                 exact: bool, first: bool) -> None:
+        self.steps, self.own, self.known, self.streams = steps, own, known, streams
         self.exact, self.first = exact, first
         self.records: list[_Record] = []
         self.stop = len(steps)  # no step before this one has a gradient to give
+
+
+class _Known:
+    """What modules consist of, looked up once where many steps run the same one."""
+
+    def __init__(self) -> None:
+        self._parameters: dict[nn.Module, list[Tensor]] = {}
+        self._buffered: dict[nn.Module, list[nn.Module]] = {}
+
+    def parameters(self, root: nn.Module) -> list[Tensor]:
+        """Return the parameters that need a gradient."""
+        if root not in self._parameters:
+            self._parameters[root] = [p for p in root.parameters() if p.requires_grad]
+        return self._parameters[root]
+
+    def buffered(self, root: nn.Module) -> list[nn.Module]:
+        """Return the modules that have buffers."""
+        if root not in self._buffered:
+            self._buffered[root] = [m for m in root.modules() if m._buffers]
+        return self._buffered[root]
+
+
+class _Sums:
+    """The gradients of tensors that several steps may use."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, Tensor] = {}
+        self._made: set[int] = set()  # those that are sums made here, which nobody else holds
+
+    def add(self, tensor: Tensor, gradient: Tensor) -> None:
+        """Add to the gradient of `tensor`."""
+        key, old = id(tensor), self._found.get(id(tensor))
+        if old is None:
+            self._found[key] = gradient
+        elif key in self._made and not gradient.is_sparse:
+            old.add_(gradient)
+        else:
+            self._found[key] = old + gradient
+            self._made.add(key)
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """Return the gradient of `tensor`, None where no step gave one."""
+        return self._found.get(id(tensor))
 
 
 class _Record:
@@ -231,7 +275,8 @@ class _Run(torch.autograd.Function):
                     plan.stop = min(plan.stop, k)
                 if isinstance(step, Stored):
                     record.kept = streams[0]
-                streams = _there(step, streams, record, exact=plan.exact, first=plan.first)
+                streams = _there(step, streams, record, plan.known, exact=plan.exact,
+                                 first=plan.first)
                 random = _note_random(record, random)
                 needs = _needs_after(step, needs, bool(own), len(streams))
                 plan.records.append(record)
@@ -249,7 +294,7 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, *ends: Tensor) -> tuple[Tensor | None, ...]:
         plan, saved = ctx.plan, ctx.saved_tensors  # this also sees to it that no weight has changed
         learning = saved[len(saved) - (len(ctx.needs_input_grad) - 1 - plan.streams):]
-        last, found = list(saved[:ctx.ends]), dict[int, Tensor]()
+        last, found = list(saved[:ctx.ends]), _Sums()
         streams: list[Tensor] = list(last)
         grads: list[Tensor | None] = list(ends)
         random = random_state() if any(r.random is not None for r in plan.records) else None
@@ -264,18 +309,18 @@ class _Run(torch.autograd.Function):
                 set_random_state(random)
         if plan.stop:
             grads = [None] * plan.streams
-        gradients = [*grads, *[found.get(id(t)) for t in learning]]
+        gradients = [*grads, *[found.of(t) for t in learning]]
         return (None, *[g if need else None for g, need in
                         zip(gradients, ctx.needs_input_grad[1:], strict=True)])
 
 
-def _tensors(step: Step) -> list[Tensor]:
+def _tensors(step: Step, known: _Known) -> list[Tensor]:
     """Return the tensors of the step that need a gradient: parameters and arguments."""
     if isinstance(step, Regroup):
         return []
     more = step.tensors if isinstance(step, Stored) else tree_leaves((step.args, step.options))
-    found = [p for module in step.modules() for p in module.parameters()]
-    return [t for t in [*found, *more] if isinstance(t, Tensor) and t.requires_grad]
+    return [*[p for module in step.modules() for p in known.parameters(module)],
+            *[t for t in more if isinstance(t, Tensor) and t.requires_grad]]
 
 
 def _needs_after(step: Step, needs: list[bool], learns: bool, streams: int) -> list[bool]:
@@ -285,12 +330,12 @@ def _needs_after(step: Step, needs: list[bool], learns: bool, streams: int) -> l
     return [new if i in step.writes else need for i, need in enumerate(needs)]
 
 
-def _there(step: Step, streams: list[Tensor], record: _Record, *, exact: bool = False,
-           first: bool = False) -> list[Tensor]:
+def _there(step: Step, streams: list[Tensor], record: _Record, known: _Known, *,
+           exact: bool = False, first: bool = False) -> list[Tensor]:
     """Return the streams after `step`."""
     if isinstance(step, Regroup):
         return step.there(streams)
-    with _noted(step, record):
+    with _noted(step, record, known):
         if isinstance(step, Stored):
             return [step.function(streams[0])]
         reads, x = [streams[i] for i in step.reads], [streams[i] for i in step.writes]
@@ -339,7 +384,7 @@ def _look_back(step: Update, x: list[Tensor], y: list[Tensor], made: Any, record
 
 
 def _back(plan: _Plan, k: int, streams: list[Tensor], grads: list[Tensor | None],
-          found: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+          found: "_Sums") -> tuple[list[Tensor], list[Tensor | None]]:
     """Return the streams before step `k` and their gradients; add the tensors' to `found`."""
     step, record, own = plan.steps[k], plan.records[k], plan.own[k]
     if isinstance(step, Regroup):
@@ -391,7 +436,7 @@ def _back(plan: _Plan, k: int, streams: list[Tensor], grads: list[Tensor | None]
             after[i] = g if old is None else old if g is None else old + g
         for t, g in zip(own, gradients[len(wanted):], strict=True):
             if g is not None:
-                found[id(t)] = found[id(t)] + g if id(t) in found else g
+                found.add(t, g)
     return streams, after
 
 
@@ -413,11 +458,11 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
 
 
 @contextmanager
-def _noted(step: Update | Stored, record: _Record) -> Iterator[None]:
+def _noted(step: Update | Stored, record: _Record, known: _Known) -> Iterator[None]:
     """Note in `record` which buffers the body changes, and what they were."""
     before = []
     for root in step.modules():
-        for module in root.modules():
+        for module in known.buffered(root):
             if isinstance(module, _BatchNorm) and module.training:
                 record.norms.append(module)
                 continue
