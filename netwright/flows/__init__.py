@@ -2,5 +2,6 @@
 
 from netwright.flows.coupling import AffineCouplingTransform, Permute
 from netwright.flows.flow import Flow, Transform
+from netwright.flows.odeint import ReversibleHeun, odeint
 
-__all__ = ["AffineCouplingTransform", "Flow", "Permute", "Transform"]
+__all__ = ["AffineCouplingTransform", "Flow", "Permute", "ReversibleHeun", "Transform", "odeint"]
