@@ -148,13 +148,13 @@ def odeint(f: nn.Module, y0: State, ts: Tensor, *, solver: str = "reversible_heu
     _check(f, ts, steps)
     if not reversible:
         return _by_torchdiffeq(f, y0, ts, solver, backward, steps, rtol, atol, options)
-    known = f.f if isinstance(f, _Packed) else f
-    ys = solved(ReversibleHeun(f, ts.to(y0), steps), y0, backward, first=known not in _checked)
+    known = getattr(f, "origin", f)
+    ys = _solved(ReversibleHeun(f, ts.to(y0), steps), y0, backward, first=known not in _checked)
     _checked.add(known)
     return ys
 
 
-def solved(solver: ReversibleHeun, y0: Tensor, backward: str, *, first: bool) -> Tensor:
+def _solved(solver: ReversibleHeun, y0: Tensor, backward: str, *, first: bool) -> Tensor:
     """Return y at every time of the solver; `first` looks for what takes time to see."""
     streams = [y0, y0, *[torch.zeros_like(y0) for _ in solver.ts[1:-1]]]
     if backward == "store":
@@ -207,6 +207,11 @@ class _Packed(nn.Module):
     def __init__(self, f: nn.Module, states: Sequence[Tensor]) -> None:
         super().__init__()
         self.f, self.shapes = f, [state.shape for state in states]
+
+    @property
+    def origin(self) -> nn.Module:
+        """The module that is looked at once, though this one is made for each solve."""
+        return self.f
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         slopes = self.f(t, self.unpack(y))
