@@ -4,6 +4,7 @@ from netwright.flows.coupling import AffineCouplingTransform, Permute
 from netwright.flows.ffjord import FFJORD
 from netwright.flows.flow import Flow, Transform
 from netwright.flows.odeint import ReversibleHeun, odeint
+from netwright.flows.reversible_sde import ReversibleSDESolver
 
-__all__ = ["FFJORD", "AffineCouplingTransform", "Flow", "Permute", "ReversibleHeun", "Transform",
-           "odeint"]
+__all__ = ["FFJORD", "AffineCouplingTransform", "Flow", "Permute", "ReversibleHeun",
+           "ReversibleSDESolver", "Transform", "odeint"]
