@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.utils._pytree import tree_map_only
 
 from netwright.blocks.reversible.engine import Regroup, Step, Stored
 from netwright.errors import UnknownName
@@ -76,6 +77,9 @@ class FFJORD(Flow, Transform):
     def forward(self, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         """Return z and log |det dz/dx|, estimated or exact."""
         self._check(x)
+        if torch.is_inference_mode_enabled():  # where nothing can be differentiated, not net either
+            with torch.inference_mode(False), torch.no_grad():
+                return self(x.clone(), tree_map_only(Tensor, Tensor.clone, condition))
         noise = None
         if self.trace == "hutchinson":
             noise = torch.randint_like(x, 2, requires_grad=False).mul_(2).sub_(1)
@@ -164,10 +168,11 @@ def _trace(slope: Tensor, x: Tensor, noise: Tensor | None, learning: bool) -> Te
     if not slope.requires_grad:
         return x.new_zeros(len(x))
     if noise is not None:
-        (product,) = torch.autograd.grad(slope, x, noise, create_graph=learning)
+        product = torch.autograd.grad(slope, x, noise, create_graph=learning,
+                                      materialize_grads=True)[0]
         return (product * noise).flatten(1).sum(1)
     flat = slope.flatten(1)
     units = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)
     rows = torch.autograd.grad(flat, x, units[:, None].expand(-1, len(x), -1),
-                               create_graph=learning, is_grads_batched=True)[0]
-    return torch.einsum("ibi->b", rows.flatten(2))
+                               create_graph=learning, is_grads_batched=True, allow_unused=True)[0]
+    return x.new_zeros(len(x)) if rows is None else torch.einsum("ibi->b", rows.flatten(2))

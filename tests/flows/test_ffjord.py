@@ -162,6 +162,33 @@ def test_samples_other_sizes_dtypes_and_copies():
     assert flow.net.a.weight.grad.isfinite().all()
 
 
+class Drift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.speed = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.speed.expand_as(x)
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_a_slope_that_is_the_same_everywhere_changes_no_volume(trace):
+    flow = FFJORD(Drift(), 2, trace=trace)
+    z, log_det = flow(data())
+    near([z, log_det], [data() + 1, torch.zeros(4, dtype=torch.float64)])
+    flow.log_prob(data()).sum().backward()
+    assert flow.net.speed.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_under_inference_mode_the_density_is_the_same(way):
+    flow = made(trace="exact", **WAYS[way])
+    with torch.inference_mode():
+        inside = flow.log_prob(data())
+        assert flow.sample(3).shape == (3, 2)
+    near([inside.clone()], [flow.log_prob(data()).detach()])
+
+
 class Kept:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
