@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.engine import Step, Stored, Whole, chained, run
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.losses import cross_entropy
@@ -148,4 +149,10 @@ class _InOrder:
 
 def _steps(part: _Part) -> list[Step]:
     module: Any = part.modules[0]
-    return module.steps() if hasattr(module, "steps") else [Whole(part.name, module)]
+    if not isinstance(module, (ReversibleBlock, ReversibleSequential)):
+        return [Whole(part.name, module)]
+    steps = module.steps()
+    for step in steps:
+        inner = f"{step.place} of " if isinstance(module, ReversibleSequential) else ""
+        step.place = inner + part.name
+    return steps
