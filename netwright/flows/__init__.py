@@ -8,6 +8,7 @@ from netwright.flows.coupling import (
     Permute,
     SplineCouplingTransform,
 )
+from netwright.flows.ffjord import FFJORD
 from netwright.flows.flow import Flow, Transform
 from netwright.flows.image_coupling import coupling_net, image_coupling
 from netwright.flows.inverse_convolution import InvConv2d
@@ -26,8 +27,10 @@ from netwright.flows.lattice import (
     topological_charge,
 )
 from netwright.flows.leapfrog import LeapfrogLayer, LeapfrogSampler
+from netwright.flows.odeint import ReversibleHeun, odeint
 from netwright.flows.part import Part, multi_scale
 from netwright.flows.quad_coupling import QuadCoupling
+from netwright.flows.reversible_sde import ReversibleSDESolver
 from netwright.flows.squeeze import Squeeze
 
 __all__ = ["ActNorm", "AdditiveCouplingTransform", "AffineCouplingTransform",
@@ -37,3 +40,10 @@ __all__ = ["ActNorm", "AdditiveCouplingTransform", "AffineCouplingTransform",
            "U1Action", "autocorrelation_time", "coupling_net", "field_loss", "flow_hmc",
            "gauge_flow", "hmc", "image_coupling", "multi_scale", "plaquettes", "smooth_charge",
            "topological_charge"]
+__all__ = ["FFJORD", "ActNorm", "AdditiveCouplingTransform", "AffineCouplingTransform",
+           "ConditionalAffineCoupling", "ConditionalFlow", "Flow", "GaugeTransform", "InvConv2d",
+           "InvertibleConv3x3", "InvertibleRescaler", "LeapfrogLayer", "LeapfrogSampler", "Part",
+           "Permute", "QuadCoupling", "ReversibleHeun", "ReversibleSDESolver",
+           "SplineCouplingTransform", "Squeeze", "Transform", "U1Action", "autocorrelation_time",
+           "coupling_net", "field_loss", "flow_hmc", "gauge_flow", "hmc", "image_coupling",
+           "multi_scale", "odeint", "plaquettes", "smooth_charge", "topological_charge"]
