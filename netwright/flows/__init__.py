@@ -33,13 +33,6 @@ from netwright.flows.quad_coupling import QuadCoupling
 from netwright.flows.reversible_sde import ReversibleSDESolver
 from netwright.flows.squeeze import Squeeze
 
-__all__ = ["ActNorm", "AdditiveCouplingTransform", "AffineCouplingTransform",
-           "ConditionalAffineCoupling", "ConditionalFlow", "Flow", "GaugeTransform", "InvConv2d",
-           "InvertibleConv3x3", "InvertibleRescaler", "LeapfrogLayer", "LeapfrogSampler", "Part",
-           "Permute", "QuadCoupling", "SplineCouplingTransform", "Squeeze", "Transform",
-           "U1Action", "autocorrelation_time", "coupling_net", "field_loss", "flow_hmc",
-           "gauge_flow", "hmc", "image_coupling", "multi_scale", "plaquettes", "smooth_charge",
-           "topological_charge"]
 __all__ = ["FFJORD", "ActNorm", "AdditiveCouplingTransform", "AffineCouplingTransform",
            "ConditionalAffineCoupling", "ConditionalFlow", "Flow", "GaugeTransform", "InvConv2d",
            "InvertibleConv3x3", "InvertibleRescaler", "LeapfrogLayer", "LeapfrogSampler", "Part",
