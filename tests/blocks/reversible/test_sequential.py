@@ -181,6 +181,20 @@ def test_frozen_and_shared_parameters():
     assert_same(learnt(ours, x), learnt(plain, x))
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 2e-14), (torch.float32, 1e-5),
+                                              (torch.bfloat16, 0.4)])
+def test_rounding_through_many_blocks(dtype, bound):
+    def half():
+        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    network = ReversibleSequential(*[AdditiveCoupling(half(), half()) for _ in range(64)]).to(dtype)
+    x, seen = torch.randn(16, 16).to(dtype), []
+    network(x)
+    network[0].f.register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    network(x).square().mean().backward()
+    there, back = seen
+    assert 0 < (back - there).norm() / there.norm() < bound
+
+
 def test_what_comes_before_the_first_gradient_is_not_reconstructed():
     blocks = additive("dense", 4)
     for p in [*blocks[0].parameters(), *blocks[1].parameters()]:
