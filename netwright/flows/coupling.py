@@ -107,5 +107,5 @@ class _Affine(Update):
         if made.shape[1] != 2 * x.shape[1]:
             raise ValueError(f"net must return {2 * x.shape[1]} entries in dimension 1, a scale "
                              f"and a shift for each of {x.shape[1]}, got {tuple(made.shape)}")
-        s, t = made.chunk(2, 1)
+        s, t = made.to(x.dtype).chunk(2, 1)  # under autocast exp(s) exp(-s) would not be 1
         return self.clamp * torch.tanh(s / self.clamp), t
