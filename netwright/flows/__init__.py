@@ -2,5 +2,12 @@
 
 from netwright.flows.coupling import AffineCouplingTransform, Permute
 from netwright.flows.flow import Flow, Transform
+from netwright.flows.kernel_coupling import KernelCoupling
 
-__all__ = ["AffineCouplingTransform", "Flow", "Permute", "Transform"]
+__all__ = [
+    "AffineCouplingTransform",
+    "Flow",
+    "KernelCoupling",
+    "Permute",
+    "Transform",
+]
