@@ -6,6 +6,7 @@ from netwright.flows.gdn import GDN, gaussianize_layerwise
 from netwright.flows.kernel_coupling import KernelCoupling
 from netwright.flows.label_flow import LabelFlow, weak_constraint_loss
 from netwright.flows.linear import LinearTransform
+from netwright.flows.residual import LipSwish, ResidualTransform, spectral_norm
 
 __all__ = [
     "GDN",
@@ -14,8 +15,11 @@ __all__ = [
     "KernelCoupling",
     "LabelFlow",
     "LinearTransform",
+    "LipSwish",
     "Permute",
+    "ResidualTransform",
     "Transform",
     "gaussianize_layerwise",
+    "spectral_norm",
     "weak_constraint_loss",
 ]
