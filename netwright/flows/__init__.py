@@ -1,6 +1,7 @@
 """Flows: densities made of transforms that can be undone, trained without stored activations."""
 
 from netwright.flows.coupling import AffineCouplingTransform, Permute
+from netwright.flows.ebflow import EBFlow, SmoothLeakyReLU, score_matching_loss
 from netwright.flows.flow import Flow, Transform
 from netwright.flows.gdn import GDN, gaussianize_layerwise
 from netwright.flows.kernel_coupling import KernelCoupling
@@ -11,6 +12,7 @@ from netwright.flows.residual import LipSwish, ResidualTransform, spectral_norm
 __all__ = [
     "GDN",
     "AffineCouplingTransform",
+    "EBFlow",
     "Flow",
     "KernelCoupling",
     "LabelFlow",
@@ -18,8 +20,10 @@ __all__ = [
     "LipSwish",
     "Permute",
     "ResidualTransform",
+    "SmoothLeakyReLU",
     "Transform",
     "gaussianize_layerwise",
+    "score_matching_loss",
     "spectral_norm",
     "weak_constraint_loss",
 ]
