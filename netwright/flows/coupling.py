@@ -239,7 +239,7 @@ class _Spline(Update):
 
     def make(self, reads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the inner knots (batch, size, *, 2, bins - 1), places and heights, and slopes."""
-        raw, bins = super().make(reads), self.bins
+        raw, bins = super().make(reads).to(reads[0].dtype), self.bins
         count = self.size * (3 * bins - 1)
         if raw.ndim < 2 or raw.shape[1] != count:
             raise ValueError(f"net must return {count} entries in dimension 1, {3 * bins - 1} "
@@ -300,9 +300,12 @@ class _Spline(Update):
 
 
 def _fitting(made: Tensor, x: Tensor, numbers: int) -> Tensor:
-    """Return `made` if it has `numbers` numbers for each entry of x."""
+    """Return `made` in the dtype of x, if it has `numbers` numbers for each entry of that.
+
+    In the narrower one that autocast computes in, exp(s) exp(-s) would not be 1.
+    """
     wanted = (x.shape[0], numbers * x.shape[1], *x.shape[2:])
     if made.shape != wanted:
         raise ValueError(f"net must return {wanted}, {numbers} numbers for each entry that is "
                          f"changed, got {tuple(made.shape)}")
-    return made
+    return made.to(x.dtype)
