@@ -252,7 +252,7 @@ def test_a_map_that_its_inverse_does_not_undo_is_refused():
         def inverse(self, z, condition=None):
             return z / 3
 
-    with pytest.raises(CannotReverse, match="Wrong is not invertible here"):
+    with pytest.raises(CannotReverse, match="Wrong of transform 0 is not invertible here"):
         Flow([Wrong()], 3).log_prob(torch.randn(4, 3))
 
 

@@ -118,5 +118,6 @@ class _Affine(Update):
             got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise CannotReverse(f"{self} must return scale and shift, {tuple(wanted)} for a half "
                                 f"of shape {tuple(x.shape)}, got {got}")
-        s, t = made.split(size, self.dim)
+        # In the narrower dtype that autocast computes in, exp(s) exp(-s) would not be 1.
+        s, t = made.to(x.dtype).split(size, self.dim)
         return (s if self.clamp is None else self.clamp * torch.tanh(s / self.clamp)), t

@@ -1,8 +1,10 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 
-from netwright.blocks.reversible import AdditiveCoupling, AffineCoupling
+from netwright.blocks.reversible import AdditiveCoupling, AffineCoupling, ReversibleSequential
 
 
 def test_additive_formula():
@@ -45,3 +47,21 @@ def test_volumes():
 def test_clamp_must_be_positive():
     with pytest.raises(ValueError, match="clamp must be above 0, got 0"):
         AffineCoupling(nn.Linear(3, 6), clamp=0)
+
+
+@pytest.mark.parametrize(("make", "numbers"), [(AdditiveCoupling, 1), (AffineCoupling, 2)])
+def test_under_autocast_couplings_are_undone_in_their_own_dtype(make, numbers):
+    torch.manual_seed(0)
+    network = ReversibleSequential(*[
+        make(*[nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8 * numbers))
+               for _ in range(2)]) for _ in range(4)])
+    plain = nn.Sequential(*deepcopy(list(network)))
+    x = torch.randn(32, 16)
+    for each in (network, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = each(x)
+        assert y.dtype == torch.float32
+        y.square().sum().backward()
+    largest = max(float(p.grad.abs().max()) for p in plain.parameters())
+    for got, true in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, true.grad, rtol=0, atol=0.02 * largest)
