@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,11 +7,12 @@ from torch.utils._pytree import tree_leaves
 
 from netwright.blocks.reversible.engine import Step, Stored, Whole, chained, run
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.errors import CannotReverse
 from netwright.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, stages
 from netwright.stages._sequential import SequentialStage
-from netwright.stages.stage import tensor_of
+from netwright.stages.stage import apply, tensor_of
 
 
 class Reversible(Rule):
@@ -69,34 +70,45 @@ class Reversible(Rule):
         self.loss, self.checkpoint, self.exact = loss, checkpoint, exact
         self._seen = False
         if isinstance(self.network, ReversibleSequential):
-            self.stages = None
-            self._parts = [_Part("network", self.network, [self.network], invertible=True)]
+            self.stages, self._parts = None, []
         else:
             self.stages = stages(network, example)
             self._parts = [part for stage in self.stages for part in _parts(stage)]
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add dL/dw to `.grad`; return the detached loss."""
-        context = None if self.stages is None else self.stages.context(x, live=True)
-        h, waiting, last = x, list[list[Step]](), len(self._parts) - 1
-        for k, part in enumerate(self._parts):
-            if part.invertible:
-                waiting.append(_steps(part))
-            elif 0 < k < last and self.checkpoint and not part.reverses():
-                lent = [t for t in tree_leaves(vars(context))
-                        if isinstance(t, Tensor) and t.requires_grad]
-                waiting.append([Stored(part.name, partial(part.function, context=context),
-                                       part.modules, [*part.loose, *lent])])
-            else:
-                h = part.function(self._run(waiting, h), context=context)
-                waiting = []
-        h = tensor_of(self._run(waiting, h))
+        h = tensor_of(apply(self._alone, x) if self.stages is None else self._chain(x))
         self._seen = True
         loss = checked(self.loss, h, y)
         if not loss.requires_grad:
             raise ValueError("network has no trainable parameters; set requires_grad on some")
         loss.backward()
         return loss.detach()
+
+    def _alone(self, x: Any, *args: Any, **options: Any) -> Any:
+        """Return the output of a network that is reversible as a whole."""
+        network: Any = self.network
+        return self._run([network.steps(*args, **options)], x)
+
+    def _chain(self, x: Any) -> Any:
+        assert self.stages is not None
+        context = self.stages.context(x, live=True)
+        h, waiting, last = x, list[list[Step]](), len(self._parts) - 1
+        several = False
+        for k, part in enumerate(self._parts):
+            if part.invertible:
+                h = _only(h) if k == 0 else h
+                waiting.append(_steps(part))
+                several = _several(part.modules[0])
+            elif 0 < k < last and self.checkpoint and not several and not part.reverses():
+                lent = [t for t in tree_leaves(vars(context))
+                        if isinstance(t, Tensor) and t.requires_grad]
+                waiting.append([Stored(part.name, partial(part.tensor, context=context),
+                                       part.modules, [*part.loose, *lent])])
+            else:
+                h = part.function(self._run(waiting, h), context=context)
+                waiting, several = [], False
+        return self._run(waiting, h)
 
     def _run(self, waiting: list[list[Step]], h: Any) -> Any:
         if not waiting:
@@ -115,10 +127,36 @@ class _Part(NamedTuple):
     invertible: bool
     loose: Sequence[Tensor] = ()
 
+    def tensor(self, h: Tensor, context: Any) -> Tensor:
+        """Return what the part makes of `h`, which must be a tensor if it is to run again."""
+        output = self.function(h, context=context)
+        if not isinstance(output, Tensor):
+            raise CannotReverse(f"{self.name} returned {type(output).__name__}, and only what "
+                                "returns a tensor can be checkpointed; set checkpoint=False")
+        return output
+
     def reverses(self) -> bool:
         """Return whether something inside stores no activations of itself."""
         return any(isinstance(inner, ReversibleSequential)
                    for module in self.modules for inner in module.modules())
+
+
+def _only(x: Any) -> Any:
+    """Return what an nn.Sequential is given, where `x` holds its arguments."""
+    if isinstance(x, Tensor):
+        return x
+    parts = list(x.values() if isinstance(x, Mapping) else x)
+    if len(parts) != 1:
+        raise ValueError(f"x must hold the one argument of an nn.Sequential, got {len(parts)}; "
+                         "put several streams into a tuple of their own, ((a, b),)")
+    return parts[0]
+
+
+def _several(module: nn.Module) -> bool:
+    """Return whether `module` returns several streams."""
+    if isinstance(module, ReversibleSequential):
+        return any(map(_several, module))
+    return getattr(module, "streams", 1) is None
 
 
 def _parts(stage: Any) -> list[_Part]:
