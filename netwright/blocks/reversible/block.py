@@ -3,8 +3,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 
-from netwright.blocks.reversible.engine import Regroup, Step, Update, undo
+from netwright.blocks.reversible.engine import Regroup, Step, Update, forth, undo
 from netwright.errors import CannotReverse
 
 
@@ -56,14 +57,7 @@ class ReversibleBlock(nn.Module):
     def forward(self, x: Any, *args: Any, **options: Any) -> Any:
         """Return what the steps make of `x`."""
         streams = [x] if isinstance(x, Tensor) else list(x)
-        for step in self.steps(*args, **options):
-            if isinstance(step, Update):
-                made = step.make([streams[i] for i in step.reads])
-                changed = step.change([streams[i] for i in step.writes], made)
-                for i, stream in zip(step.writes, changed, strict=True):
-                    streams[i] = stream
-            elif isinstance(step, Regroup):
-                streams = step.there(streams)
+        streams = forth(self.steps(*args, **options), streams)
         return streams[0] if len(streams) == 1 else tuple(streams)
 
     def inverse(self, y: Any, *args: Any, **options: Any) -> Any:
@@ -88,9 +82,9 @@ class ReversibleBlock(nn.Module):
             raise CannotReverse(f"{kind} splits its input into {number} equal parts along "
                                 f"dim={self.dim}, which has {size} entries in {tuple(x.shape)}; "
                                 f"give it a multiple of {number}, for instance by padding")
-        if parts is None:
-            return [part.contiguous() for part in x.chunk(number, self.dim)]
-        return [part.contiguous() for part in x.split(list(parts), self.dim)]
+        split = x.chunk(number, self.dim) if parts is None else x.split(list(parts), self.dim)
+        order = suggest_memory_format(x)  # channels last stay last
+        return [part.contiguous(memory_format=order) for part in split]
 
     def _join(self, streams: list[Tensor]) -> list[Tensor]:
         return [torch.cat(streams, self.dim)]

@@ -112,10 +112,11 @@ class _Affine(Update):
         return [((y[0] - t) * (-s).exp()).to(y[0].dtype)]
 
     def _parts(self, x: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
-        size = x.shape[self.dim]
-        if made.ndim != x.ndim or made.shape[self.dim] != 2 * size:
-            raise CannotReverse(f"{self.name} must return scale and shift, {2 * size} entries "
-                                f"along dim={self.dim}, for a half of shape {tuple(x.shape)}; got "
-                                f"{tuple(made.shape)}")
+        size, wanted = x.shape[self.dim], list(x.shape)
+        wanted[self.dim] *= 2
+        if not isinstance(made, Tensor) or list(made.shape) != wanted:
+            got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+            raise CannotReverse(f"{self} must return scale and shift, {tuple(wanted)} for a half "
+                                f"of shape {tuple(x.shape)}, got {got}")
         s, t = made.split(size, self.dim)
         return (s if self.clamp is None else self.clamp * torch.tanh(s / self.clamp)), t

@@ -2,21 +2,22 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from copy import copy
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils._pytree import tree_leaves, tree_map
 
 from netwright.errors import CannotReverse
-from netwright.modes import random_state, set_random_state
+from netwright.modes import RandomState, random_state, set_random_state
 
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16,
          torch.bfloat16: torch.int16}
+_FAR = -128  # stands for a difference of bits that one byte does not hold
 
 
 class Update:
@@ -35,6 +36,7 @@ class Update:
         self.name, self.module = name, module
         self.reads, self.writes = tuple(reads), tuple(writes)
         self.args, self.options = tuple(args), options or {}
+        self.place = ""  # where errors say that it is
 
     def make(self, reads: Sequence[Tensor]) -> Any:
         """Return what the change is made with."""
@@ -55,6 +57,9 @@ class Update:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.reads} -> {self.writes})"
 
+    def __str__(self) -> str:
+        return f"{self.name} of {self.place}" if self.place else self.name
+
 
 class Add(Update):
     """The step  y = x + module(reads), the cheapest to undo."""
@@ -65,6 +70,10 @@ class Add(Update):
 
     def change(self, x: Sequence[Tensor], made: Tensor) -> Sequence[Tensor]:
         """Return x + made."""
+        if not isinstance(made, Tensor) or made.shape != x[0].shape:
+            got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+            raise CannotReverse(f"{self} must return the shape of what it is added to, got {got} "
+                                f"for {tuple(x[0].shape)}")
         return [(x[0] + made).to(x[0].dtype)]
 
     def restore(self, y: Sequence[Tensor], made: Tensor) -> Sequence[Tensor]:
@@ -106,6 +115,10 @@ class Regroup:
                  undoes: Any = None) -> None:
         self.name, self.there, self.back = name, there, back
         self.kind, self.undoes = kind, undoes
+        self.place = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.place}" if self.place else self.name
 
 
 class Stored:
@@ -118,6 +131,10 @@ class Stored:
                  modules: Sequence[nn.Module], tensors: Sequence[Tensor] = ()) -> None:
         self.name, self.function = name, function
         self._modules, self.tensors = list(modules), list(tensors)
+        self.place = ""
+
+    def __str__(self) -> str:
+        return self.name
 
     def modules(self) -> list[nn.Module]:
         """Return the modules whose parameters the step uses."""
@@ -140,6 +157,38 @@ def chained(parts: Sequence[Sequence[Step]]) -> list[Step]:
     return steps
 
 
+def forth(steps: Sequence[Step], streams: Sequence[Tensor]) -> list[Tensor]:
+    """Return what `steps` make of `streams`, and nothing more: under autograd all is stored."""
+    streams = list(streams)
+    for step in steps:
+        if isinstance(step, Regroup):
+            streams = _regrouped(step, step.there, streams)
+        elif isinstance(step, Stored):
+            streams = [step.function(streams[0])]
+        else:
+            made = step.make([streams[i] for i in step.reads])
+            changed = step.change([streams[i] for i in step.writes], made)
+            for i, stream in zip(step.writes, changed, strict=True):
+                streams[i] = stream
+    return streams
+
+
+def undo(steps: Sequence[Step], streams: Sequence[Tensor]) -> list[Tensor]:
+    """Return the streams that `steps` would turn into `streams`."""
+    streams = list(streams)
+    for step in reversed(steps):
+        if isinstance(step, Stored):
+            raise CannotReverse(f"{step} cannot be undone, since it has no inverse")
+        if isinstance(step, Regroup):
+            streams = _regrouped(step, step.back, streams)
+            continue
+        made = step.make([streams[i] for i in step.reads])
+        back = step.restore([streams[i] for i in step.writes], made)
+        for i, stream in zip(step.writes, back, strict=True):
+            streams[i] = stream
+    return streams
+
+
 @torch.compiler.disable(reason="reconstruction runs modules inside a backward pass; compile the "
                                "modules inside the reversible blocks instead")
 def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False,
@@ -147,9 +196,10 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
     """Return the streams after `steps`, of which only the last are kept for the backward pass.
 
     It reconstructs the others, last to first. The gradients are those of the same steps under
-    autograd: what a step draws at random, the buffers that it changes and the state of autocast
-    are the same when it runs again. With `exact` the rounding error of each step's way there and
-    back is kept, about one byte a number, so that every stream comes back bit for bit.
+    autograd: what a step draws at random, the buffers and the training flags that it finds, and
+    the state of autocast are the same when it runs again. With `exact` the rounding error of each
+    step's way there and back is kept, about one byte a number, so that every stream comes back bit
+    for bit.
 
     `first` also looks for what takes time to see: a step that cannot be undone, that changes a
     stream in place, or that uses a tensor which needs a gradient and is not its own.
@@ -159,123 +209,162 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
 
     Raises:
         CannotReverse: a step changed its streams' shapes, or did what `first` looks for, or a
-            stream was not finite when it came back though it had ended so.
+            stream was not finite when it came back though it had ended so; buffers, gradients and
+            the random state are then as they were.
     """
-    own = [_tensors(step) for step in steps]
-    learning = list({id(t): t for tensors in own for t in tensors}.values())
-    transformed = (forward_ad._current_level >= 0
-                   or torch._C._functorch.maybe_current_level() is not None)
-    if (transformed or not torch.is_grad_enabled()
-            or not (learning or any(stream.requires_grad for stream in streams))):
-        streams = list(streams)
-        for step in steps:
-            streams = _there(step, streams, _Record(), first=first and not transformed)
-        return streams
-    plan = _Plan(list(steps), own, len(streams), exact, first)
-    return list(_Run.apply(plan, *streams, *learning))
-
-
-def undo(steps: Sequence[Step], streams: Sequence[Tensor]) -> list[Tensor]:
-    """Return the streams that `steps` would turn into `streams`."""
-    streams = list(streams)
-    for step in reversed(steps):
-        if isinstance(step, Stored):
-            raise CannotReverse(f"{step.name} cannot be undone, since it has no inverse")
-        if isinstance(step, Regroup):
-            streams = step.back(streams)
-            continue
-        made = step.make([streams[i] for i in step.reads])
-        back = step.restore([streams[i] for i in step.writes], made)
-        for i, stream in zip(step.writes, back, strict=True):
-            streams[i] = stream
-    return streams
+    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+        return forth(steps, streams)
+    plan = _Plan(steps, len(streams), exact, first)
+    if torch.is_grad_enabled() and (plan.learning or any(s.requires_grad for s in streams)):
+        return list(_Run.apply(plan, *streams, *plan.learning))
+    return _forward(plan, list(streams)) if first else forth(steps, streams)
 
 
 class _Plan:
-    """What the way there leaves for the way back."""
+    """The steps of one pass, and what the way there leaves of them for the way back."""
 
-    def __init__(self, steps: list[Step], own: list[list[Tensor]], streams: int, exact: bool,
-                 first: bool) -> None:
-        self.steps, self.own, self.streams = steps, own, streams
-        self.exact, self.first = exact, first
-        self.records: list[_Record] = []
-        self.stop = len(steps)  # no step before this one has a gradient to give
+    def __init__(self, steps: Sequence[Step], streams: int, exact: bool, first: bool) -> None:
+        self.streams, self.exact, self.first = streams, exact, first
+        # A gradient of an argument is found for what stands in for it, so that the hooks of the
+        # argument itself are called once.
+        self.arguments = {id(t): t for step in steps if isinstance(step, Update)
+                          for t in tree_leaves((step.args, step.options)) if _learns(t)}
+        deputies = {key: t.detach().requires_grad_() for key, t in self.arguments.items()}
+        self.steps = [_deputised(step, deputies) if deputies else step for step in steps]
+        self.records = [_Record(step) for step in self.steps]
+        self.stop = len(self.steps)  # no step before this one has a gradient to give
+        # What gradients are found for, and what they belong to.
+        self.own = list({id(t): t for record in self.records for t in record.own}.values())
+        owners = {id(deputy): self.arguments[key] for key, deputy in deputies.items()}
+        self.learning = [owners.get(id(t), t) for t in self.own]
 
 
 class _Record:
     """What is remembered of one step, small beside its activations."""
 
-    def __init__(self) -> None:
-        self.random: Any = None  # the random state before it, if it drew
-        self.buffers: list[tuple[nn.Module, str, Tensor]] = []  # those it changed, as they were
-        self.norms: list[_BatchNorm] = []
-        self.residues: list[_Residue] | None = None
-        self.kept: Tensor | None = None
+    def __init__(self, step: Step) -> None:
+        self.modules: list[nn.Module] = []
+        more: list[Any] = []
+        if not isinstance(step, Regroup):
+            self.modules = [m for root in step.modules() for m in root.modules()]
+            more = (list(step.tensors) if isinstance(step, Stored)
+                    else tree_leaves((step.args, step.options)))
+        self.modes = [module.training for module in self.modules]
+        self.parameters = [(module, name, p) for module in self.modules
+                           for name, p in module._parameters.items() if p is not None]
+        used = [*[p for _, _, p in self.parameters], *[t for t in more if isinstance(t, Tensor)]]
+        self.own = list({id(t): t for t in used if _learns(t)}.values())
+        self.fixed = [t for t in used if not t.requires_grad]  # and buffers that stay as they are
+        self.random: RandomState | None = None  # the random state before it
+        self.drew = False
+        self.changed: list[_Changed] = []
         self.needs: list[bool] = []  # by stream: whether its gradient is wanted
+        self.held: list[Tensor] = []  # its input, if it is stored; what is lost, if that is wanted
+        self.holds = 0
+
+
+class _Changed(NamedTuple):
+    """A buffer that a step changed, and what it had been before."""
+
+    module: nn.Module
+    name: str
+    buffer: Tensor
+    value: Tensor
 
 
 class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
-        streams, learning = list(tensors[:plan.streams]), tensors[plan.streams:]
         needs = list(ctx.needs_input_grad[1:1 + plan.streams])
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # a cast made here would have no gradient
-        try:
-            random = random_state()
-            for k, (step, own) in enumerate(zip(plan.steps, plan.own, strict=True)):
-                record = _Record()
-                record.needs = needs
-                if any(needs) or own:
-                    plan.stop = min(plan.stop, k)
-                if isinstance(step, Stored):
-                    record.kept = streams[0]
-                streams = _there(step, streams, record, exact=plan.exact, first=plan.first)
-                random = _note_random(record, random)
-                needs = _needs_after(step, needs, bool(own), len(streams))
-                plan.records.append(record)
-        finally:
-            torch.set_autocast_cache_enabled(cached)
+        streams = _forward(plan, list(tensors[:plan.streams]), needs)
         given = {id(t) for t in tensors}
         streams = [s.view_as(s) if id(s) in given else s for s in streams]
-        kept = [record.kept for record in plan.records if record.kept is not None]
+        held = [t for record in plan.records for t in record.held]
+        fixed = [t for record in plan.records for t in record.fixed if not t.is_inference()]
+        for record in plan.records:  # PyTorch keeps them now, and sees whether they change
+            record.holds, record.held, record.fixed = len(record.held), [], []
         ctx.plan, ctx.autocast, ctx.ends = plan, _autocast(streams), len(streams)
-        ctx.save_for_backward(*streams, *kept, *learning)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*streams, *held, *plan.learning, *fixed)
         return tuple(streams)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *ends: Tensor) -> tuple[Tensor | None, ...]:
-        plan, saved = ctx.plan, ctx.saved_tensors  # this also sees to it that no weight has changed
-        learning = saved[len(saved) - (len(ctx.needs_input_grad) - 1 - plan.streams):]
-        last, found = list(saved[:ctx.ends]), dict[int, Tensor]()
-        streams: list[Tensor] = list(last)
-        grads: list[Tensor | None] = list(ends)
-        random = random_state() if any(r.random is not None for r in plan.records) else None
-        try:
-            with ctx.autocast():
-                for k in range(len(plan.steps) - 1, plan.stop - 1, -1):
-                    streams, grads = _back(plan, k, streams, grads, found)
-                if not _finite(streams) and _finite(last):
-                    raise _where(plan, last)
-        finally:
-            if random is not None:
-                set_random_state(random)
+    def backward(ctx: Any, *ends: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise CannotReverse("what a reversible network returns can be differentiated once, not "
+                                "twice (create_graph=True); use nn.Sequential(*network) of the "
+                                "same blocks for that")
+        plan, saved = ctx.plan, ctx.saved_tensors
+        last, rest = list(saved[:ctx.ends]), iter(saved[ctx.ends:])
+        held = [[next(rest) for _ in range(record.holds)] for record in plan.records]
+        streams, grads, found = list(last), list(ends), dict[int, Tensor]()
+        with _as_before(plan), ctx.autocast():
+            random = None
+            stop = 0 if plan.first else plan.stop  # even what learns nothing may use a stranger
+            for k in range(len(plan.steps) - 1, stop - 1, -1):
+                record = plan.records[k]
+                if record.random is not None and record.random is not random:
+                    random = record.random
+                    set_random_state(random)
+                streams, grads = _back(plan, k, held[k], streams, grads, found)
+                if record.drew:
+                    random = None
+            if not _finite(streams) and _finite(last):
+                raise _where(plan, held, last)
         if plan.stop:
             grads = [None] * plan.streams
-        gradients = [*grads, *[found.get(id(t)) for t in learning]]
+        gradients = [*grads, *[found.get(id(t)) for t in plan.own]]
         return (None, *[g if need else None for g, need in
                         zip(gradients, ctx.needs_input_grad[1:], strict=True)])
 
 
-def _tensors(step: Step) -> list[Tensor]:
-    """Return the tensors of the step that need a gradient: parameters and arguments."""
-    if isinstance(step, Regroup):
-        return []
-    more = step.tensors if isinstance(step, Stored) else tree_leaves((step.args, step.options))
-    found = [p for module in step.modules() for p in module.parameters()]
-    return [t for t in [*found, *more] if isinstance(t, Tensor) and t.requires_grad]
+def _forward(plan: _Plan, streams: list[Tensor], needs: list[bool] | None = None) -> list[Tensor]:
+    """Return the streams after the steps; where one raises, no buffer and no draw is left."""
+    needs = needs or [False] * len(streams)
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # a cast made here would have no gradient
+    random = begin = random_state()
+    try:
+        for k, (step, record) in enumerate(zip(plan.steps, plan.records, strict=True)):
+            record.needs, learns = needs, bool(record.own)
+            if any(needs) or learns:
+                plan.stop = min(plan.stop, k)
+            if isinstance(step, Regroup):
+                streams = _regrouped(step, step.there, streams)
+            else:
+                record.random = random
+                streams = _there(step, streams, record, plan)
+                now = random_state()
+                if not _same(random, now):
+                    record.drew, random = True, now
+            needs = _needs_after(step, needs, learns, len(streams))
+    except BaseException as error:
+        for record in reversed(plan.records):
+            for module, name, buffer, value in record.changed:
+                module._buffers[name] = buffer
+                buffer.data.copy_(value)  # .data, so that a graph which has saved it may go on
+        set_random_state(begin)
+        if not isinstance(error, CannotReverse):
+            error.add_note(f"This happened in {step}.")
+        raise
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+    for record in plan.records:
+        record.changed = [c for c in record.changed if not _counts(c.module)]
+    return streams
+
+
+def _learns(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _deputised(step: Step, deputies: dict[int, Tensor]) -> Step:
+    if not isinstance(step, Update):
+        return step
+    step = copy(step)
+    step.args, step.options = tree_map(lambda t: deputies.get(id(t), t), (step.args, step.options))
+    return step
 
 
 def _needs_after(step: Step, needs: list[bool], learns: bool, streams: int) -> list[bool]:
@@ -285,32 +374,45 @@ def _needs_after(step: Step, needs: list[bool], learns: bool, streams: int) -> l
     return [new if i in step.writes else need for i, need in enumerate(needs)]
 
 
-def _there(step: Step, streams: list[Tensor], record: _Record, *, exact: bool = False,
-           first: bool = False) -> list[Tensor]:
+def _regrouped(step: Regroup, function: Callable[[list[Tensor]], list[Tensor]],
+               streams: list[Tensor]) -> list[Tensor]:
+    try:
+        return function(streams)
+    except CannotReverse as error:
+        raise CannotReverse(f"{step}: {error}") if step.place else error from None
+
+
+def _there(step: Update | Stored, streams: list[Tensor], record: _Record,
+           plan: _Plan) -> list[Tensor]:
     """Return the streams after `step`."""
-    if isinstance(step, Regroup):
-        return step.there(streams)
-    with _noted(step, record):
-        if isinstance(step, Stored):
+    if isinstance(step, Stored):
+        record.held = [streams[0]]
+        with _noted(record):
             return [step.function(streams[0])]
-        reads, x = [streams[i] for i in step.reads], [streams[i] for i in step.writes]
-        if first:  # so that a step which writes in place spoils no stream
-            reads, x = [r.clone() for r in reads], [s.clone() for s in x]
-        before = _versions([*reads, *x])
+    reads, x = [streams[i] for i in step.reads], [streams[i] for i in step.writes]
+    if plan.first:  # so that a step which writes in place spoils no stream
+        reads, x = [r.clone() for r in reads], [s.clone() for s in x]
+    before = _versions([*reads, *x])
+    with _noted(record):
         made = step.make(reads)
-        y = list(step.change(x, made))
+        middle = random_state() if plan.exact or plan.first else None
+        if _versions([*reads, *x]) == before:
+            y = list(step.change(x, made))
     if _versions([*reads, *x]) != before:
-        raise CannotReverse(f"{step.name} changes its input in place, so that it cannot be undone; "
-                            "use operations that are not in place there, such as "
+        raise CannotReverse(f"{step} changes its input in place, so that it cannot be undone; use "
+                            "operations that are not in place there, such as "
                             "nn.ReLU(inplace=False)")
     for old, new in zip(x, y, strict=True):
         if not isinstance(new, Tensor) or (old.shape != new.shape and not isinstance(step, Whole)):
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-            raise CannotReverse(f"{step.name} must keep its streams' shapes, got "
+            raise CannotReverse(f"{step} must keep its streams' shapes, got "
                                 f"{tuple(old.shape)} and made {got} of it; what is added to a "
                                 "stream must have the stream's shape")
-    if exact or first:
-        _look_back(step, x, y, made, record, exact)
+    if middle is not None:
+        after = random_state()
+        set_random_state(middle)  # an inverse that draws must draw what the module drew
+        _look_back(step, x, y, made, record, plan.exact)
+        set_random_state(after)
     streams = list(streams)
     for i, stream in zip(step.writes, y, strict=True):
         streams[i] = stream
@@ -324,24 +426,25 @@ def _look_back(step: Update, x: list[Tensor], y: list[Tensor], made: Any, record
         back = step.restore(y, made)
     for old, new, got in zip(x, back, y, strict=True):
         if not (isinstance(new, Tensor) and new.shape == old.shape):
-            raise CannotReverse(f"the inverse of {step.name} gave another shape than "
+            raise CannotReverse(f"the inverse of {step} gave another shape than "
                                 f"{tuple(old.shape)}; it must undo the step")
-        if not (old.is_floating_point() and old.numel()):
+        if not (_real(old) and old.numel()):
             continue
-        scale = max(float(old.abs().amax()), float(got.abs().amax()), 1.0)
+        scale = max(float(old.abs().amax()), float(got.abs().amax()) if got.numel() else 0, 1.0)
         error = float((old - new).abs().amax())
         if scale < float("inf") and not error <= scale * torch.finfo(old.dtype).eps ** 0.5:
-            raise CannotReverse(f"{step.name} is not invertible here: restoring what it was given "
+            raise CannotReverse(f"{step} is not invertible here: restoring what it was given "
                                 f"misses it by {error:.2g}, where numbers are up to {scale:.2g}; "
                                 "check its inverse")
     if exact:
-        record.residues = [_Residue(old, new) for old, new in zip(x, back, strict=True)]
+        record.held = [t for old, new in zip(x, back, strict=True) for t in _missing(old, new)]
 
 
-def _back(plan: _Plan, k: int, streams: list[Tensor], grads: list[Tensor | None],
-          found: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+def _back(plan: _Plan, k: int, held: list[Tensor], streams: list[Tensor],
+          grads: list[Tensor | None], found: dict[int, Tensor]
+          ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return the streams before step `k` and their gradients; add the tensors' to `found`."""
-    step, record, own = plan.steps[k], plan.records[k], plan.own[k]
+    step, record = plan.steps[k], plan.records[k]
     if isinstance(step, Regroup):
         filled = [torch.zeros_like(s) if g is None else g
                   for s, g in zip(streams, grads, strict=True)]
@@ -349,9 +452,8 @@ def _back(plan: _Plan, k: int, streams: list[Tensor], grads: list[Tensor | None]
     with _again(record):
         after: list[Tensor | None]
         if isinstance(step, Stored):
-            assert record.kept is not None
-            streams, reads, needs = [record.kept], [0], record.needs
-            given = [_leaf(record.kept, needs[0])]
+            streams, reads, needs = held, [0], record.needs
+            given = [_leaf(held[0], needs[0])]
             with torch.enable_grad():
                 outputs = [step.function(given[0])]
             signals, after = grads, [None]
@@ -360,10 +462,11 @@ def _back(plan: _Plan, k: int, streams: list[Tensor], grads: list[Tensor | None]
             given = [_leaf(streams[i], needs[i]) for i in reads]
             with torch.enable_grad():
                 made = step.make(given)
+            middle = random_state() if record.drew and not isinstance(step, Add) else None
             with torch.no_grad():
                 x = list(step.restore([streams[i] for i in step.writes], made))
-            if record.residues is not None:
-                x = [r.repaired(s) for r, s in zip(record.residues, x, strict=True)]
+            if held:
+                x = [_repaired(*part) for part in zip(x, held[::2], held[1::2], strict=True)]
             streams, after, signals = list(streams), list(grads), [grads[i] for i in step.writes]
             for i, stream in zip(step.writes, x, strict=True):
                 streams[i] = stream
@@ -373,16 +476,19 @@ def _back(plan: _Plan, k: int, streams: list[Tensor], grads: list[Tensor | None]
                 reads = [*reads, *step.writes]
                 x = [_leaf(stream, needs[i]) for i, stream in zip(step.writes, x, strict=True)]
                 given = [*given, *x]
-                with torch.enable_grad():
+                if middle is not None:
+                    set_random_state(middle)
+                with torch.enable_grad(), _again(record) if made is None else nullcontext():
                     outputs = list(step.change(x, made))
                 for i in step.writes:
                     after[i] = None
             del made
     if plan.first:
-        _no_strangers(step, outputs, [*given, *own])
+        _no_strangers(step, outputs, [*given, *record.own])
     pairs = [(o, s.to(o.dtype)) for o, s in zip(outputs, signals, strict=True)
              if s is not None and isinstance(o, Tensor) and o.requires_grad]
     wanted = [(i, t) for i, t in zip(reads, given, strict=True) if t.requires_grad]
+    own = [t for t in record.own if t.requires_grad]
     if pairs and (wanted or own):
         gradients = torch.autograd.grad([o for o, _ in pairs], [*[t for _, t in wanted], *own],
                                         [s for _, s in pairs], allow_unused=True)
@@ -412,40 +518,44 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
     return [t._version for t in tensors if not t.is_inference()]
 
 
+def _same(one: RandomState, other: RandomState) -> bool:
+    return (torch.equal(one[0], other[0]) and len(one[1]) == len(other[1])
+            and all(map(torch.equal, one[1], other[1])))
+
+
+def _counts(module: nn.Module) -> bool:
+    """Return whether the module only counts in its buffers and normalises by the batch."""
+    return (isinstance(module, _BatchNorm) and module.training
+            and type(module).forward is _BatchNorm.forward)
+
+
 @contextmanager
-def _noted(step: Update | Stored, record: _Record) -> Iterator[None]:
+def _noted(record: _Record) -> Iterator[None]:
     """Note in `record` which buffers the body changes, and what they were."""
-    before = []
-    for root in step.modules():
-        for module in root.modules():
-            if isinstance(module, _BatchNorm) and module.training:
-                record.norms.append(module)
-                continue
-            before += [(module, name, buffer, buffer._version, buffer.clone())
-                       for name, buffer in module._buffers.items()
-                       if buffer is not None and not buffer.is_inference()]
-    yield
-    record.buffers = [(module, name, value) for module, name, buffer, version, value in before
-                      if module._buffers.get(name) is not buffer or buffer._version != version]
-
-
-def _note_random(record: _Record, before: Any) -> Any:
-    after = random_state()
-    same = torch.equal(before[0], after[0]) and all(map(torch.equal, before[1], after[1]))
-    record.random = None if same else before
-    return after
+    before = [(module, name, buffer, buffer._version, buffer.clone())
+              for module in record.modules for name, buffer in module._buffers.items()
+              if buffer is not None and not buffer.is_inference()]
+    try:
+        yield
+    finally:
+        for module, name, buffer, version, value in before:
+            # A norm's kernel writes to running statistics without telling of a new version.
+            if (module._buffers.get(name) is not buffer or buffer._version != version
+                    or (isinstance(module, _NormBase) and module.training)):
+                record.changed.append(_Changed(module, name, buffer, value))
+            else:
+                record.fixed.append(buffer)
 
 
 @contextmanager
 def _again(record: _Record) -> Iterator[None]:
     """Let the body run a step as it ran before, and leave no trace in its buffers."""
-    if record.random is not None:
-        set_random_state(record.random)
-    norms = [norm for norm in record.norms if norm.track_running_stats]
-    now = [(module, name, module._buffers[name]) for module, name, _ in record.buffers]
+    norms: list[Any] = [m for m in record.modules if _counts(m) and m.track_running_stats]
+    changed = [c for c in record.changed if not _counts(c.module)]
+    now = [(c.module, c.name, c.module._buffers[c.name]) for c in changed]
     for norm in norms:
         norm.track_running_stats = False  # it normalises as before, and counts nothing
-    for module, name, value in record.buffers:
+    for module, name, _, value in changed:
         module._buffers[name] = value.clone()
     try:
         yield
@@ -454,6 +564,34 @@ def _again(record: _Record) -> Iterator[None]:
             norm.track_running_stats = True
         for module, name, buffer in now:
             module._buffers[name] = buffer
+
+
+@contextmanager
+def _as_before(plan: _Plan) -> Iterator[None]:
+    """Give the modules the parameters and the modes that they had, and then their own again."""
+    random = random_state()
+    other_mode = [module for record in plan.records
+                  for module, mode in zip(record.modules, record.modes, strict=True)
+                  if module.training != mode]
+    swapped = [(module._parameters, name, module._parameters[name], p) for record in plan.records
+               for module, name, p in record.parameters if module._parameters.get(name) is not p]
+    hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in plan.own if t._backward_hooks]
+    for module in other_mode:
+        module.training = not module.training
+    for parameters, name, _, p in swapped:
+        parameters[name] = p  # functional_call, for one, has put others in
+    for live, _ in hooks:
+        live.clear()  # they are called with the whole gradient, when that is returned
+    try:
+        yield
+    finally:
+        for live, kept in hooks:
+            live.update(kept)
+        for parameters, name, now, _ in swapped:
+            parameters[name] = now
+        for module in other_mode:
+            module.training = not module.training
+        set_random_state(random)
 
 
 def _autocast(streams: list[Tensor]) -> Callable[[], Any]:
@@ -467,23 +605,26 @@ def _autocast(streams: list[Tensor]) -> Callable[[], Any]:
 
 def _finite(streams: Sequence[Tensor]) -> bool:
     # A sum is one pass without a mask; it may overflow where no number is infinite.
-    real = [s for s in streams if s.is_floating_point()]
-    return (all(bool(s.sum(dtype=torch.float64 if s.dtype == torch.float64 else
-                                 torch.float32).isfinite()) for s in real)
+    real = [s for s in streams if _real(s)]
+    return (all(bool(s.sum(dtype=None if s.is_complex() or s.dtype == torch.float64
+                           else torch.float32).isfinite()) for s in real)
             or all(bool(s.isfinite().all()) for s in real))
 
 
 @torch.no_grad()
-def _where(plan: _Plan, last: list[Tensor]) -> CannotReverse:
+def _where(plan: _Plan, held: list[list[Tensor]], last: list[Tensor]) -> CannotReverse:
     """Return the error that names the step before which a stream is not finite."""
-    streams, name = last, "a step"
-    for step, record in zip(reversed(plan.steps), reversed(plan.records), strict=True):
+    streams, culprit = last, "a step"
+    for step, record, kept in zip(reversed(plan.steps), reversed(plan.records), reversed(held),
+                                  strict=True):
+        if record.random is not None:
+            set_random_state(record.random)
         with _again(record):
-            streams = [record.kept] if record.kept is not None else undo([step], streams)
-        name = step.name
+            streams = list(kept) if isinstance(step, Stored) else undo([step], streams)
+        culprit = str(step)
         if not _finite(streams):
             break
-    return CannotReverse(f"what {name} was given is no longer finite when it is reconstructed, "
+    return CannotReverse(f"what {culprit} was given is no longer finite when it is reconstructed, "
                          "though what the steps ended in is; its numbers span too wide a range "
                          "for the dtype: bound its scale, use a wider dtype, or exact=True")
 
@@ -500,7 +641,7 @@ def _no_strangers(step: Update | Stored, outputs: Sequence[Any], known: Sequence
             continue
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in leaves:
-            raise CannotReverse(f"{step.name} uses a tensor of shape {tuple(leaf.shape)} that "
+            raise CannotReverse(f"{step} uses a tensor of shape {tuple(leaf.shape)} that "
                                 "needs a gradient but is neither a parameter of it nor an "
                                 "argument; make it one, or its gradient would be lost")
         for below, _ in node.next_functions:
@@ -509,32 +650,33 @@ def _no_strangers(step: Update | Stored, outputs: Sequence[Any], known: Sequence
                 nodes.append(below)
 
 
-class _Residue:
-    """What a restored stream misses of the true one, in units in the last place.
+def _missing(true: Tensor, restored: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a restored stream misses of the true one, in units in the last place.
 
-    One byte a number, and the whole difference where that does not hold it.
+    The first tensor has one byte a number, the second those which that does not hold; the first
+    is empty where nothing is missing.
     """
+    if true.dtype not in _BITS and not true.is_complex():
+        return true.new_empty(0), true.new_empty(0)
+    missing = _bits(true) - _bits(restored)
+    fits = (missing > _FAR) & (missing < -_FAR)
+    beyond = missing[~fits]
+    if not bool(missing.any()):
+        return beyond, beyond
+    return torch.where(fits, missing, _FAR).to(torch.int8), beyond
 
-    far = -128
 
-    def __init__(self, true: Tensor, restored: Tensor) -> None:
-        self.near: Tensor | None = None
-        kind = _BITS.get(true.dtype)
-        if kind is None:
-            return
-        missing = true.contiguous().view(kind) - restored.contiguous().view(kind)
-        if not bool(missing.any()):
-            return
-        fits = missing.abs() < -self.far  # the most negative number is its own absolute value
-        fits &= missing > self.far
-        self.near = torch.where(fits, missing, self.far).to(torch.int8)
-        self.beyond = missing[~fits]
+def _repaired(restored: Tensor, near: Tensor, beyond: Tensor) -> Tensor:
+    """Return the true stream."""
+    if not near.numel():
+        return restored
+    missing = near.to(beyond.dtype)
+    missing[near == _FAR] = beyond
+    true = _bits(restored) + missing
+    return (torch.view_as_complex(true.view(restored.real.dtype)) if restored.is_complex()
+            else true.view(restored.dtype))
 
-    def repaired(self, restored: Tensor) -> Tensor:
-        """Return the true stream."""
-        if self.near is None:
-            return restored
-        bits = restored.contiguous().view(_BITS[restored.dtype])
-        missing = self.near.to(bits.dtype)
-        missing[self.near == self.far] = self.beyond
-        return (bits + missing).view(restored.dtype)
+
+def _bits(stream: Tensor) -> Tensor:
+    stream = torch.view_as_real(stream) if stream.is_complex() else stream
+    return stream.view(_BITS[stream.dtype])
