@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from netwright.blocks.reversible.engine import Step, Stored, Whole, chained, run
+from netwright.blocks.reversible.engine import Step, Stored, chained, run
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.errors import CannotReverse
 from netwright.losses import cross_entropy
@@ -68,7 +68,7 @@ class Reversible(Rule):
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
         self.loss, self.checkpoint, self.exact = loss, checkpoint, exact
-        self._seen = False
+        self._seen: set[bool] = set()
         if isinstance(self.network, ReversibleSequential):
             self.stages, self._parts = None, []
         else:
@@ -78,11 +78,17 @@ class Reversible(Rule):
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add dL/dw to `.grad`; return the detached loss."""
         h = tensor_of(apply(self._alone, x) if self.stages is None else self._chain(x))
-        self._seen = True
+        self._seen.add(self.training)
         loss = checked(self.loss, h, y)
         if not loss.requires_grad:
             raise ValueError("network has no trainable parameters; set requires_grad on some")
-        loss.backward()
+        without = [p for p in self.network.parameters() if p.grad is None]
+        try:
+            loss.backward()
+        except CannotReverse:
+            for p in without:  # those behind the failure have theirs by now
+                p.grad = None
+            raise
         return loss.detach()
 
     def _alone(self, x: Any, *args: Any, **options: Any) -> Any:
@@ -103,8 +109,10 @@ class Reversible(Rule):
             elif 0 < k < last and self.checkpoint and not several and not part.reverses():
                 lent = [t for t in tree_leaves(vars(context))
                         if isinstance(t, Tensor) and t.requires_grad]
-                waiting.append([Stored(part.name, partial(part.tensor, context=context),
-                                       part.modules, [*part.loose, *lent])])
+                step = Stored(part.name, partial(part.tensor, context=context), part.modules,
+                              [*part.loose, *lent])
+                step.place = part.place
+                waiting.append([step])
             else:
                 h = part.function(self._run(waiting, h), context=context)
                 waiting, several = [], False
@@ -114,7 +122,9 @@ class Reversible(Rule):
         if not waiting:
             return h
         streams = [h] if isinstance(h, Tensor) else list(h)
-        streams = run(chained(waiting), streams, exact=self.exact, first=not self._seen)
+        # What is looked at in the first pass may be another in the first of training or of eval.
+        streams = run(chained(waiting), streams, exact=self.exact,
+                      first=self.training not in self._seen)
         return streams[0] if len(streams) == 1 else tuple(streams)
 
 
@@ -122,17 +132,19 @@ class _Part(NamedTuple):
     """What is reconstructed, stored or run as one: a stage, or some layers of one."""
 
     name: str
+    place: str
     function: Callable[..., Any]
     modules: list[nn.Module]
-    invertible: bool
+    invertible: bool = False
     loose: Sequence[Tensor] = ()
 
     def tensor(self, h: Tensor, context: Any) -> Tensor:
         """Return what the part makes of `h`, which must be a tensor if it is to run again."""
         output = self.function(h, context=context)
         if not isinstance(output, Tensor):
-            raise CannotReverse(f"{self.name} returned {type(output).__name__}, and only what "
-                                "returns a tensor can be checkpointed; set checkpoint=False")
+            raise CannotReverse(f"{self.name} of {self.place} returned {type(output).__name__}, "
+                                "and only what returns a tensor can be checkpointed; set "
+                                "checkpoint=False")
         return output
 
     def reverses(self) -> bool:
@@ -160,30 +172,25 @@ def _several(module: nn.Module) -> bool:
 
 
 def _parts(stage: Any) -> list[_Part]:
+    place = f"stage {stage.name!r}"
     if not isinstance(stage, SequentialStage):
-        return [_Part(stage.name, stage, stage.modules, False, stage.loose)]
+        names = " and ".join(dict.fromkeys(type(module).__name__ for module in stage.modules))
+        return [_Part(names, place, stage, stage.modules, loose=stage.loose)]
     parts: list[_Part] = []
     for module in stage.modules:
-        kind = type(module).__name__
         if callable(getattr(module, "inverse", None)):
-            parts.append(_Part(f"{kind} of stage {stage.name}", module, [module], True))
+            alone = ReversibleSequential(module)
+            parts.append(_Part(type(module).__name__, place, alone, [module], invertible=True))
             continue
         before = [] if not parts or parts[-1].invertible else parts.pop().modules
-        layers = [*before, module]
-        parts.append(_Part(f"{kind} of stage {stage.name}", _InOrder(layers), layers, False))
+        inside = SequentialStage(stage.name, [*before, module])
+        inside.first = stage.first and not parts
+        parts.append(_Part(type(module).__name__, place, inside, inside.modules))
     return parts
 
 
-class _InOrder:
-    """Runs layers one after another, as a stage does."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self.stage = SequentialStage("", layers)
-
-    def __call__(self, h: Any, context: Any) -> Any:
-        return self.stage(h, context)
-
-
 def _steps(part: _Part) -> list[Step]:
-    module: Any = part.modules[0]
-    return module.steps() if hasattr(module, "steps") else [Whole(part.name, module)]
+    steps: list[Step] = part.function.steps()  # type: ignore[attr-defined]
+    for step in steps:
+        step.place = step.place.removesuffix("module '0'") + part.place
+    return steps

@@ -204,11 +204,11 @@ def test_several_streams_pass_between_ordinary_layers():
     a, b = X[:, :4].clone(), X[:, 1:].clone()
     network = nn.Sequential(Plain(), Joined(), nn.Linear(8, 3)).double()
     assert_as_backprop(network, ((a, b),), Y, example=None)
-    with pytest.raises(ValueError, match="the one argument of an nn.Sequential, got 2"):
+    with pytest.raises(ValueError, match=r"the one argument of an nn.Sequential, got 2"):
         Reversible(network)((a, b), Y)
     between = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 8), Parted(), Plain(), Joined(),
                             nn.Linear(8, 3)).double()
-    with pytest.raises(CannotReverse, match="Linear of stage 1 returned tuple.*checkpoint=False"):
+    with pytest.raises(CannotReverse, match=r"Parted of stage '1' returned tuple"):
         Reversible(between)(X, Y)
     assert all(p.grad is None for p in between.parameters())
     assert_as_backprop(between, X, Y, checkpoint=False)
@@ -262,11 +262,11 @@ def test_exact_reconstruction_gives_the_very_bits():
 
 def test_memory_is_flat_in_depth_where_layers_are_reversible():
     batch = X.float().repeat(20, 1), Y.repeat(20)
-    ours = [cost(Reversible(deep(n)), batch, **ONCE) for n in (4, 32)]
-    theirs = [cost(Backprop(deep(n)), batch, **ONCE) for n in (4, 32)]
+    ours = [cost(Reversible(deep(n)), batch, **ONCE) for n in (3, 15)]
+    theirs = [cost(Backprop(deep(n)), batch, **ONCE) for n in (3, 15)]
     assert ours[1].saved_bytes <= 1.05 * ours[0].saved_bytes
     assert ours[1].working_bytes <= 1.05 * ours[0].working_bytes
-    assert theirs[1].saved_bytes > 6 * theirs[0].saved_bytes
+    assert theirs[1].saved_bytes > 4 * theirs[0].saved_bytes
     assert theirs[0].saved_bytes > 2 * ours[0].saved_bytes
 
 
@@ -279,10 +279,10 @@ def test_a_layer_without_weights_after_a_block_stops_no_reconstruction():
     batch = X.float().repeat(20, 1), Y.repeat(20)
     signal = 120 * 64 * 4
     few, many = (cost(Reversible(network(n)), batch, **ONCE).saved_bytes
-                 for n in (4, 16))
-    assert many - few <= 12 * signal  # the input of each of those layers, and nothing of a block
-    plain = cost(Backprop(network(16)), batch, **ONCE).saved_bytes
-    assert many < plain / 2.5
+                 for n in (3, 9))
+    assert many - few <= 6 * signal  # the input of each of those layers, and nothing of a block
+    plain = cost(Backprop(network(9)), batch, **ONCE).saved_bytes
+    assert many < plain / 2
 
 
 def test_ordinary_layers_keep_their_inputs_alone():
@@ -293,8 +293,9 @@ def test_ordinary_layers_keep_their_inputs_alone():
         return nn.Sequential(nn.Linear(5, 16), *stages, nn.Linear(16, 3))
 
     batch = X.float().repeat(20, 1), Y.repeat(20)
-    kept, stored = ([cost(Reversible(network(n), checkpoint=checkpoint), batch, **ONCE).saved_bytes for n in (4, 24)] for checkpoint in (True, False))
-    assert kept[1] - kept[0] <= 20 * 120 * 16 * 4
+    kept, stored = ([cost(Reversible(network(n), checkpoint=checkpoint), batch, **ONCE).saved_bytes
+                     for n in (3, 9)] for checkpoint in (True, False))
+    assert kept[1] - kept[0] <= 6 * 120 * 16 * 4
     assert stored[1] - stored[0] >= 3 * (kept[1] - kept[0])
 
 
@@ -325,7 +326,7 @@ def test_learns_what_frozen_hidden_layers_do_not():
     def train(network, labels):
         rule = Reversible(network)
         optimizer = torch.optim.Adam([p for p in rule.parameters() if p.requires_grad], lr=1e-2)
-        for _ in range(60):
+        for _ in range(50):
             batch = torch.randint(len(x), (64,))
             optimizer.zero_grad()
             rule(x[batch], labels[batch])
@@ -333,14 +334,13 @@ def test_learns_what_frozen_hidden_layers_do_not():
         scores = rule.predict(split.x_test.flatten(1))
         return (scores.argmax(1) == split.y_test).float().mean().item()
 
-    for seed in range(2):
-        torch.manual_seed(seed)
-        frozen = network()
-        frozen[:-1].requires_grad_(False)
-        learned = train(network(), y)
-        assert learned > 0.8
-        assert learned > train(frozen, y) + 0.1
-        assert train(network(), y[torch.randperm(len(y))]) < 0.35
+    torch.manual_seed(0)
+    frozen = network()
+    frozen[:-1].requires_grad_(False)
+    learned = train(network(), y)
+    assert learned > 0.8
+    assert learned > train(frozen, y) + 0.1
+    assert train(network(), y[torch.randperm(len(y))]) < 0.35
 
 
 class Forgets(nn.Module):
@@ -374,18 +374,32 @@ def test_errors_name_the_stage_and_leave_everything_as_it_was():
     def around(module):
         return nn.Sequential(nn.Linear(5, 8), module, nn.Linear(8, 3))
 
-    refused(around(Forgets()), "Forgets of stage 1 is not invertible here")
+    refused(around(Forgets()), "Forgets of stage '1' is not invertible here")
     refused(around(AdditiveCoupling(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)),
-                                    nn.Linear(4, 4))), "f changes its input in place")
+                                    nn.Linear(4, 4))), "f of stage '1' changes its input in place")
     refused(nn.Sequential(nn.Linear(5, 7), coupling(), nn.Linear(7, 3)),
-            "AdditiveCoupling splits its input into 2 equal parts .* has 7 entries")
-    wide = nn.Linear(4, 8)
-    nn.init.constant_(wide.bias, 900.0)  # a scale that float64 cannot take back
-    broken = nn.Sequential(nn.Linear(5, 8), AffineCoupling(wide, clamp=None), nn.Linear(8, 3))
-    nn.init.zeros_(broken[2].weight)
-    refused(broken, "no longer finite")
+            "stage '1': AdditiveCoupling splits its input into 2 equal parts .* has 7 entries")
+    refused(around(AffineCoupling(scaled(-900.0), clamp=None)), "f of stage '1' is not invertible")
     refused(around(coupling()).requires_grad_(False), "no trainable parameters", error=ValueError)
     refused(around(coupling()), "between 0 and 2", y=Y + 1, error=ValueError)
+
+
+def scaled(bias):
+    layer = nn.Linear(4, 8)
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
+def test_what_is_no_longer_finite_when_it_is_reconstructed_is_named():
+    layer = scaled(0.0)
+    rule = Reversible(nn.Sequential(nn.Linear(5, 8), AffineCoupling(layer, clamp=None),
+                                    nn.Linear(8, 3)).double())
+    rule(X, Y)
+    rule.zero_grad()
+    nn.init.constant_(layer.bias, -900.0)  # a scale that float64 cannot take back
+    with pytest.raises(CannotReverse, match="f of stage '1' was given is no longer finite"):
+        rule(X, Y)
+    assert all(p.grad is None for p in rule.parameters())
 
 
 def test_predictions_and_names_are_the_networks_own():
