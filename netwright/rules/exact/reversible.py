@@ -39,7 +39,7 @@ class Reversible(Rule):
         checkpoint: Whether ordinary stages between others are computed again; otherwise they
             keep their activations, and nothing in them is computed twice.
         exact: Whether rounding is kept too, about a byte for each number and step, so that the
-            reconstruction is bit for bit.
+            reconstruction is bit for bit. A `ReversibleSequential` that keeps it sets this.
         generator: Not needed: the rule draws nothing.
 
     Shapes: x as the network takes it; y as the loss takes it.
@@ -67,7 +67,9 @@ class Reversible(Rule):
                  checkpoint: bool = True, exact: bool = False,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        self.loss, self.checkpoint, self.exact = loss, checkpoint, exact
+        self.loss, self.checkpoint = loss, checkpoint
+        self.exact = exact or any(module.exact for module in self.network.modules()
+                                  if isinstance(module, ReversibleSequential))
         self._seen: set[bool] = set()
         if isinstance(self.network, ReversibleSequential):
             self.stages, self._parts = None, []
@@ -115,7 +117,7 @@ class Reversible(Rule):
                 waiting.append([step])
             else:
                 h = part.function(self._run(waiting, h), context=context)
-                waiting, several = [], False
+                waiting, several = [], not isinstance(h, Tensor)
         return self._run(waiting, h)
 
     def _run(self, waiting: list[list[Step]], h: Any) -> Any:

@@ -214,6 +214,27 @@ def test_several_streams_pass_between_ordinary_layers():
     assert_as_backprop(between, X, Y, checkpoint=False)
 
 
+def test_a_layer_with_weights_may_take_several_streams():
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = nn.Bilinear(4, 4, 8)
+
+        def forward(self, streams):
+            return self.both(*streams)
+
+    torch.manual_seed(0)
+    assert_as_backprop(nn.Sequential(nn.Linear(5, 8), Parted(), Weighted(), nn.Tanh(),
+                                     nn.Linear(8, 8), nn.Linear(8, 3)).double(), X, Y)
+
+
+def test_a_sequential_that_keeps_its_rounding_is_run_so():
+    network = nn.Sequential(nn.Linear(5, 8), ReversibleSequential(coupling(), exact=True),
+                            nn.Linear(8, 3))
+    assert Reversible(network).exact
+    assert not Reversible(deep(2)).exact
+
+
 def test_one_block_in_two_places_gets_the_sum():
     torch.manual_seed(0)
     shared, layer = coupling(), nn.Linear(8, 8)
