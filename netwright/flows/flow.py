@@ -17,7 +17,8 @@ class Transform(nn.Module):
     A transform of one's own defines either `map(x, condition)`, which returns z and log_det, and
     `inverse(z, condition)`; or `steps(condition)`, which are run on the streams x and log_det
     (numbers 0 and 1) and undone in the backward pass, so that nothing is computed twice but what
-    the steps' modules make. In a `Flow` neither stores its activations.
+    the steps' modules make; log_det is a sum, which `restore` may return as it is. In a `Flow`
+    neither stores its activations.
 
     Shapes: x and z (batch, *size); log_det (batch,); condition what the transform takes, or None.
     """
@@ -57,6 +58,8 @@ class Transform(nn.Module):
 class _Map(Update):
     """The step of a transform that is defined by `map` and `inverse`."""
 
+    sums = (1,)
+
     def __init__(self, name: str, transform: Transform, condition: Any) -> None:
         super().__init__(name, transform, (), (0, 1), (condition,))
 
@@ -69,12 +72,10 @@ class _Map(Update):
         z, log_det = transform.map(x[0], *self.args)
         return [z, x[1] + log_det]
 
-    @torch.no_grad()
     def restore(self, y: Sequence[Tensor], made: None) -> Sequence[Tensor]:
-        """Return x, and log_det with the map's taken away."""
+        """Return x, and log_det as it is, which nothing depends on."""
         transform: Any = self.module
-        x = transform.inverse(y[0], *self.args)
-        return [x, y[1] - transform.map(x, *self.args)[1]]
+        return [transform.inverse(y[0], *self.args), y[1]]
 
 
 class Flow(nn.Module):
@@ -91,6 +92,9 @@ class Flow(nn.Module):
         size: The size of a sample.
         base: A distribution of samples of that size, the standard normal one by default.
         stored: Whether activations are kept.
+        exact: Whether the rounding error of each reconstruction is kept, about one byte for each
+            number of a sample and transform: where transforms squeeze much, as many splines do,
+            what a float32 sample was cannot be told from what it became.
 
     Shapes: x and z (batch, *size); log_prob and log_det (batch,).
 
@@ -107,16 +111,22 @@ class Flow(nn.Module):
     """
 
     def __init__(self, transforms: Iterable[Transform], size: int | Sequence[int],
-                 base: Distribution | None = None, *, stored: bool = False) -> None:
+                 base: Distribution | None = None, *, stored: bool = False,
+                 exact: bool = False) -> None:
         super().__init__()
         self.transforms = nn.ModuleList(transforms)
         self.size = torch.Size([size] if isinstance(size, int) else size)
-        self.base, self.stored = base, stored
-        self._seen = False
+        self.base, self.stored, self.exact = base, stored, exact
+        self._seen: set[tuple[bool, bool]] = set()
 
     def steps(self, condition: Any = None) -> list[Step]:
         """Return the steps of all transforms, on the streams x and log_det."""
-        return chained([part.steps(condition) for part in self.transforms])  # type: ignore[operator]
+        parts: list[list[Step]] = []
+        for number, part in enumerate(self.transforms):
+            parts.append(part.steps(condition))  # type: ignore[operator]
+            for step in parts[-1]:
+                step.place = f"transform {number}"
+        return chained(parts)
 
     def forward(self, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         """Return z and log |det dz/dx|."""
@@ -127,8 +137,11 @@ class Flow(nn.Module):
                 x, change = part(x, condition)
                 log_det = log_det + change
             return x, log_det
-        z, log_det = run(self.steps(condition), [x, x.new_zeros(len(x))], first=not self._seen)
-        self._seen = True
+        # What is looked at in the first pass may be another in the first of training.
+        kind = torch.is_grad_enabled(), self.training
+        z, log_det = run(self.steps(condition), [x, x.new_zeros(len(x))], exact=self.exact,
+                         first=kind not in self._seen)
+        self._seen.add(kind)
         return z, log_det
 
     def inverse(self, z: Tensor, condition: Any = None) -> Tensor:

@@ -19,27 +19,26 @@ def deep(depth):
 
 @pytest.fixture(scope="module")
 def found():
-    return memory(deep, [2, 8], BATCH, rules={
+    return memory(deep, [2, 6], BATCH, rules={
         "Backprop": Backprop, "Reversible": Reversible,
         "local": lambda network: MonoForward(network, BATCH[0]), "plain": lambda n: n})
 
 
 def test_figures_are_those_of_cost(found):
-    for i, depth in enumerate((2, 8)):
-        alone = cost(Reversible(deep(depth)), BATCH, repeats=1, warmup=0)
-        assert found.saved["Reversible"][i] == alone.saved_bytes
-        assert found.working["Reversible"][i] == alone.working_bytes
+    alone = cost(Reversible(deep(6)), BATCH, repeats=1, warmup=0)
+    assert found.saved["Reversible"][1] == alone.saved_bytes
+    assert found.working["Reversible"][1] == alone.working_bytes
     assert found.saved["plain"] == found.saved["Backprop"]
     assert list(found.saved) == list(found.working) == ["Backprop", "Reversible", "local", "plain"]
 
 
 def test_what_grows_with_depth_is_told_from_what_does_not(found):
     growth = found.growth()
-    assert growth["Backprop"] > 2.5
+    assert growth["Backprop"] > 2
     assert growth["Reversible"] < 1.02
     assert growth["local"] < 1.1
     working = found.growth("working")
-    assert working["Backprop"] > 2
+    assert working["Backprop"] > 1.5
     assert working["Reversible"] < 1.02
 
 
@@ -47,9 +46,9 @@ def test_figures_are_the_same_again_and_leave_the_random_state():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first = memory(deep, (2, 4), BATCH)
+    first = memory(deep, (2, 3), BATCH)
     assert torch.equal(torch.rand(3), expected)
-    assert first == memory(deep, (2, 4), BATCH)
+    assert first == memory(deep, (2, 3), BATCH)
     assert list(first.saved) == ["Backprop"]
 
 

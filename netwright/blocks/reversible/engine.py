@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -17,6 +17,7 @@ from netwright.modes import RandomState, random_state, set_random_state
 
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16,
          torch.bfloat16: torch.int16}
+_NARROW = (torch.float16, torch.bfloat16)
 _FAR = -128  # stands for a difference of bits that one byte does not hold
 
 
@@ -28,7 +29,12 @@ class Update:
     `reads` and `writes` number the streams, and none is in both. On the way back `module` runs
     once more; `restore` and `change` run besides, so they should be cheap. A step that is an
     addition is an `Add`, a module that has an `inverse` a `Whole`.
+
+    `sums` are those of `writes` that every step only adds to and none reads: nothing depends on
+    what they were, so `restore` may return them as they are.
     """
+
+    sums: Sequence[int] = ()
 
     def __init__(self, name: str, module: nn.Module | None, reads: Sequence[int],
                  writes: Sequence[int], args: Sequence[Any] = (),
@@ -74,11 +80,13 @@ class Add(Update):
             got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise CannotReverse(f"{self} must return the shape of what it is added to, got {got} "
                                 f"for {tuple(x[0].shape)}")
-        return [(x[0] + made).to(x[0].dtype)]
+        y = x[0] + made
+        return [y if y.dtype == x[0].dtype else y.to(x[0].dtype)]
 
     def restore(self, y: Sequence[Tensor], made: Tensor) -> Sequence[Tensor]:
         """Return y - made."""
-        return [(y[0] - made).to(y[0].dtype)]
+        x = y[0] - made
+        return [x if x.dtype == y[0].dtype else x.to(y[0].dtype)]
 
 
 class Whole(Update):
@@ -212,7 +220,9 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
             stream was not finite when it came back though it had ended so; buffers, gradients and
             the random state are then as they were.
     """
-    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+    transformed = (forward_ad._current_level >= 0
+                   or torch._C._functorch.maybe_current_level() is not None)
+    if transformed or not (first or torch.is_grad_enabled()):
         return forth(steps, streams)
     plan = _Plan(steps, len(streams), exact, first)
     if torch.is_grad_enabled() and (plan.learning or any(s.requires_grad for s in streams)):
@@ -227,15 +237,15 @@ class _Plan:
         self.streams, self.exact, self.first = streams, exact, first
         # A gradient of an argument is found for what stands in for it, so that the hooks of the
         # argument itself are called once.
-        self.arguments = {id(t): t for step in steps if isinstance(step, Update)
-                          for t in tree_leaves((step.args, step.options)) if _learns(t)}
-        deputies = {key: t.detach().requires_grad_() for key, t in self.arguments.items()}
+        given = {id(t): t for step in steps if isinstance(step, Update)
+                 for t in _arguments(step) if t.requires_grad}
+        deputies = {key: t.detach().requires_grad_() for key, t in given.items()}
         self.steps = [_deputised(step, deputies) if deputies else step for step in steps]
         self.records = [_Record(step) for step in self.steps]
         self.stop = len(self.steps)  # no step before this one has a gradient to give
         # What gradients are found for, and what they belong to.
         self.own = list({id(t): t for record in self.records for t in record.own}.values())
-        owners = {id(deputy): self.arguments[key] for key, deputy in deputies.items()}
+        owners = {id(deputy): given[key] for key, deputy in deputies.items()}
         self.learning = [owners.get(id(t), t) for t in self.own]
 
 
@@ -243,17 +253,13 @@ class _Record:
     """What is remembered of one step, small beside its activations."""
 
     def __init__(self, step: Step) -> None:
-        self.modules: list[nn.Module] = []
-        more: list[Any] = []
-        if not isinstance(step, Regroup):
-            self.modules = [m for root in step.modules() for m in root.modules()]
-            more = (list(step.tensors) if isinstance(step, Stored)
-                    else tree_leaves((step.args, step.options)))
+        self.modules = [] if isinstance(step, Regroup) else _inside(step.modules())
         self.modes = [module.training for module in self.modules]
         self.parameters = [(module, name, p) for module in self.modules
                            for name, p in module._parameters.items() if p is not None]
-        used = [*[p for _, _, p in self.parameters], *[t for t in more if isinstance(t, Tensor)]]
-        self.own = list({id(t): t for t in used if _learns(t)}.values())
+        self.buffered = [module for module in self.modules if module._buffers]
+        used = [p for _, _, p in self.parameters] + _arguments(step)
+        self.own = list({id(t): t for t in used if t.requires_grad}.values())
         self.fixed = [t for t in used if not t.requires_grad]  # and buffers that stay as they are
         self.random: RandomState | None = None  # the random state before it
         self.drew = False
@@ -261,6 +267,7 @@ class _Record:
         self.needs: list[bool] = []  # by stream: whether its gradient is wanted
         self.held: list[Tensor] = []  # its input, if it is stored; what is lost, if that is wanted
         self.holds = 0
+        self.strides: list[tuple[int, ...]] = []  # of what it wrote over, if that is held
 
 
 class _Changed(NamedTuple):
@@ -295,10 +302,13 @@ class _Run(torch.autograd.Function):
             raise CannotReverse("what a reversible network returns can be differentiated once, not "
                                 "twice (create_graph=True); use nn.Sequential(*network) of the "
                                 "same blocks for that")
-        plan, saved = ctx.plan, ctx.saved_tensors
-        last, rest = list(saved[:ctx.ends]), iter(saved[ctx.ends:])
+        plan, rest = ctx.plan, iter(ctx.saved_tensors)
+        streams = [next(rest) for _ in range(ctx.ends)]
         held = [[next(rest) for _ in range(record.holds)] for record in plan.records]
-        streams, grads, found = list(last), list(ends), dict[int, Tensor]()
+        del rest
+        ctx.maybe_clear_saved_tensors()  # what it ended in may go as soon as it is undone
+        grads, found = list(ends), dict[int, Tensor]()
+        sums: list[tuple[Any, Tensor]] = [(None, _sum(s)) for s in streams if _real(s)]
         with _as_before(plan), ctx.autocast():
             random = None
             stop = 0 if plan.first else plan.stop  # even what learns nothing may use a stranger
@@ -307,11 +317,10 @@ class _Run(torch.autograd.Function):
                 if record.random is not None and record.random is not random:
                     random = record.random
                     set_random_state(random)
-                streams, grads = _back(plan, k, held[k], streams, grads, found)
+                _back(plan, k, held.pop(), streams, grads, found, sums)
                 if record.drew:
                     random = None
-            if not _finite(streams) and _finite(last):
-                raise _where(plan, held, last)
+            _see_finite(streams, sums)
         if plan.stop:
             grads = [None] * plan.streams
         gradients = [*grads, *[found.get(id(t)) for t in plan.own]]
@@ -355,8 +364,26 @@ def _forward(plan: _Plan, streams: list[Tensor], needs: list[bool] | None = None
     return streams
 
 
-def _learns(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad
+def _inside(roots: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return what `modules()` of all the roots do, in a third of the time."""
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = list(roots)
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            waiting += module._modules.values()
+    return list(found)
+
+
+def _arguments(step: Step) -> list[Tensor]:
+    if isinstance(step, Regroup):
+        return []
+    if isinstance(step, Stored):
+        return step.tensors
+    if not (step.args or step.options):
+        return []
+    return [t for t in tree_leaves((step.args, step.options)) if isinstance(t, Tensor)]
 
 
 def _deputised(step: Step, deputies: dict[int, Tensor]) -> Step:
@@ -387,13 +414,13 @@ def _there(step: Update | Stored, streams: list[Tensor], record: _Record,
     """Return the streams after `step`."""
     if isinstance(step, Stored):
         record.held = [streams[0]]
-        with _noted(record):
+        with _noted(record) if record.buffered else nullcontext():
             return [step.function(streams[0])]
     reads, x = [streams[i] for i in step.reads], [streams[i] for i in step.writes]
     if plan.first:  # so that a step which writes in place spoils no stream
         reads, x = [r.clone() for r in reads], [s.clone() for s in x]
     before = _versions([*reads, *x])
-    with _noted(record):
+    with _noted(record) if record.buffered else nullcontext():
         made = step.make(reads)
         middle = random_state() if plan.exact or plan.first else None
         if _versions([*reads, *x]) == before:
@@ -411,7 +438,7 @@ def _there(step: Update | Stored, streams: list[Tensor], record: _Record,
     if middle is not None:
         after = random_state()
         set_random_state(middle)  # an inverse that draws must draw what the module drew
-        _look_back(step, x, y, made, record, plan.exact)
+        _look_back(step, x, y, made, record, plan)
         set_random_state(after)
     streams = list(streams)
     for i, stream in zip(step.writes, y, strict=True):
@@ -420,15 +447,17 @@ def _there(step: Update | Stored, streams: list[Tensor], record: _Record,
 
 
 def _look_back(step: Update, x: list[Tensor], y: list[Tensor], made: Any, record: _Record,
-               exact: bool) -> None:
-    """Note what restoring `y` misses of `x`, and see that it is rounding error."""
+               plan: _Plan) -> None:
+    """Note what restoring `y` misses of `x`, or see that it is rounding error, or both."""
     with torch.no_grad(), _again(record):
         back = step.restore(y, made)
+    back = [old if i in step.sums else new
+            for i, old, new in zip(step.writes, x, back, strict=True)]
     for old, new, got in zip(x, back, y, strict=True):
         if not (isinstance(new, Tensor) and new.shape == old.shape):
             raise CannotReverse(f"the inverse of {step} gave another shape than "
                                 f"{tuple(old.shape)}; it must undo the step")
-        if not (_real(old) and old.numel()):
+        if not (plan.first and _real(old) and old.numel()):
             continue
         scale = max(float(old.abs().amax()), float(got.abs().amax()) if got.numel() else 0, 1.0)
         error = float((old - new).abs().amax())
@@ -436,78 +465,87 @@ def _look_back(step: Update, x: list[Tensor], y: list[Tensor], made: Any, record
             raise CannotReverse(f"{step} is not invertible here: restoring what it was given "
                                 f"misses it by {error:.2g}, where numbers are up to {scale:.2g}; "
                                 "check its inverse")
-    if exact:
+    if plan.exact:
         record.held = [t for old, new in zip(x, back, strict=True) for t in _missing(old, new)]
+        record.strides = [old.stride() for old in x]
 
 
 def _back(plan: _Plan, k: int, held: list[Tensor], streams: list[Tensor],
-          grads: list[Tensor | None], found: dict[int, Tensor]
-          ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the streams before step `k` and their gradients; add the tensors' to `found`."""
+          grads: list[Tensor | None], found: dict[int, Tensor],
+          sums: list[tuple[Any, Tensor]]) -> None:
+    """Put `streams` and `grads` back to before step `k`; add the tensors' gradients to `found`."""
     step, record = plan.steps[k], plan.records[k]
     if isinstance(step, Regroup):
         filled = [torch.zeros_like(s) if g is None else g
                   for s, g in zip(streams, grads, strict=True)]
-        return step.back(streams), list(step.back(filled))
-    with _again(record):
-        after: list[Tensor | None]
+        streams[:], grads[:] = step.back(streams), step.back(filled)
+        return
+    with _again(record) if record.buffered else nullcontext():
         if isinstance(step, Stored):
-            streams, reads, needs = held, [0], record.needs
-            given = [_leaf(held[0], needs[0])]
+            signals, streams[:], grads[:] = list(grads), held, [None]
             with torch.enable_grad():
+                reads, given = [0], [_leaf(held[0], record.needs[0])]
                 outputs = [step.function(given[0])]
-            signals, after = grads, [None]
         else:
-            reads, needs = [*step.reads], record.needs
-            given = [_leaf(streams[i], needs[i]) for i in reads]
-            with torch.enable_grad():
-                made = step.make(given)
-            middle = random_state() if record.drew and not isinstance(step, Add) else None
-            with torch.no_grad():
-                x = list(step.restore([streams[i] for i in step.writes], made))
-            if held:
-                x = [_repaired(*part) for part in zip(x, held[::2], held[1::2], strict=True)]
-            streams, after, signals = list(streams), list(grads), [grads[i] for i in step.writes]
-            for i, stream in zip(step.writes, x, strict=True):
-                streams[i] = stream
-            if isinstance(step, Add):
-                outputs = [made]
-            else:
-                reads = [*reads, *step.writes]
-                x = [_leaf(stream, needs[i]) for i, stream in zip(step.writes, x, strict=True)]
-                given = [*given, *x]
-                if middle is not None:
-                    set_random_state(middle)
-                with torch.enable_grad(), _again(record) if made is None else nullcontext():
-                    outputs = list(step.change(x, made))
-                for i in step.writes:
-                    after[i] = None
-            del made
+            signals = [grads[i] for i in step.writes]
+            reads, given, outputs = _restore(step, record, held, streams, grads)
+            sums += [(step, _sum(streams[i])) for i in step.writes if _real(streams[i])]
     if plan.first:
         _no_strangers(step, outputs, [*given, *record.own])
-    pairs = [(o, s.to(o.dtype)) for o, s in zip(outputs, signals, strict=True)
-             if s is not None and isinstance(o, Tensor) and o.requires_grad]
+    # From here on the outputs' numbers are in nobody's way, but where gradients begin.
+    starts = [(get_gradient_edge(o), s if s.dtype == o.dtype else s.to(o.dtype))
+              for o, s in zip(outputs, signals, strict=True)
+              if s is not None and isinstance(o, Tensor) and o.requires_grad]
+    del outputs, signals
     wanted = [(i, t) for i, t in zip(reads, given, strict=True) if t.requires_grad]
     own = [t for t in record.own if t.requires_grad]
-    if pairs and (wanted or own):
-        gradients = torch.autograd.grad([o for o, _ in pairs], [*[t for _, t in wanted], *own],
-                                        [s for _, s in pairs], allow_unused=True)
-        for (i, _), g in zip(wanted, gradients, strict=False):
-            old = after[i]
-            after[i] = g if old is None else old if g is None else old + g
-        for t, g in zip(own, gradients[len(wanted):], strict=True):
-            if g is not None:
-                found[id(t)] = found[id(t)] + g if id(t) in found else g
-    return streams, after
+    if not starts or not (wanted or own):
+        return
+    # What torch.autograd.grad calls; its checks take as long as a small layer.
+    gradients = torch.autograd.Variable._execution_engine.run_backward(
+        tuple(o for o, _ in starts), tuple(s for _, s in starts), False, False,
+        (*[t for _, t in wanted], *own), allow_unreachable=True, accumulate_grad=False)
+    for (i, _), g in zip(wanted, gradients, strict=False):
+        old = grads[i]
+        grads[i] = g if old is None else old if g is None else old + g
+    for t, g in zip(own, gradients[len(wanted):], strict=True):
+        if g is not None:
+            found[id(t)] = found[id(t)] + g if id(t) in found else g
+
+
+def _restore(step: Update, record: _Record, held: list[Tensor], streams: list[Tensor],
+             grads: list[Tensor | None]) -> tuple[list[int], list[Tensor], list[Any]]:
+    """Restore the written streams; return which streams the step's graph begins at, and its ends.
+
+    An addition passes the gradients of what it writes; those of another step are its graph's.
+    """
+    reads = [*step.reads]
+    with torch.enable_grad():
+        given = [_leaf(streams[i], record.needs[i]) for i in reads]
+        made = step.make(given)
+    middle = random_state() if record.drew and not isinstance(step, Add) else None
+    x = list(step.restore([streams[i] for i in step.writes], made))
+    if held:
+        parts = zip(x, held[::2], held[1::2], record.strides, strict=True)
+        x = [_laid_out(_repaired(*part), strides) for *part, strides in parts]
+    for i, stream in zip(step.writes, x, strict=True):
+        streams[i] = stream
+    if isinstance(step, Add):
+        return reads, given, [made]
+    if middle is not None:
+        set_random_state(middle)
+    with torch.enable_grad(), _again(record) if made is None else nullcontext():
+        x = [_leaf(stream, record.needs[i]) for i, stream in zip(step.writes, x, strict=True)]
+        outputs = list(step.change(x, made))
+    for i in step.writes:
+        grads[i] = None
+    return [*reads, *step.writes], [*given, *x], outputs
 
 
 def _leaf(stream: Tensor, needed: bool) -> Tensor:
     """Return `stream` cut off; no leaf, since PyTorch's flop counter could not hook that."""
     stream = stream.detach()
-    if not (needed and _real(stream)):
-        return stream
-    with torch.enable_grad():
-        return stream.requires_grad_().view_as(stream)
+    return stream.requires_grad_().view_as(stream) if needed and _real(stream) else stream
 
 
 def _real(stream: Tensor) -> bool:
@@ -533,7 +571,7 @@ def _counts(module: nn.Module) -> bool:
 def _noted(record: _Record) -> Iterator[None]:
     """Note in `record` which buffers the body changes, and what they were."""
     before = [(module, name, buffer, buffer._version, buffer.clone())
-              for module in record.modules for name, buffer in module._buffers.items()
+              for module in record.buffered for name, buffer in module._buffers.items()
               if buffer is not None and not buffer.is_inference()]
     try:
         yield
@@ -550,7 +588,7 @@ def _noted(record: _Record) -> Iterator[None]:
 @contextmanager
 def _again(record: _Record) -> Iterator[None]:
     """Let the body run a step as it ran before, and leave no trace in its buffers."""
-    norms: list[Any] = [m for m in record.modules if _counts(m) and m.track_running_stats]
+    norms: list[Any] = [m for m in record.buffered if _counts(m) and m.track_running_stats]
     changed = [c for c in record.changed if not _counts(c.module)]
     now = [(c.module, c.name, c.module._buffers[c.name]) for c in changed]
     for norm in norms:
@@ -603,30 +641,24 @@ def _autocast(streams: list[Tensor]) -> Callable[[], Any]:
     return lambda: torch.autocast(kind, dtype, enabled, cache_enabled=False)
 
 
-def _finite(streams: Sequence[Tensor]) -> bool:
-    # A sum is one pass without a mask; it may overflow where no number is infinite.
-    real = [s for s in streams if _real(s)]
-    return (all(bool(s.sum(dtype=None if s.is_complex() or s.dtype == torch.float64
-                           else torch.float32).isfinite()) for s in real)
-            or all(bool(s.isfinite().all()) for s in real))
+def _sum(stream: Tensor) -> Tensor:
+    # One pass without a mask, while the numbers are at hand; finite where all of them are.
+    return stream.sum(dtype=torch.float32 if stream.dtype in _NARROW else None)
 
 
-@torch.no_grad()
-def _where(plan: _Plan, held: list[list[Tensor]], last: list[Tensor]) -> CannotReverse:
-    """Return the error that names the step before which a stream is not finite."""
-    streams, culprit = last, "a step"
-    for step, record, kept in zip(reversed(plan.steps), reversed(plan.records), reversed(held),
-                                  strict=True):
-        if record.random is not None:
-            set_random_state(record.random)
-        with _again(record):
-            streams = list(kept) if isinstance(step, Stored) else undo([step], streams)
-        culprit = str(step)
-        if not _finite(streams):
-            break
-    return CannotReverse(f"what {culprit} was given is no longer finite when it is reconstructed, "
-                         "though what the steps ended in is; its numbers span too wide a range "
-                         "for the dtype: bound its scale, use a wider dtype, or exact=True")
+def _see_finite(streams: Sequence[Tensor], sums: Sequence[tuple[Any, Tensor]]) -> None:
+    """Raise CannotReverse, with the step, where the steps ended finite and began otherwise.
+
+    `sums` are of what they ended in, and then of what each step restored.
+    """
+    if all(bool(_sum(s).isfinite()) or bool(s.isfinite().all()) for s in streams if _real(s)):
+        return
+    culprit = next((step for step, total in sums if not total.isfinite()), None)
+    if culprit is not None:
+        raise CannotReverse(
+            f"what {culprit} was given is no longer finite when it is reconstructed, though what "
+            "the steps ended in is; its numbers span too wide a range for the dtype: bound its "
+            "scale, use a wider dtype, or exact=True")
 
 
 def _no_strangers(step: Update | Stored, outputs: Sequence[Any], known: Sequence[Tensor]) -> None:
@@ -659,11 +691,12 @@ def _missing(true: Tensor, restored: Tensor) -> tuple[Tensor, Tensor]:
     if true.dtype not in _BITS and not true.is_complex():
         return true.new_empty(0), true.new_empty(0)
     missing = _bits(true) - _bits(restored)
-    fits = (missing > _FAR) & (missing < -_FAR)
-    beyond = missing[~fits]
-    if not bool(missing.any()):
+    near = missing.to(torch.int8)
+    far = (near != missing).logical_or_(near == _FAR)
+    beyond = missing[far]
+    if not (beyond.numel() or bool(near.any())):
         return beyond, beyond
-    return torch.where(fits, missing, _FAR).to(torch.int8), beyond
+    return near.masked_fill_(far, _FAR), beyond
 
 
 def _repaired(restored: Tensor, near: Tensor, beyond: Tensor) -> Tensor:
@@ -675,6 +708,13 @@ def _repaired(restored: Tensor, near: Tensor, beyond: Tensor) -> Tensor:
     true = _bits(restored) + missing
     return (torch.view_as_complex(true.view(restored.real.dtype)) if restored.is_complex()
             else true.view(restored.dtype))
+
+
+def _laid_out(stream: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return `stream` laid out by `strides`, since kernels round by the layout."""
+    if stream.stride() == strides:
+        return stream
+    return stream.new_empty_strided(stream.shape, strides).copy_(stream)
 
 
 def _bits(stream: Tensor) -> Tensor:
