@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from netwright.blocks.reversible.engine import Step, Stored, chained, run
 from netwright.blocks.reversible.sequential import ReversibleSequential
-from netwright.errors import CannotReverse
+from netwright.errors import CannotReverse, CannotStage
 from netwright.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, stages
@@ -30,7 +30,8 @@ class Reversible(Rule):
     In an `nn.Sequential` a layer is invertible if it has an `inverse`, as those of
     `nw.blocks.reversible` have; `nw.reshape.reversible` makes such blocks of residual ones. In a
     network that is not one, each stage counts as ordinary, and reversible blocks inside it still
-    store nothing.
+    store nothing. A network that cannot be staged but has a `ReversibleSequential` inside runs as
+    it is.
 
     Args:
         network: Any network that can be staged.
@@ -71,15 +72,20 @@ class Reversible(Rule):
         self.exact = exact or any(module.exact for module in self.network.modules()
                                   if isinstance(module, ReversibleSequential))
         self._seen: set[bool] = set()
-        if isinstance(self.network, ReversibleSequential):
-            self.stages, self._parts = None, []
-        else:
-            self.stages = stages(network, example)
-            self._parts = [part for stage in self.stages for part in _parts(stage)]
+        self.stages: Stages | None = None
+        self._parts: list[_Part] = []
+        if not isinstance(self.network, ReversibleSequential):
+            try:
+                self.stages = stages(network, example)
+                self._parts = [part for stage in self.stages for part in _parts(stage)]
+            except CannotStage:  # a U-Net, say, whose reversible parts need no stages
+                if not any(isinstance(m, ReversibleSequential) for m in self.network.modules()):
+                    raise
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add dL/dw to `.grad`; return the detached loss."""
-        h = tensor_of(apply(self._alone, x) if self.stages is None else self._chain(x))
+        h = tensor_of(self._chain(x) if self.stages is not None else apply(
+            self._alone if isinstance(self.network, ReversibleSequential) else self.network, x))
         self._seen.add(self.training)
         loss = checked(self.loss, h, y)
         if not loss.requires_grad:

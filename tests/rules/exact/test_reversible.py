@@ -336,6 +336,24 @@ def test_a_network_that_is_no_sequential_keeps_its_reversible_parts():
     assert_as_backprop(Network().double(), X, Y)
 
 
+class Bypass(nn.Module):
+    """No chain: what comes before the blocks is added after them."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.first, self.body, self.last = nn.Linear(5, 8), blocks, nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(self.body(h) + h * (1 if float(h.detach().sum()) > 0 else 2))
+
+
+def test_a_network_that_is_no_chain_runs_as_it_is():
+    torch.manual_seed(0)
+    rule = assert_as_backprop(Bypass(ReversibleSequential(coupling(), coupling())).double(), X, Y)
+    assert rule.stages is None
+
+
 def test_learns_what_frozen_hidden_layers_do_not():
     split = digits()
     x, y = split.x_train.flatten(1), split.y_train
