@@ -1,18 +1,18 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Step, Stored, Whole, chained, run
+from netwright.blocks.reversible.engine import Step, Stored, chained, run
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.errors import CannotReverse, CannotStage
 from netwright.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, stages
 from netwright.stages._sequential import SequentialStage
-from netwright.stages.stage import tensor_of
+from netwright.stages.stage import apply, tensor_of
 
 
 class Reversible(Rule):
@@ -30,7 +30,8 @@ class Reversible(Rule):
     In an `nn.Sequential` a layer is invertible if it has an `inverse`, as those of
     `nw.blocks.reversible` have; `nw.reshape.reversible` makes such blocks of residual ones. In a
     network that is not one, each stage counts as ordinary, and reversible blocks inside it still
-    store nothing.
+    store nothing. A network that cannot be staged but has a `ReversibleSequential` inside runs as
+    it is.
 
     Args:
         network: Any network that can be staged.
@@ -39,7 +40,7 @@ class Reversible(Rule):
         checkpoint: Whether ordinary stages between others are computed again; otherwise they
             keep their activations, and nothing in them is computed twice.
         exact: Whether rounding is kept too, about a byte for each number and step, so that the
-            reconstruction is bit for bit.
+            reconstruction is bit for bit. A `ReversibleSequential` that keeps it sets this.
         generator: Not needed: the rule draws nothing.
 
     Shapes: x as the network takes it; y as the loss takes it.
@@ -67,43 +68,71 @@ class Reversible(Rule):
                  checkpoint: bool = True, exact: bool = False,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        self.loss, self.checkpoint, self.exact = loss, checkpoint, exact
-        self._seen = False
-        if isinstance(self.network, ReversibleSequential):
-            self.stages = None
-            self._parts = [_Part("network", self.network, [self.network], invertible=True)]
-        else:
-            self.stages = stages(network, example)
-            self._parts = [part for stage in self.stages for part in _parts(stage)]
+        self.loss, self.checkpoint = loss, checkpoint
+        self.exact = exact or any(module.exact for module in self.network.modules()
+                                  if isinstance(module, ReversibleSequential))
+        self._seen: set[bool] = set()
+        self.stages: Stages | None = None
+        self._parts: list[_Part] = []
+        if not isinstance(self.network, ReversibleSequential):
+            try:
+                self.stages = stages(network, example)
+                self._parts = [part for stage in self.stages for part in _parts(stage)]
+            except CannotStage:  # a U-Net, say, whose reversible parts need no stages
+                if not any(isinstance(m, ReversibleSequential) for m in self.network.modules()):
+                    raise
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add dL/dw to `.grad`; return the detached loss."""
-        context = None if self.stages is None else self.stages.context(x, live=True)
-        h, waiting, last = x, list[list[Step]](), len(self._parts) - 1
-        for k, part in enumerate(self._parts):
-            if part.invertible:
-                waiting.append(_steps(part))
-            elif 0 < k < last and self.checkpoint and not part.reverses():
-                lent = [t for t in tree_leaves(vars(context))
-                        if isinstance(t, Tensor) and t.requires_grad]
-                waiting.append([Stored(part.name, partial(part.function, context=context),
-                                       part.modules, [*part.loose, *lent])])
-            else:
-                h = part.function(self._run(waiting, h), context=context)
-                waiting = []
-        h = tensor_of(self._run(waiting, h))
-        self._seen = True
+        h = tensor_of(self._chain(x) if self.stages is not None else apply(
+            self._alone if isinstance(self.network, ReversibleSequential) else self.network, x))
+        self._seen.add(self.training)
         loss = checked(self.loss, h, y)
         if not loss.requires_grad:
             raise ValueError("network has no trainable parameters; set requires_grad on some")
-        loss.backward()
+        without = [p for p in self.network.parameters() if p.grad is None]
+        try:
+            loss.backward()
+        except CannotReverse:
+            for p in without:  # those behind the failure have theirs by now
+                p.grad = None
+            raise
         return loss.detach()
+
+    def _alone(self, x: Any, *args: Any, **options: Any) -> Any:
+        """Return the output of a network that is reversible as a whole."""
+        network: Any = self.network
+        return self._run([network.steps(*args, **options)], x)
+
+    def _chain(self, x: Any) -> Any:
+        assert self.stages is not None
+        context = self.stages.context(x, live=True)
+        h, waiting, last = x, list[list[Step]](), len(self._parts) - 1
+        several = False
+        for k, part in enumerate(self._parts):
+            if part.invertible:
+                h = _only(h) if k == 0 else h
+                waiting.append(_steps(part))
+                several = _several(part.modules[0])
+            elif 0 < k < last and self.checkpoint and not several and not part.reverses():
+                lent = [t for t in tree_leaves(vars(context))
+                        if isinstance(t, Tensor) and t.requires_grad]
+                step = Stored(part.name, partial(part.tensor, context=context), part.modules,
+                              [*part.loose, *lent])
+                step.place = part.place
+                waiting.append([step])
+            else:
+                h = part.function(self._run(waiting, h), context=context)
+                waiting, several = [], not isinstance(h, Tensor)
+        return self._run(waiting, h)
 
     def _run(self, waiting: list[list[Step]], h: Any) -> Any:
         if not waiting:
             return h
         streams = [h] if isinstance(h, Tensor) else list(h)
-        streams = run(chained(waiting), streams, exact=self.exact, first=not self._seen)
+        # What is looked at in the first pass may be another in the first of training or of eval.
+        streams = run(chained(waiting), streams, exact=self.exact,
+                      first=self.training not in self._seen)
         return streams[0] if len(streams) == 1 else tuple(streams)
 
 
@@ -111,10 +140,20 @@ class _Part(NamedTuple):
     """What is reconstructed, stored or run as one: a stage, or some layers of one."""
 
     name: str
+    place: str
     function: Callable[..., Any]
     modules: list[nn.Module]
-    invertible: bool
+    invertible: bool = False
     loose: Sequence[Tensor] = ()
+
+    def tensor(self, h: Tensor, context: Any) -> Tensor:
+        """Return what the part makes of `h`, which must be a tensor if it is to run again."""
+        output = self.function(h, context=context)
+        if not isinstance(output, Tensor):
+            raise CannotReverse(f"{self.name} of {self.place} returned {type(output).__name__}, "
+                                "and only what returns a tensor can be checkpointed; set "
+                                "checkpoint=False")
+        return output
 
     def reverses(self) -> bool:
         """Return whether something inside stores no activations of itself."""
@@ -122,37 +161,44 @@ class _Part(NamedTuple):
                    for module in self.modules for inner in module.modules())
 
 
+def _only(x: Any) -> Any:
+    """Return what an nn.Sequential is given, where `x` holds its arguments."""
+    if isinstance(x, Tensor):
+        return x
+    parts = list(x.values() if isinstance(x, Mapping) else x)
+    if len(parts) != 1:
+        raise ValueError(f"x must hold the one argument of an nn.Sequential, got {len(parts)}; "
+                         "put several streams into a tuple of their own, ((a, b),)")
+    return parts[0]
+
+
+def _several(module: nn.Module) -> bool:
+    """Return whether `module` returns several streams."""
+    if isinstance(module, ReversibleSequential):
+        return any(map(_several, module))
+    return getattr(module, "streams", 1) is None
+
+
 def _parts(stage: Any) -> list[_Part]:
+    place = f"stage {stage.name!r}"
     if not isinstance(stage, SequentialStage):
-        return [_Part(stage.name, stage, stage.modules, False, stage.loose)]
+        names = " and ".join(dict.fromkeys(type(module).__name__ for module in stage.modules))
+        return [_Part(names, place, stage, stage.modules, loose=stage.loose)]
     parts: list[_Part] = []
     for module in stage.modules:
-        kind = type(module).__name__
         if callable(getattr(module, "inverse", None)):
-            parts.append(_Part(f"{kind} of stage {stage.name}", module, [module], True))
+            alone = ReversibleSequential(module)
+            parts.append(_Part(type(module).__name__, place, alone, [module], invertible=True))
             continue
         before = [] if not parts or parts[-1].invertible else parts.pop().modules
-        layers = [*before, module]
-        parts.append(_Part(f"{kind} of stage {stage.name}", _InOrder(layers), layers, False))
+        inside = SequentialStage(stage.name, [*before, module])
+        inside.first = stage.first and not parts
+        parts.append(_Part(type(module).__name__, place, inside, inside.modules))
     return parts
 
 
-class _InOrder:
-    """Runs layers one after another, as a stage does."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self.stage = SequentialStage("", layers)
-
-    def __call__(self, h: Any, context: Any) -> Any:
-        return self.stage(h, context)
-
-
 def _steps(part: _Part) -> list[Step]:
-    module: Any = part.modules[0]
-    if not isinstance(module, (ReversibleBlock, ReversibleSequential)):
-        return [Whole(part.name, module)]
-    steps = module.steps()
+    steps: list[Step] = part.function.steps()  # type: ignore[attr-defined]
     for step in steps:
-        inner = f"{step.place} of " if isinstance(module, ReversibleSequential) else ""
-        step.place = inner + part.name
+        step.place = step.place.removesuffix("module '0'") + part.place
     return steps
