@@ -1,4 +1,4 @@
-"""A step of the same couplings under plain backpropagation, ours, and the peers from PyPI.
+"""A step of the same couplings: plain backpropagation, ours, and the published peers.
 
     python benchmarks/reversible.py
 
