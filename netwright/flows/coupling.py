@@ -226,7 +226,7 @@ class _Affine(Update):
 
     def restore(self, y: Sequence[Tensor], made: Tensor) -> list[Tensor]:
         s, t = self._parts(y[0], made)
-        return [(y[0] - t) * (-s).exp(), y[1]]
+        return [(y[0] - t) * (-s).exp(), y[1] - s.flatten(1).sum(1)]
 
     def _parts(self, x: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
         s, t = _fitting(made, x, 2).chunk(2, 1)

@@ -147,11 +147,7 @@ class _Undone(Update):
     def __init__(self, step: Update) -> None:
         super().__init__(f"the inverse of {step.name}", step.module, step.reads, step.writes,
                          step.args, step.options)
-        self.step = step
-
-    def make(self, reads: Sequence[Tensor]) -> Any:
-        """Return what the step makes."""
-        return self.step.make(reads)
+        self.step, self.sums = step, step.sums
 
     def change(self, x: Sequence[Tensor], made: Any) -> Sequence[Tensor]:
         """Return what the step was given."""
