@@ -31,7 +31,7 @@ bench: .venv/test
 	touch $@
 
 .venv/test: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[blackbox,cifar,hf,graphs,tensorboard,test,docs]'
+	$(INSTALL) -e '.[blackbox,cifar,flows,hf,graphs,tensorboard,test,docs]'
 	touch $@ .venv/demo
 
 .venv/docs: .venv/test

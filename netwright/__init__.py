@@ -4,10 +4,12 @@ import importlib
 from typing import Any
 
 from netwright import (
+    blocks,
     circuits,
     data,
     errors,
     evidence,
+    flows,
     learners,
     measure,
     optim,
@@ -22,9 +24,10 @@ from netwright.stages import Stages, stages
 from netwright.tasks import Task
 from netwright.training import fit
 
-__all__ = ["History", "Stages", "Task", "boosting", "circuits", "compare", "data", "errors",
-           "evidence", "fit", "fixed_point", "learners", "measure", "optim", "papers",
-           "parallel_forward", "parallel_recurrence", "recorded", "reshape", "rules", "stages"]
+__all__ = ["History", "Stages", "Task", "blocks", "boosting", "circuits", "compare", "data",
+           "errors", "evidence", "fit", "fixed_point", "flows", "learners", "measure", "optim",
+           "papers", "parallel_forward", "parallel_recurrence", "recorded", "reshape", "rules",
+           "stages"]
 __version__ = "0.1.0"
 
 

@@ -12,6 +12,10 @@ class CannotStage(NetwrightError, ValueError):
     """The network could not be read as a chain of stages."""
 
 
+class CannotReverse(NetwrightError, ValueError):
+    """A step of a reversible network cannot be undone, or not without losing a gradient."""
+
+
 class NothingToReshape(NetwrightError, ValueError):
     """A reshape found nothing in the network that it could change."""
 

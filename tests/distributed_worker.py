@@ -48,6 +48,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
     "PipelinedBackprop, predicted": ("PipelinedBackprop", {"spike_compensation": False}),
     "PredictiveCoding": ("PredictiveCoding", {}),
     "ProductFeedback": ("ProductFeedback", {}),
+    "Reversible": ("Reversible", {}),
     "StationaryFeedback": ("StationaryFeedback", {"feedback": 0.5}),
     "SingleForward": ("SingleForward", {}),
     "TargetProjection": ("TargetProjection", {}),

@@ -2,6 +2,7 @@
 
 from netwright.measure.alignment import alignment
 from netwright.measure.cost import Cost, cost
+from netwright.measure.memory import Memory, memory
 from netwright.measure.scaling import ScalingFit, scaling_fit
 
-__all__ = ["Cost", "ScalingFit", "alignment", "cost", "scaling_fit"]
+__all__ = ["Cost", "Memory", "ScalingFit", "alignment", "cost", "memory", "scaling_fit"]

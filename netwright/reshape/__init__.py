@@ -1,5 +1,6 @@
 """Reshapes: functions that take a network and return a changed copy."""
 
 from netwright.reshape.pruning.prune_sublayers import prune_sublayers
+from netwright.reshape.residual.reversible import reversible
 
-__all__ = ["prune_sublayers"]
+__all__ = ["prune_sublayers", "reversible"]

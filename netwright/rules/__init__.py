@@ -20,6 +20,7 @@ from netwright.rules.exact.continual_backprop import ContinualBackprop
 from netwright.rules.exact.dynamical_low_rank import DynamicalLowRank
 from netwright.rules.exact.highway_backprop import HighwayBackprop
 from netwright.rules.exact.pipelined_backprop import PipelinedBackprop
+from netwright.rules.exact.reversible import Reversible
 from netwright.rules.exact.two_stage_backward import TwoStageBackward
 from netwright.rules.feedback.adaptive_feedback_alignment import AdaptiveFeedbackAlignment
 from netwright.rules.feedback.counter_current import CounterCurrent
@@ -51,5 +52,6 @@ __all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "BlackBoxPrompt",
            "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp",
            "NoPropContinuous", "NoPropFlow", "Pepita", "PhysicalForwardForward",
            "PipelinedBackprop", "PredictiveCoding", "ProductFeedback", "QuantizedForwardGradient",
-           "RandomFeatureBoosting", "ReverseDerivativeAscent", "Rule", "SingleForward", "SoftHebb",
-           "StationaryFeedback", "TargetProjection", "TwoStageBackward", "ZerothOrder"]
+           "RandomFeatureBoosting", "ReverseDerivativeAscent", "Reversible", "Rule",
+           "SingleForward", "SoftHebb", "StationaryFeedback", "TargetProjection",
+           "TwoStageBackward", "ZerothOrder"]

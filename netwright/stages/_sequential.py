@@ -13,12 +13,14 @@ from netwright.stages.stage import Context, Stage, Stages, apply, tensor_of
 class SequentialStage(Stage):
     """Modules that run one after another."""
 
-    last = False
+    first = last = False
 
     def __call__(self, h: Any, context: Context) -> Tensor:
         """Return what the next stage takes."""
-        h = apply(self.modules[0], h)
-        for module in self.modules[1:]:
+        rest = self.modules
+        if self.first:  # later on a tuple is one argument, as it is in the nn.Sequential
+            h, rest = apply(rest[0], h), rest[1:]
+        for module in rest:
             h = module(h)
         return tensor_of(h) if self.last else h
 
@@ -49,7 +51,7 @@ def sequential_stages(network: nn.Sequential, cuts: list[str] | None) -> Stages 
     starts = [0, *(names.index(cut) for cut in cuts[1:])]
     chain = [SequentialStage(name, [module for _, module in parts[a:b]])
              for name, a, b in zip(cuts, starts, [*starts[1:], len(parts)], strict=True)]
-    chain[-1].last = True
+    chain[0].first = chain[-1].last = True
     return Stages(network, chain)
 
 

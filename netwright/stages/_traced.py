@@ -13,7 +13,7 @@ from torch.fx.node import map_aggregate
 
 from netwright.errors import CannotStage
 from netwright.stages._bind import bound
-from netwright.stages._weights import weighted
+from netwright.stages._weights import reversible, weighted
 from netwright.stages.stage import Context, Stage, Stages
 
 _LEAVES = ("torch.nn", "torch.ao.nn", "torch_geometric.nn", "transformers.")
@@ -90,7 +90,8 @@ class _Tracer(fx.Tracer):
         self.opened: list[nn.Module] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = type(m).__module__.startswith(_LEAVES) and not isinstance(m, nn.Sequential)
+        leaf = reversible(m) or (type(m).__module__.startswith(_LEAVES)
+                                 and not isinstance(m, nn.Sequential))
         if not leaf:
             self.opened.append(m)
         return leaf

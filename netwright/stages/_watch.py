@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from netwright.stages._structure import Path, tensors
-from netwright.stages._weights import count_weighted
+from netwright.stages._weights import count_weighted, reversible
 from netwright.stages.stage import apply
 
 
@@ -54,7 +54,10 @@ def watching(model: nn.Module, calls: list[Call]) -> Iterator[None]:
     """Add to `calls` whatever is called inside `model`; the `end` of what raised stays 0."""
     stack: list[Call] = []
     clock = iter(range(1 << 62))
-    names = {module: name for name, module in reversed(list(model.named_modules()))}
+    inside = {part for module in model.modules() if module is not model and reversible(module)
+              for part in module.modules() if part is not module}
+    names = {module: name for name, module in reversed(list(model.named_modules()))
+             if module not in inside}
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         arguments = (args, kwargs)

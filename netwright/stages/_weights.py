@@ -25,3 +25,8 @@ def count_weighted(module: nn.Module) -> int:
 def weighted(module: nn.Module) -> bool:
     """Whether a new stage starts at `module`."""
     return any(owns_weights(m) for m in module.modules())
+
+
+def reversible(module: nn.Module) -> bool:
+    """Whether `module` has an inverse, so that it may run its parts in an order of its own."""
+    return callable(getattr(module, "inverse", None))

@@ -55,6 +55,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "QuantizedForwardGradient": [{}, {"share": 0.5}, {"momentum": 0.0, "kernelwise": False}],
     "RandomFeatureBoosting": [{}, {"output_loss": "squared"}, {"keep": 6}],
     "StationaryFeedback": [{}, {"feedback": 0.5}],
+    "Reversible": [{}, {"checkpoint": False}],
     "SoftHebb": [{}, {"anti_hebbian": False, "temperature": [0.5, 2.0]}, {"initial_norm": None}],
     "ProductFeedback": [{}],
     "TargetProjection": [{}, {"distance": "absolute"}, {"distance": "direct"}],
@@ -249,8 +250,8 @@ def test_a_frozen_network_gets_no_gradient(name: str, options: dict[str, Any]) -
     # the others may have parameters of their own
     if name in ("Backprop", "BoostedUnits", "ContinualBackprop", "ForwardGradient",
                 "HighwayBackprop", "LikelihoodRatio", "PipelinedBackprop",
-                "QuantizedForwardGradient", "StationaryFeedback", "TwoStageBackward",
-                "ZerothOrder"):
+                "QuantizedForwardGradient", "Reversible", "StationaryFeedback",
+                "TwoStageBackward", "ZerothOrder"):
         with pytest.raises(ValueError, match="network has no trainable parameters"):
             case()
     else:

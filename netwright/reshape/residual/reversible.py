@@ -1,0 +1,410 @@
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from netwright.blocks.reversible.block import ReversibleBlock
+from netwright.blocks.reversible.engine import Add, Update
+from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.errors import CannotReverse, NothingToReshape, UnknownName
+from netwright.modes import evaluating, same_buffers, same_random_state
+from netwright.reshape.pruning._residual import Place, Silent, Sublayer, Trace, trace
+from netwright.stages import call
+from netwright.stages._transformers import is_cache
+
+How = Literal["coupling", "momentum"]
+
+
+@torch.inference_mode(False)
+def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
+               gamma: float = 0.9, exact: bool | None = None) -> nn.Module:
+    """Return a copy whose residual blocks can be undone, so that training stores none of them.
+
+    coupling:  a, b := h;  then, block after block, for each of a block's branches f in turn
+    a := a + f(b), and with the streams' parts changed b := b + f(a);  h := (a + b) / 2.
+    momentum:  v := 0;  for each block f:  v := gamma v + (1 - gamma) f(h);  h := h + v.
+
+    A run of residual blocks is a row of modules beside one another, each of which takes what the
+    one before returns, keeps its shape and adds to it. Runs are found by watching the model. In a
+    coupling the branches are a block's sublayers, attention and feed-forward for instance, where
+    the block is the same as its sublayers one after another; otherwise (blocks with one branch, or
+    that normalise or activate after the sum) f is the whole block without its input,
+    f(h) = block(h) - h. Momentum keeps each block whole in this way. What comes before, between
+    and after the runs, blocks that change the shape among them, stays as it is; masks, positions
+    and whatever else a block is given are given to it still.
+
+    The parameters are kept, so that training goes on from them, but the function is another one:
+    fine-tune, or train from the start. The nearer `gamma` is to 0, the nearer the momentum network
+    is to the one given.
+
+    In the place of a run's first block stands the `ReversibleStack`, which holds all of them, in
+    the others' modules that pass the signal on. The result's `reversible_changes` says which runs
+    were changed, `reversible_keys` where parameters are now: a `state_dict` of the model given
+    loads into the result all the same. Caches are for inference: a Hugging Face model's
+    `config.use_cache` is set to False, `generate` uses one as before.
+
+    Args:
+        model: Any network with residual blocks.
+        example: An input: a tensor, a tuple of positional or a mapping of keyword arguments. A
+            Hugging Face model that takes tokens or images needs none.
+        how: `"coupling"` or `"momentum"`.
+        gamma: How much of the velocity is left at a block, above 0 and below 1.
+        exact: Whether rounding errors are kept, about a byte a number and step, so that the
+            reconstruction is bit for bit. None keeps them for momentum, whose inverse divides by
+            `gamma` at each block.
+
+    Shapes: as the model's.
+
+    Raises:
+        NothingToReshape: there are no two residual blocks in a row, and no block with two
+            branches; or the model is compiled.
+        UnknownName: `how` is neither.
+        ValueError: `gamma` is not between 0 and 1, or `example` is needed.
+
+    Papers: Gomez, Ren, Urtasun, Grosse, 2017, The Reversible Residual Network: Backpropagation
+    Without Storing Activations. Mangalam, Fan, Li, Wu, Xiong, Feichtenhofer, Malik, 2022,
+    Reversible Vision Transformers. Sander, Ablin, Blondel, Peyré, 2021, Momentum Residual Neural
+    Networks.
+
+    >>> from netwright.models import gpt
+    >>> x = torch.zeros(1, 16, dtype=torch.long)
+    >>> flat = reversible(gpt(96, context=16, depth=3), x)
+    >>> flat.reversible_changes
+    ('1 to 3: 3 blocks (Block) in two coupled streams, each in 2 parts: attention_out, mlp_out',)
+    >>> flat(x).shape
+    torch.Size([1, 16, 96])
+    """
+    if how not in ("coupling", "momentum"):
+        raise UnknownName("way to make a network reversible", how, ("coupling", "momentum"))
+    if not 0 < gamma < 1:
+        raise ValueError(f"gamma must be above 0 and below 1, got {gamma}; at 0 the network is the "
+                         "one given, which cannot be undone")
+    if hasattr(model, "_orig_mod"):
+        raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
+                               "the module that was compiled, and compile the result")
+    x = _example(model) if example is None else example
+    changed: Any = deepcopy(model)
+    if hasattr(getattr(changed, "config", None), "use_cache"):
+        changed.config.use_cache = False
+    for layer in changed.modules():  # its fused path in eval mode would not see the parts' roles
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            layer.activation_relu_or_gelu = 0
+    with same_random_state(), evaluating(changed), same_buffers(changed):
+        found = trace(deepcopy(changed), x)
+        runs = _runs(changed, x, found, alone=how == "coupling")
+        for run in runs:
+            for block in run:
+                block.parts = _parts(block, found) if how == "coupling" else [(block.kind, {})]
+    runs = [run for run in runs if sum(len(block.parts) for block in run) > 1]
+    if not runs:
+        raise NothingToReshape(
+            f"{type(model).__name__} has no residual blocks in a row: modules beside one another "
+            "of which each takes what the one before returns, keeps its shape and adds to it "
+            "(h + g(h)); put its residual blocks into an nn.Sequential or an nn.ModuleList")
+    exact = how == "momentum" if exact is None else exact
+    keys: dict[str, str] = {}
+    for run in runs:
+        keys |= _put(changed, run, gamma if how == "momentum" else None, exact)
+    changed.reversible_changes = tuple(_said(run, how, gamma) for run in runs)
+    changed.reversible_keys = keys
+    return changed
+
+
+class ReversibleStack(nn.Module):
+    """Residual blocks that take turns on two streams, and store neither."""
+
+    def __init__(self, blocks: Sequence[ReversibleBlock], response: Any, *, momentum: bool,
+                 exact: bool) -> None:
+        super().__init__()
+        self.blocks = ReversibleSequential(*blocks, exact=exact)
+        self.response, self.momentum = response, momentum
+
+    def forward(self, h: Tensor, *args: Any, **options: Any) -> Any:
+        """Return what the blocks make of `h`, in the form in which a block returned it."""
+        if torch.is_grad_enabled() and any(map(is_cache, tree_leaves(
+                (args, options), is_leaf=is_cache))):
+            raise CannotReverse("a key-value cache cannot be filled while gradients are on, since "
+                                "blocks run twice; set use_cache=False, or use torch.no_grad()")
+        first, second = self.blocks((h, torch.zeros_like(h) if self.momentum else h), *args,
+                                    **options)
+        return _respond(self.response, first if self.momentum else (first + second) / 2)
+
+    def extra_repr(self) -> str:
+        """Say what the streams are."""
+        return "position and velocity" if self.momentum else "two coupled streams"
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what models read off their layers, such as a kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            blocks = self.__dict__.get("_modules", {}).get("blocks")
+            if blocks is None or name.startswith("_"):
+                raise
+            return getattr(blocks[0].block, name)
+
+
+class Passed(nn.Module):
+    """Stands where a block stood that a `ReversibleStack` before it holds: it returns its input."""
+
+    batch_first = False  # PyTorch's encoder looks for it
+
+    def __init__(self, response: Any) -> None:
+        super().__init__()
+        self.response = response
+
+    def forward(self, h: Tensor, *args: Any, **options: Any) -> Any:
+        """Return `h` in the form in which a block returned it."""
+        return _respond(self.response, h)
+
+
+class Coupled(ReversibleBlock):
+    """The parts of one residual block, which add to one of two streams what they read in the other.
+
+    `turn` is which stream the first part adds to.
+    """
+
+    streams = None
+
+    def __init__(self, block: nn.Module, parts: Sequence[tuple[str, dict[str, Silent]]],
+                 turn: int) -> None:
+        super().__init__()
+        self.block, self.turn = block, turn
+        self.parts = tuple((name, (_Branch(block, silent),)) for name, silent in parts)
+
+    def updates(self, *args: Any, **options: Any) -> list[Update]:
+        """Return one addition for each part."""
+        turns = [(self.turn + k) % 2 for k in range(len(self.parts))]
+        return [Add(name, branch, (1 - turn,), turn, args, options)
+                for turn, (name, (branch,)) in zip(turns, self.parts, strict=True)]
+
+
+class Momentum(ReversibleBlock):
+    """A residual block with a velocity: v := gamma v + (1 - gamma) f(h);  h := h + v."""
+
+    streams = None
+
+    def __init__(self, block: nn.Module, gamma: float) -> None:
+        super().__init__()
+        self.block, self.gamma = block, gamma
+        self.parts = (_Branch(block, {}),)
+
+    def updates(self, *args: Any, **options: Any) -> list[Update]:
+        """Return the velocity's step and the position's."""
+        return [_Velocity(type(self.block).__name__, self.parts[0], (0,), (1,), args, options,
+                          gamma=self.gamma), Add("velocity", nn.Identity(), (1,), 0)]
+
+
+class _Velocity(Update):
+
+    def __init__(self, *given: Any, gamma: float) -> None:
+        super().__init__(*given)
+        self.gamma = gamma
+
+    def change(self, x: Sequence[Tensor], made: Tensor) -> list[Tensor]:
+        """Return gamma v + (1 - gamma) f."""
+        return [(self.gamma * x[0] + (1 - self.gamma) * made).to(x[0].dtype)]
+
+    def restore(self, y: Sequence[Tensor], made: Tensor) -> list[Tensor]:
+        """Return (v - (1 - gamma) f) / gamma."""
+        return [((y[0] - (1 - self.gamma) * made) / self.gamma).to(y[0].dtype)]
+
+
+class _Branch(nn.Module):
+    """What a block adds to its input while some of its sublayers are silent."""
+
+    def __init__(self, block: nn.Module, silent: dict[str, Silent]) -> None:
+        super().__init__()
+        self.block = block
+        self.silent = tuple((*name.rpartition(".")[::2], (stub,)) for name, stub in silent.items())
+
+    def forward(self, h: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Return f(h), of the shape of h."""
+        with _silenced(self.block, [(path, child, stub) for path, child, (stub,) in self.silent]):
+            output = self.block(h, *args, **options)
+        return next(t for t in tree_leaves(output) if isinstance(t, Tensor)) - h
+
+
+@contextmanager
+def _silenced(block: nn.Module, stubs: Sequence[tuple[str, str, Silent]]) -> Iterator[None]:
+    places = [block.get_submodule(path)._modules for path, _, _ in stubs]
+    before = [place[child] for place, (_, child, _) in zip(places, stubs, strict=True)]
+    try:
+        for place, (_, child, stub) in zip(places, stubs, strict=True):
+            place[child] = stub
+        yield
+    finally:
+        for place, (_, child, _), module in zip(places, stubs, before, strict=True):
+            place[child] = module
+
+
+@dataclass
+class _Block:
+    """One call of a residual block in the run that was watched."""
+
+    name: str
+    module: nn.Module
+    taken: Tensor
+    given: Tensor
+    rest: tuple[Any, Any]
+    response: Any
+    sublayers: list[Sublayer]
+    parts: list[tuple[str, dict[str, Silent]]] = field(default_factory=list)
+
+    @property
+    def parent(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__
+
+
+def _runs(model: nn.Module, x: Any, found: Trace, *, alone: bool) -> list[list[_Block]]:
+    """Return the rows of residual blocks that feed one another, the innermost ones.
+
+    `alone`: whether a single block with several sublayers is a row.
+    """
+    runs: list[list[_Block]] = []
+    for block in _blocks(model, x, found):
+        run = next((run for run in runs if run[-1].given is block.taken
+                    and run[-1].parent == block.parent and _same(run[-1].rest, block.rest)), None)
+        if run is None:
+            runs.append([block])
+        else:
+            run.append(block)
+    runs = [run for run in runs if len(run) > 1 or (alone and len(run[0].sublayers) > 1)]
+    inner = [block.name for run in runs for block in run]
+    return [run for run in runs if not any(
+        other.startswith(f"{block.name}.") for block in run for other in inner)]
+
+
+def _blocks(model: nn.Module, x: Any, found: Trace) -> list[_Block]:
+    calls: dict[str, list[_Block]] = {}
+
+    def returned(module: nn.Module, args: Any, options: Any, output: Any, *, name: str) -> None:
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        inside = [s for s in found.sublayers if s.name.startswith(f"{name}.")]
+        if not (inside and args and isinstance(args[0], Tensor) and len(tensors) == 1
+                and tensors[0].shape == args[0].shape and tensors[0].dtype == args[0].dtype):
+            return
+        response = tree_map(lambda leaf: Place.STREAM if leaf is tensors[0] else leaf, output)
+        calls.setdefault(name, []).append(_Block(
+            name, module, args[0], tensors[0], (args[1:], options), response, inside))
+
+    handles = [module.register_forward_hook(partial(returned, name=name), with_kwargs=True)
+               for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            call(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [made[0] for made in calls.values() if len(made) == 1]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two blocks were given the same besides the signal."""
+    ours, theirs = tree_leaves(a), tree_leaves(b)
+    return len(ours) == len(theirs) and all(
+        p is q or (not isinstance(p, Tensor) and not isinstance(q, Tensor) and p == q)
+        for p, q in zip(ours, theirs, strict=True))
+
+
+@torch.no_grad()
+def _parts(block: _Block, found: Trace) -> list[tuple[str, dict[str, Silent]]]:
+    """Return the block's sublayers with what is silent beside each, or the block as one part."""
+    whole: list[tuple[str, dict[str, Silent]]] = [(block.kind, {})]
+    if len(block.sublayers) < 2:
+        return whole
+    parts = []
+    for sublayer in block.sublayers:
+        others = [name for other in block.sublayers if other is not sublayer
+                  for name in (other.name, *other.feeders)]
+        inside = {name.removeprefix(f"{block.name}."): name for name in others}
+        if not all(name.startswith(f"{block.name}.") for name in others):
+            return whole
+        parts.append((sublayer.name.removeprefix(f"{block.name}."),
+                      {short: deepcopy(found.silent[name]) for short, name in inside.items()}))
+    args, options = block.rest
+    other = deepcopy(block.module)  # what holds for fresh weights alone, such as a norm of a norm
+    for p in other.parameters():    # being the norm, must not count
+        p.add_(torch.randn_like(p), alpha=0.1)
+    h = block.taken
+    expected = _Branch(other, {})(h, *args, **options) + h
+    for _, silent in parts:
+        h = h + _Branch(other, silent)(h, *args, **options)
+    coarse = max(torch.finfo(h.dtype).eps, 1e-7) ** 0.5
+    near = bool((h - expected).abs().amax() <= 0.3 * coarse * expected.abs().amax())
+    return parts if near else whole
+
+
+def _put(model: nn.Module, run: list[_Block], gamma: float | None, exact: bool) -> dict[str, str]:
+    """Put the stack in the run's place; return where the blocks' parameters are now."""
+    parent = model.get_submodule(run[0].parent)
+    turn, blocks = 0, list[ReversibleBlock]()
+    for block in run:
+        blocks.append(Coupled(block.module, block.parts, turn) if gamma is None
+                      else Momentum(block.module, gamma))
+        turn = (turn + len(block.parts)) % 2
+    names = [block.name.rpartition(".")[2] for block in run]
+    stack = ReversibleStack(blocks, run[0].response, momentum=gamma is not None, exact=exact)
+    stack.train(run[0].module.training)
+    for k, (name, block) in enumerate(zip(names, run, strict=True)):
+        parent._modules[name] = stack if k == 0 else Passed(block.response)
+    moves = {f"{name}.": f"{names[0]}.blocks.{k}.block." for k, name in enumerate(names)}
+    parent._register_load_state_dict_pre_hook(partial(_moved, moves))
+    outer = f"{run[0].parent}." if run[0].parent else ""
+    return {outer + old: outer + new for old, new in moves.items()}
+
+
+def _moved(moves: dict[str, str], state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give a state of the model as it was the names that it has now."""
+    first = next(iter(moves.values())).partition(".")[0]
+    if any(key.startswith(f"{prefix}{first}.blocks.0.block.") for key in state):
+        return
+    for key in list(state):
+        for old, new in moves.items():
+            if key.startswith(prefix + old):
+                state[prefix + new + key.removeprefix(prefix + old)] = state.pop(key)
+                break
+
+
+def _respond(response: Any, h: Tensor) -> Any:
+    if response is Place.STREAM:
+        return h
+    return tree_map(lambda leaf: h if leaf is Place.STREAM else leaf, response)
+
+
+def _said(run: list[_Block], how: How, gamma: float) -> str:
+    where = run[0].name if len(run) == 1 else f"{run[0].name} to {run[-1].name.rpartition('.')[2]}"
+    kinds = " and ".join(dict.fromkeys(block.kind for block in run))
+    what = f"{len(run)} block{'s' * (len(run) > 1)} ({kinds})"
+    if how == "momentum":
+        return f"{where}: {what} with momentum {gamma}"
+    parts = run[0].parts
+    inside = (f"each in {len(parts)} parts: {', '.join(name for name, _ in parts)}"
+              if len(parts) > 1 else "each as a whole")
+    return f"{where}: {what} in two coupled streams, {inside}"
+
+
+def _example(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    device = next((p.device for p in model.parameters()), None)
+    if main == "input_ids" and hasattr(config, "vocab_size"):
+        return {"input_ids": torch.arange(4, device=device)[None] % config.vocab_size}
+    if main == "pixel_values" and hasattr(config, "num_channels"):
+        size = getattr(config, "image_size", None) or 64
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        kind = next((p.dtype for p in model.parameters()), None)
+        return {"pixel_values": torch.randn(1, config.num_channels, *sides, device=device,
+                                            dtype=kind)}
+    raise ValueError(f"example must be an input of {type(model).__name__}, got None; its residual "
+                     "blocks are found by watching a run")
