@@ -20,6 +20,7 @@ from netwright.flows import (
 from netwright.flows.lattice import Chain
 
 SIZE, BETA, CHAINS, BURN_IN = 8, 4.0, 64, 50
+COLD = 400  # draws until chains that start without charge have all charges
 PLAQUETTE = 0.8635  # I_1(4) / I_0(4), the mean cosine where plaquettes are independent
 STEP_SIZES, FLOW_STEP_SIZES = (0.1, 0.15, 0.2, 0.25), (0.1, 0.2)
 MARGIN = 1.1  # by how many times the charge must change more often than by hybrid Monte Carlo
@@ -92,7 +93,7 @@ def flow_hybrid_monte_carlo(scale: Scale) -> Outcome:
         action = U1Action(BETA)
         flow, losses = _flow(action, size, depth, updates, seed, generator)
         curves.append(losses)
-        x = hmc(action, torch.zeros(CHAINS, 2, size, size), draws=BURN_IN, steps=steps,
+        x = hmc(action, torch.zeros(CHAINS, 2, size, size), draws=COLD, steps=steps,
                 step_size=0.15, generator=generator).samples[-1]
         through = []
         for step_size in FLOW_STEP_SIZES:
