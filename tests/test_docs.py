@@ -42,7 +42,7 @@ def test_every_rule_has_a_page_in_the_menu_and_a_line_in_the_map(rule):
 
 def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("mkdocs")
-    built = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet",
+    built = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict",
                             "--site-dir", str(tmp_path / "site")],
                            cwd=ROOT, capture_output=True, text=True,
                            env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
