@@ -39,15 +39,18 @@ OPTIONS: dict[str, dict[str, Any]] = {"DynamicalLowRank": {"rank": 32, "toleranc
 # Why a rule takes more than `LIMIT` times its floor.
 REASONS = {
     "BlockCoordinateDescent": "solves two linear systems for each layer",
+    "CounterCurrent": "normalises every layer of both networks to compare them, at the limit",
     "DisinhibitoryHebb": "settles its inhibition in many steps that are elementwise",
     "DynamicalLowRank": "keeps its factors orthonormal by QR decompositions, which count apart",
     "EquilibriumPropagation": "settles in complex numbers, whose activations are no products",
     "ForwardGradient": "draws a normal number for every weight",
     "LikelihoodRatio": "draws a normal number for every activation",
+    "PhysicalForwardForward": "compares every layer with a random direction, at the limit",
     "PipelinedBackprop": "keeps the weights of the batches that are still on their way",
     "QuantizedForwardGradient": "draws a normal number for every weight and direction, and rounds",
     "RandomFeatureBoosting": "solves a logistic regression to its end, in float64",
     "SoftHebb": "lets the units compete by a softmax, and takes the norms of the weights",
+    "TargetProjection": "compares every layer with its target, elementwise, at the limit",
     "ZerothOrder": "draws a normal number for every weight three times over",
 }
 
