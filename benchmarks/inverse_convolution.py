@@ -21,28 +21,12 @@ import torch
 from torch import Tensor
 
 from netwright.evidence.evidence import machine
+from netwright.evidence.flows.convolution_flows import dense_matrix
 from netwright.flows.corner import inverse_convolution, starting_weight
 
 RESULTS = Path(__file__).parent / "results" / "inverse_convolution.json"
 SIDES, CHANNELS, BATCH, KERNEL = (8, 16, 24, 32, 48, 64), 4, 16, 3
 ENOUGH = 20.0  # seconds, after which a slow contender is not timed again
-
-
-def dense(weight: Tensor, side: int) -> Tensor:
-    """Return the convolution padded at the top left as a matrix, its pixels row by row."""
-    channels, k = weight.shape[0], weight.shape[2]
-    entries = torch.arange(side * side * channels).view(side, side, channels)
-    rows, columns, values = [], [], []
-    for a in range(k):
-        for b in range(k):
-            up, left = k - 1 - a, k - 1 - b
-            here = entries[up:, left:].reshape(-1, channels, 1)
-            there = entries[:side - up, :side - left].reshape(-1, 1, channels)
-            rows.append(here.expand(-1, -1, channels).flatten())
-            columns.append(there.expand(-1, channels, -1).flatten())
-            values.append(weight[:, :, a, b].expand(len(here), -1, -1).flatten())
-    empty = weight.new_zeros(entries.numel(), entries.numel())
-    return empty.index_put((torch.cat(rows), torch.cat(columns)), torch.cat(values))
 
 
 def free() -> int:
@@ -60,7 +44,7 @@ def measured(side: int) -> dict[str, float]:
 
     def triangular() -> Tensor:
         rows = y.permute(2, 3, 1, 0).reshape(-1, BATCH)
-        x = torch.linalg.solve_triangular(dense(weight, side), rows, upper=False)
+        x = torch.linalg.solve_triangular(dense_matrix(weight, side), rows, upper=False)
         return x.view(side, side, CHANNELS, BATCH).permute(3, 2, 0, 1)
 
     contenders: dict[str, Callable[[], Tensor]] = {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from netwright.blocks.reversible.engine import Step, Update, chained, run, undo
+from netwright.blocks.reversible.engine import Step, Update, chained, forth, run, undo
 
 
 class Transform(nn.Module):
@@ -34,16 +34,7 @@ class Transform(nn.Module):
 
     def forward(self, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         """Return z and log |det dz/dx| under plain autograd."""
-        streams = [x, x.new_zeros(len(x))]
-        for step in self.steps(condition):
-            if isinstance(step, Update):
-                made = step.make([streams[i] for i in step.reads])
-                changed = step.change([streams[i] for i in step.writes], made)
-                for i, stream in zip(step.writes, changed, strict=True):
-                    streams[i] = stream
-            else:
-                streams = step.there(streams)  # type: ignore[union-attr]
-        z, log_det = streams
+        z, log_det = forth(self.steps(condition), [x, x.new_zeros(len(x))])
         return z, log_det
 
     def inverse(self, z: Tensor, condition: Any = None) -> Tensor:

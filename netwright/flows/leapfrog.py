@@ -8,9 +8,7 @@ from torch import Generator, Tensor, nn
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.engine import Regroup, Step, Update
 from netwright.blocks.reversible.sequential import ReversibleSequential
-from netwright.flows.lattice import Chain
-
-Action = Callable[[Tensor], Tensor]
+from netwright.flows.lattice import Action, Chain
 
 
 class LeapfrogLayer(ReversibleBlock):
@@ -77,14 +75,12 @@ class LeapfrogLayer(ReversibleBlock):
 
     def steps(self, *args: Any, **options: Any) -> list[Step]:
         """Return the split of x, two kicks with two drifts between them, and the join."""
-        split = Regroup("the split before LeapfrogLayer", self._split, self._join,
-                        kind=None, undoes=None)
-        join = Regroup("the join after LeapfrogLayer", self._join, self._split)
-        kick = _Kick("kick", _Kicked(self), (0, 1), (2, 3))
-        return [split, kick, _Drift("drift of the first half", _Drifted(self, first=True),
-                                    (1, 2), (0, 3)),
-                _Drift("drift of the second half", _Drifted(self, first=False), (0, 2), (1, 3)),
-                _Kick("kick", _Kicked(self), (0, 1), (2, 3)), join]
+        kick = _Scaled("kick", _Kicked(self), (0, 1), (2, 3))
+        kind = _ScaledAngles if self.periodic else _Scaled
+        return [Regroup("the split before LeapfrogLayer", self._split, self._join), kick,
+                kind("drift of the first half", _Drifted(self, first=True), (1, 2), (0, 3)),
+                kind("drift of the second half", _Drifted(self, first=False), (0, 2), (1, 3)),
+                kick, Regroup("the join after LeapfrogLayer", self._join, self._split)]
 
     def entries(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the x (batch, *size) of its two halves."""
@@ -146,7 +142,8 @@ class _Kicked(nn.Module):
         return step / 2 * s, -step / 2 * ((step * q).exp() * force + t)
 
 
-class _Kick(Update):
+class _Scaled(Update):
+    """The step  x <- exp(s) x + t."""
 
     def change(self, x: Sequence[Tensor], made: tuple[Tensor, Tensor]) -> list[Tensor]:
         s, t = made
@@ -164,27 +161,24 @@ class _Drifted(nn.Module):
         super().__init__()
         self.layer, self.first = layer, first
 
-    def forward(self, other: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, other: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         layer = self.layer
         net = layer.drift_first if self.first else layer.drift_second
         s, t, q = net(layer.seen(other), v)
         step = layer.log_step.exp()
         own = v[:, layer.first if self.first else layer.second]
-        return step * s, step * ((step * q).exp() * own + t), s.new_tensor(layer.periodic)
+        return step * s, step * ((step * q).exp() * own + t)
 
 
-class _Drift(Update):
+class _ScaledAngles(Update):
+    """The step  x <- 2 atan(exp(s) tan(x / 2)) + t."""
 
-    def change(self, x: Sequence[Tensor], made: tuple[Tensor, ...]) -> list[Tensor]:
-        s, t, periodic = made
-        if not periodic:
-            return [x[0] * s.exp() + t, x[1] + s.sum(1)]
+    def change(self, x: Sequence[Tensor], made: tuple[Tensor, Tensor]) -> list[Tensor]:
+        s, t = made
         return [_scaled(x[0], s) + t, x[1] + _log_slope(x[0], s).sum(1)]
 
-    def restore(self, y: Sequence[Tensor], made: tuple[Tensor, ...]) -> list[Tensor]:
-        s, t, periodic = made
-        if not periodic:
-            return [(y[0] - t) * (-s).exp(), y[1] - s.sum(1)]
+    def restore(self, y: Sequence[Tensor], made: tuple[Tensor, Tensor]) -> list[Tensor]:
+        s, t = made
         x = _scaled(y[0] - t, -s)
         return [x, y[1] - _log_slope(x, s).sum(1)]
 

@@ -259,8 +259,8 @@ def _sampling(others: Sequence[str], contenders: dict[str, tuple[Mix, bool]]) ->
     return {name: times[name] / times["inverse convolution"] for name in others}
 
 
-def _dense(weight: Tensor, side: int) -> Tensor:
-    """Return the convolution as a lower triangular matrix, its pixels row by row."""
+def dense_matrix(weight: Tensor, side: int) -> Tensor:
+    """Return the convolution padded at the top left as a matrix, its pixels row by row."""
     channels, k = weight.shape[0], weight.shape[2]
     entries = torch.arange(side * side * channels).view(side, side, channels)
     rows, columns, values = [], [], []
@@ -288,7 +288,7 @@ def _both(side: int, channels: int, batch: int, dtype: torch.dtype, *, triangula
 
     def dense() -> Tensor:
         rows = y.permute(2, 3, 1, 0).reshape(-1, batch)
-        x = torch.linalg.solve_triangular(_dense(weight, side), rows, upper=False)
+        x = torch.linalg.solve_triangular(dense_matrix(weight, side), rows, upper=False)
         return x.view(side, side, channels, batch).permute(3, 2, 0, 1)
     return y, weight, lambda: inverse_convolution(y, weight), dense
 
