@@ -1,5 +1,5 @@
 """Building blocks: modules that networks are made of."""
 
-from netwright.blocks import reversible
+from netwright.blocks import coordinates, experts, feedforward, kan, mixing, reversible
 
-__all__ = ["reversible"]
+__all__ = ["coordinates", "experts", "feedforward", "kan", "mixing", "reversible"]

@@ -1,14 +1,20 @@
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 
 def gpt(characters: int, context: int, *, width: int = 64, depth: int = 2,
-        heads: int = 4) -> nn.Sequential:
+        heads: int = 4,
+        feedforward: Callable[[int, int], nn.Module] | None = None) -> nn.Sequential:
     """Return a small language model: an embedding, `depth` transformer blocks, an output layer.
 
     Each block is h := h + attention(norm(h)), then h := h + mlp(norm(h)); a position sees itself
     and those before it. Blocks keep the signal's shape, so the network is a chain of stages.
+
+    `feedforward(width, 4 * width)` makes the mlp of each block, a module that takes and returns
+    (batch, length, width); without it, two linear layers with a GELU between.
 
     Shapes: x (batch, length) of int64 with length <= context; out (batch, length, characters).
 
@@ -23,7 +29,7 @@ def gpt(characters: int, context: int, *, width: int = 64, depth: int = 2,
     """
     if width % heads:
         raise ValueError(f"heads must divide width={width}, got {heads}; try 4")
-    blocks = [Block(width, heads) for _ in range(depth)]
+    blocks = [Block(width, heads, feedforward=feedforward) for _ in range(depth)]
     return nn.Sequential(Embed(characters, context, width), *blocks, nn.LayerNorm(width),
                          nn.Linear(width, characters))
 
@@ -48,19 +54,26 @@ class Embed(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal attention and a two-layer perceptron, each on a normalised copy of the signal."""
+    """Attention and a feed-forward module, each on a normalised copy of the signal."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, causal: bool = True,
+                 feedforward: Callable[[int, int], nn.Module] | None = None) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
-        self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        if feedforward:
+            self.feedforward = feedforward(width, 4 * width)
+        else:
+            self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return `h` with what attention and perceptron add."""
+        """Return `h` with what attention and feed-forward module add."""
         h = h + self.attention_out(self._attend(self.query_key_value(self.attention_norm(h))))
+        if hasattr(self, "feedforward"):
+            added: Tensor = self.feedforward(self.mlp_norm(h))
+            return h + added
         return h + self.mlp_out(gelu(self.mlp_in(self.mlp_norm(h))))
 
     def _attend(self, projected: Tensor) -> Tensor:
@@ -70,6 +83,8 @@ class Block(nn.Module):
         query, key, value = projected.view(
             batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         scores = query @ key.transpose(-2, -1) / (width // self.heads) ** 0.5
-        later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-        mixed = scores.masked_fill(later, float("-inf")).softmax(dim=-1) @ value
+        if self.causal:
+            later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        mixed = scores.softmax(dim=-1) @ value
         return mixed.transpose(1, 2).reshape(batch, length, width)

@@ -1,0 +1,3 @@
+"""Functions of coordinates, curves and time series."""
+
+__all__: list[str] = []

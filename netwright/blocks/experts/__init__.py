@@ -1,0 +1,3 @@
+"""Experts: feed-forward blocks of which each token uses a few."""
+
+__all__: list[str] = []
