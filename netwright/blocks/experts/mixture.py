@@ -259,7 +259,8 @@ def _dispatch(routing: Routing, tokens: int, n: int, capacity: float | None) -> 
                          "mixture z=0.001")
     if bounds[0] or bounds[-1] != len(order):
         raise ValueError(f"the router must choose experts from 0 to {n - 1}, got others; make it "
-                         f"with n_experts={n}")
+                         f"with n_experts={n}; a HashRouter answers so to "
+                         "token ids outside its vocabulary")
     asked = load = starts.diff()
     counts = [end - start for start, end in pairwise(bounds)]
     if capacity is not None and max(counts) > (room := ceil(capacity * len(order) / n)):
