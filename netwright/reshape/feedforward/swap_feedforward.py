@@ -78,7 +78,7 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
     >>> torch.equal(unswap_feedforward(swapped, model)(x), model(x))
     True
     """
-    batches = _batches(calibration)
+    batches = batches_of(calibration)
     if example is None and batches:
         example = batches[0]
     if steps < 1:
@@ -205,7 +205,8 @@ def _stood(layer: FeedForwardLayer) -> list[str]:
     return [name for name in (layer.up, layer.gate, layer.down) if name is not None]
 
 
-def _batches(calibration: Any) -> list[Any]:
+def batches_of(calibration: Any) -> list[Any]:
+    """Return the batches of `calibration`, none where it is None."""
     if calibration is None:
         return []
     batches = calibration if isinstance(calibration, list) else [calibration]
