@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from netwright.blocks.feedforward import FeedForward, StructuredFeedForward, premerge
+from netwright.blocks.feedforward.structured_linear import Kind
 from netwright.evidence.evidence import machine
 
 RESULTS = Path(__file__).parent / "results"
-KINDS = ("lowrank", "blockdense", "blockshuffle")
+KINDS: tuple[Kind, ...] = ("lowrank", "blockdense", "blockshuffle")
 BOUND = 0.45
 
 

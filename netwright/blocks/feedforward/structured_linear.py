@@ -96,12 +96,14 @@ class StructuredLinear(nn.Module):
         else:
             dealt = inner.view(self.rank // b, b, len(rows)).transpose(0, 1)
             if self.feature_major:
-                y = torch.bmm(self.second, dealt).transpose(0, 1).reshape(-1, len(rows)).t()
+                y = torch.bmm(self.second, dealt).transpose(0, 1).reshape(
+                    self.out_features, len(rows)).t()
             else:
-                y = torch.bmm(dealt.mT, self.second.mT).permute(1, 2, 0).reshape(len(rows), -1)
+                y = torch.bmm(dealt.mT, self.second.mT).permute(1, 2, 0).reshape(
+                    len(rows), self.out_features)
         # Under autocast the product is narrower than the bias.
         y = y if self.bias is None else y + self.bias.to(y.dtype)
-        return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y
+        return y.view(*x.shape[:-1], self.out_features)
 
     def dense_weight(self) -> Tensor:
         """Return U V, the (out_features, in_features) matrix that this layer multiplies by."""
@@ -186,7 +188,7 @@ def premerge(model: nn.Module, rows: int | None = None) -> nn.Module:
         weight = layer.dense_weight()
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(weight, layer.first.requires_grad)
-        plain.bias = layer.bias
+        plain.register_parameter("bias", layer.bias)
         return plain.train(layer.training)
 
     return replaced(model, StructuredLinear, merged)
