@@ -1,6 +1,7 @@
 """Feed-forward blocks: (*, dim) in and out, in place of two linear layers."""
 
 from netwright.blocks.feedforward.feed_forward import GLU, FeedForward
+from netwright.blocks.feedforward.neuron import Neuron, Step
 from netwright.blocks.feedforward.permuted_kronecker import (
     PermutedKroneckerLinear,
     channels_for,
@@ -21,7 +22,7 @@ from netwright.blocks.feedforward.structured_feed_forward import (
 )
 from netwright.blocks.feedforward.structured_linear import StructuredLinear, premerge
 
-__all__ = ["GLU", "SNNK", "FeedForward", "LowRankFeedForward", "PermutedKroneckerLinear",
-           "RandomFeatures", "RePaFeedForward", "SelfGuided", "Sine", "StructuredFeedForward",
-           "StructuredLinear", "bundle", "channels_for", "effective_width", "guide", "premerge",
-           "solve_ridge", "unguide"]
+__all__ = ["GLU", "SNNK", "FeedForward", "LowRankFeedForward", "Neuron", "PermutedKroneckerLinear",
+           "RandomFeatures", "RePaFeedForward", "SelfGuided", "Sine", "Step",
+           "StructuredFeedForward", "StructuredLinear", "bundle", "channels_for",
+           "effective_width", "guide", "premerge", "solve_ridge", "unguide"]

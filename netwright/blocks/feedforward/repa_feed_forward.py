@@ -64,7 +64,7 @@ class RePaFeedForward(nn.Module):
         active, idle = self.up(rows).tensor_split([self.active], -1)
         hidden = torch.cat([self.activation(active), idle], -1)
         hidden = hidden if self.norm_hidden is None else self.norm_hidden(hidden)
-        return self.down(hidden).view(x.shape)  # type: ignore[no-any-return]
+        return self.down(hidden).view(x.shape)
 
     @torch.no_grad()
     def merged(self) -> "MergedFeedForward":

@@ -39,10 +39,12 @@ def reparameterize(scale: Scale) -> Outcome:
         merged_right.append(100 * float((after.argmax(1) == split.y_test).float().mean()))
     figures["test accuracy, merged (%)"] = merged_right
     figures["largest change of the outputs by merging, relative"] = apart
-    blocks = {"plain": FeedForward(384), "idle channels": RePaFeedForward(384).eval()}
+    blocks: dict[str, nn.Module] = {"plain": FeedForward(384),
+                                    "idle channels": RePaFeedForward(384).eval()}
     blocks["merged"] = merge(blocks["idle channels"])
-    networks = {name: patch_transformer(3, (32, 32), 10, width=192, depth=3, feedforward=make)
-                for name, make in makes.items()}
+    networks: dict[str, nn.Module] = {
+        name: patch_transformer(3, (32, 32), 10, width=192, depth=3, feedforward=make)
+        for name, make in makes.items()}
     networks["merged"] = merge(networks["idle channels"].eval())
     rows, images = torch.randn(512, 384), torch.randn(4, 3, 32, 32)
     ratios = {}
