@@ -26,7 +26,7 @@ TURNS, STEPS = 5, 30
 
 # What is for other networks than those of the digits, or trains no classifier.
 # RandomFeatureBoosting wants the whole set in a batch.
-APART = {"Rule", "BlackBoxPrompt", "DiffusionBlocks", "RandomFeatureBoosting",
+APART = {"Rule", "BlackBoxPrompt", "DeltaRule", "DiffusionBlocks", "RandomFeatureBoosting",
          "ReverseDerivativeAscent", "SingleForward", "StationaryFeedback"}
 
 

@@ -16,3 +16,8 @@ __all__ = [
     "share_feedforward",
     "swap_feedforward",
 ]
+from netwright.reshape.feedforward.reparameterize import reparameterize
+from netwright.reshape.pruning.prune_sublayers import prune_sublayers
+from netwright.reshape.residual.reversible import reversible
+
+__all__ = ["prune_sublayers", "reparameterize", "reversible"]
