@@ -2,22 +2,11 @@
 
 from netwright.reshape.feedforward.bricks import find_bricks, keep_bricks
 from netwright.reshape.feedforward.fuse_feedforward import fuse_feedforward
+from netwright.reshape.feedforward.reparameterize import reparameterize
 from netwright.reshape.feedforward.share_feedforward import share_feedforward
 from netwright.reshape.feedforward.swap_feedforward import swap_feedforward
 from netwright.reshape.pruning.prune_sublayers import prune_sublayers
 from netwright.reshape.residual.reversible import reversible
 
-__all__ = [
-    "find_bricks",
-    "fuse_feedforward",
-    "keep_bricks",
-    "prune_sublayers",
-    "reversible",
-    "share_feedforward",
-    "swap_feedforward",
-]
-from netwright.reshape.feedforward.reparameterize import reparameterize
-from netwright.reshape.pruning.prune_sublayers import prune_sublayers
-from netwright.reshape.residual.reversible import reversible
-
-__all__ = ["prune_sublayers", "reparameterize", "reversible"]
+__all__ = ["find_bricks", "fuse_feedforward", "keep_bricks", "prune_sublayers", "reparameterize",
+           "reversible", "share_feedforward", "swap_feedforward"]
