@@ -1,3 +1,5 @@
 """Functions of coordinates, curves and time series."""
 
-__all__: list[str] = []
+from netwright.blocks.coordinates.nbeats import NBeats
+
+__all__ = ["NBeats"]
