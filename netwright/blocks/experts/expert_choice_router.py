@@ -1,0 +1,50 @@
+import torch
+from torch import Generator, Tensor, nn
+
+from netwright.blocks.experts.routing import Routing, check_choice, router_logits
+
+
+class ExpertChoiceRouter(nn.Module):
+    """Let each expert choose its tokens: the load is even, and tokens differ in their experts.
+
+    s = softmax(W x) over experts;  expert e takes the c tokens with the largest s_e, with weight
+    s_e;  c = round(k tokens / n_experts), at least 1
+
+    Which experts a token gets depends on all tokens of the batch, later ones too: this is for
+    encoders, not for models that write one token after the other.
+
+    Args:
+        dim: size of the last axis of x.
+        n_experts: how many experts there are.
+        k: how many of them a token uses on average; need not be whole.
+        generator: draws the weight; the global state without one.
+
+    Shapes: x (tokens, dim); experts, weights and tokens (n_experts c,).
+
+    Raises:
+        ValueError: `k` is not above 0, or above `n_experts`.
+
+    Paper: Zhou, Lei, Liu, et al., 2022, Mixture-of-Experts with Expert Choice Routing.
+
+    >>> routing = ExpertChoiceRouter(16, n_experts=4, k=2)(torch.randn(10, 16))
+    >>> routing.experts.bincount().tolist()
+    [5, 5, 5, 5]
+    """
+
+    def __init__(self, dim: int, n_experts: int, k: float = 2.0, *,
+                 generator: Generator | None = None) -> None:
+        super().__init__()
+        check_choice(n_experts, 1)
+        if not 0 < k <= n_experts:
+            raise ValueError(f"k must be above 0 and at most n_experts={n_experts}, got {k}")
+        self.n_experts, self.k = n_experts, k
+        self.weight = nn.Parameter(torch.empty(n_experts, dim))
+        nn.init.uniform_(self.weight, -dim ** -0.5, dim ** -0.5, generator=generator)
+
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
+        """Return the routing of x (tokens, dim)."""
+        logits = router_logits(x, self.weight)
+        many = min(len(x), max(1, round(self.k * len(x) / self.n_experts)))
+        weights, tokens = logits.softmax(-1).t().topk(many)
+        experts = torch.arange(self.n_experts, device=x.device)[:, None].expand_as(tokens)
+        return Routing(experts.flatten(), weights.flatten(), logits, None, tokens.flatten())

@@ -1,0 +1,97 @@
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from netwright.blocks.experts.routing import Routing, check_choice, router_logits
+
+
+class LossFreeRouter(nn.Module):
+    """Send tokens to the experts with the best biased scores; the bias evens their load.
+
+    s = sigmoid(W x);  experts = the k largest of s + b;  weights = s[experts];
+    after each step of the optimizer: b_e := b_e + bias_rate sign(mean load - load of e)
+
+    The bias only says who is chosen: it is in no weight, and nothing of it is in a gradient, so no
+    balance loss bends what the router learns. The load is counted over all forward passes since
+    the last step, so that adding up gradients makes one update of them, and running a pass again
+    for its backward (checkpointing) finds the same bias. A step has been taken when the router's
+    weight has changed in place, as optimizers do; call `update_bias()` yourself after each step
+    where the weight is frozen or replaced.
+
+    With `torch.distributed` the load of all processes counts.
+
+    Args:
+        dim: size of the last axis of x.
+        n_experts: how many experts there are.
+        k: how many of them a token uses.
+        bias_rate: how far the bias goes in a step. The paper's is for some 10^5 steps.
+        scores: `"sigmoid"` of each logit, or `"softmax"` over all.
+        normalize: whether a token's weights are divided by their sum.
+        generator: draws the weight; the global state without one.
+
+    Shapes: x (tokens, dim); experts and weights (tokens, k); bias (n_experts,).
+
+    Raises:
+        ValueError: `k` is below 1 or above `n_experts`, or `scores` is another word.
+
+    Paper: Wang, Gao, Zhao, Sun, Dai, 2024, Auxiliary-Loss-Free Load Balancing Strategy for
+    Mixture-of-Experts.
+
+    >>> router = LossFreeRouter(16, n_experts=4, bias_rate=0.5)
+    >>> router.observe(torch.tensor([5, 5, 0, 2]))
+    >>> router.update_bias()
+    >>> router.bias
+    tensor([-0.5000, -0.5000,  0.5000,  0.5000])
+    """
+
+    moves: Tensor
+    load: Tensor
+
+    def __init__(self, dim: int, n_experts: int, k: int = 2, *, bias_rate: float = 1e-3,
+                 scores: Literal["sigmoid", "softmax"] = "sigmoid", normalize: bool = False,
+                 generator: Generator | None = None) -> None:
+        super().__init__()
+        check_choice(n_experts, k)
+        if scores not in ("sigmoid", "softmax"):
+            raise ValueError(f"scores must be 'sigmoid' or 'softmax', got {scores!r}")
+        self.n_experts, self.k, self.bias_rate = n_experts, k, bias_rate
+        self.scores, self.normalize = scores, normalize
+        self.weight = nn.Parameter(torch.empty(n_experts, dim))
+        nn.init.uniform_(self.weight, -dim ** -0.5, dim ** -0.5, generator=generator)
+        # Whole numbers, which no change of the module's dtype rounds.
+        self.register_buffer("moves", torch.zeros(n_experts, dtype=torch.long))
+        self.register_buffer("load", torch.zeros(n_experts, dtype=torch.long))
+        self._seen: tuple[int, int] | None = None
+
+    @property
+    def bias(self) -> Tensor:
+        """What is added to the scores before the choice, (n_experts,)."""
+        return self.bias_rate * self.moves
+
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
+        """Return the routing of x (tokens, dim)."""
+        if self.training and torch.is_grad_enabled():
+            now = id(self.weight), self.weight._version
+            if self._seen is not None and self._seen[0] == now[0] and self._seen != now:
+                self.update_bias()
+            self._seen = now
+        logits = router_logits(x, self.weight)
+        scores = logits.sigmoid() if self.scores == "sigmoid" else logits.softmax(-1)
+        experts = (scores.detach() + self.bias).topk(self.k).indices
+        weights = scores.gather(1, experts)
+        if self.normalize:
+            weights = weights / weights.sum(1, keepdim=True)
+        return Routing(experts, weights, logits)
+
+    def observe(self, load: Tensor) -> None:
+        """Count the tokens of each expert, (n_experts,)."""
+        self.load += load
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Move the bias towards the experts that have been given less than their share."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.load)
+        self.moves += (self.load.sum() - self.n_experts * self.load).sign()
+        self.load.zero_()
