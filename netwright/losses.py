@@ -1,3 +1,4 @@
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,3 +17,53 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     if logits.ndim == 2 and y.ndim == 1:
         return functional.cross_entropy(logits, y)
     return functional.cross_entropy(logits.flatten(0, -2), y.flatten())
+
+
+def smape(forecast: Tensor, target: Tensor) -> Tensor:
+    """Mean symmetric absolute percentage error, between 0 and 200; where both are 0 it counts 0.
+
+    loss = 200 mean |y - f| / (|y| + |f|)
+
+    Shapes: forecast and target of one shape.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    >>> import torch
+    >>> smape(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0]))
+    tensor(50.)
+    """
+    _same_shape(forecast, target)
+    total = forecast.abs() + target.abs()
+    return 200 * ((target - forecast).abs() / total.where(total > 0, 1.0)).mean()
+
+
+def mase(forecast: Tensor, target: Tensor, history: Tensor, season: int = 1) -> Tensor:
+    """Mean absolute error over that of repeating the season before, measured on the history.
+
+    loss = mean |y - f| / mean_t |x_t - x_(t - season)|
+
+    A history whose seasons all repeat exactly has no scale; it counts by the dtype's smallest
+    normal number, so that any error is very large.
+
+    Shapes: forecast and target (*, horizon); history (*, length) with length > season.
+
+    Raises:
+        ValueError: the shapes differ, or the history is not longer than a season.
+
+    >>> import torch
+    >>> mase(torch.tensor([6.0]), torch.tensor([8.0]), history=torch.tensor([1.0, 2.0, 3.0]))
+    tensor(2.)
+    """
+    _same_shape(forecast, target)
+    if not 1 <= season < history.shape[-1]:
+        raise ValueError(f"season must be between 1 and {history.shape[-1] - 1}, one less than the "
+                         f"history has points, got {season}")
+    scale = (history[..., season:] - history[..., :-season]).abs().mean(-1, keepdim=True)
+    return ((target - forecast).abs() / scale.clamp(min=torch.finfo(scale.dtype).tiny)).mean()
+
+
+def _same_shape(forecast: Tensor, target: Tensor) -> None:
+    if forecast.shape != target.shape:
+        raise ValueError(f"forecast must have the target's shape {tuple(target.shape)}, got "
+                         f"{tuple(forecast.shape)}")

@@ -10,3 +10,10 @@ from netwright.reshape.residual.reversible import reversible
 
 __all__ = ["find_bricks", "fuse_feedforward", "keep_bricks", "prune_sublayers", "reparameterize",
            "reversible", "share_feedforward", "swap_feedforward"]
+from netwright.reshape.experts.mix_lora import mix_lora
+from netwright.reshape.experts.moefy import moefy
+from netwright.reshape.experts.upcycle import upcycle
+from netwright.reshape.pruning.prune_sublayers import prune_sublayers
+from netwright.reshape.residual.reversible import reversible
+
+__all__ = ["mix_lora", "moefy", "prune_sublayers", "reversible", "upcycle"]

@@ -1,3 +1,6 @@
 """Functions of coordinates, curves and time series."""
 
-__all__: list[str] = []
+from netwright.blocks.coordinates.adaptive_basis_layer import AdaptiveBasisLayer
+from netwright.blocks.coordinates.nbeats import NBeats
+
+__all__ = ["AdaptiveBasisLayer", "NBeats"]

@@ -1,0 +1,1 @@
+"""Surgery that makes experts, or changes those that are there."""

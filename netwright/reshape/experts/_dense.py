@@ -1,0 +1,113 @@
+"""Feed-forward layers as blocks that a mixture of experts can hold."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from netwright.blocks.feedforward import GLU, FeedForward
+from netwright.errors import NothingToReshape
+from netwright.modes import evaluating, same_buffers, same_random_state
+from netwright.reshape.feedforward import FeedForwardLayer, FeedForwardWeights, feedforwards
+from netwright.stages.stage import apply
+
+_KNOWN = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.ReLU6)
+
+
+class Elementwise(nn.Module):
+    """An elementwise function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the function of x."""
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        """Return the function."""
+        return str(self.function)
+
+
+def dense_layers(model: nn.Module, example: Any, square: bool = True) -> list[FeedForwardLayer]:
+    """Return the feed-forward layers that are not experts yet.
+
+    Raises:
+        NothingToReshape: there is none.
+    """
+    found = [layer for layer in feedforwards(model, example, square=square)
+             if layer.experts is None]
+    if not found:
+        raise NothingToReshape(f"all feed-forward layers of {type(model).__name__} are experts "
+                               "already; give a dense model")
+    return found
+
+
+def activation_of(layer: FeedForwardLayer) -> nn.Module:
+    """Return the activation of `layer` as a module of its own, a known class where it is one."""
+    probe = torch.linspace(-4, 9, 256)
+    with torch.no_grad():
+        values = layer.activation(probe)
+        for known in _KNOWN:
+            if torch.equal(known()(probe), values):
+                return known()
+    return layer.activation if isinstance(layer.activation, nn.Module) else Elementwise(
+        layer.activation)
+
+
+def as_block(weights: FeedForwardWeights, activation: nn.Module) -> FeedForward | GLU:
+    """Return a block with copies of `weights`; each learns where the weight did before."""
+    hidden, dim = weights.up.shape
+    shape: dict[str, Any] = {"activation": lambda: activation, "out": len(weights.down)}
+    block: FeedForward | GLU
+    with torch.device("meta"):  # no draws, since all weights are replaced
+        if weights.gate is None:
+            block = FeedForward(dim, hidden, **shape)
+            parts: dict[str, Any] = {"up": block[0], "down": block[2]}
+        else:
+            block = GLU(dim, hidden, **shape)
+            parts = {"up": block.up, "down": block.down, "gate": block.gate}
+    for name, linear in parts.items():
+        weight, bias = getattr(weights, name), getattr(weights, f"{name}_bias")
+        linear.weight = _copy(weight)
+        linear.bias = None if bias is None else _copy(bias)
+    return block
+
+
+def _copy(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format),
+                        weight.requires_grad)
+
+
+def batches_of(calibration: Any) -> list[Any]:
+    """Return calibration data as a list of batches.
+
+    Raises:
+        ValueError: there is none.
+    """
+    batches = calibration if isinstance(calibration, list) else [calibration]
+    if not batches or any(isinstance(x, Tensor) and not x.numel() for x in batches):
+        raise ValueError("calibration must hold at least one sample, got none; a few hundred "
+                         "tokens or some tens of images are enough")
+    return batches
+
+
+@torch.no_grad()
+def rows_of(model: nn.Module, names: list[str], batches: list[Any]) -> dict[str, Tensor]:
+    """Return all that the modules called `names` were given, (rows, dim) each, in eval mode."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: seen[name].append(args[0].detach().flatten(0, -2))
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        with same_random_state(), evaluating(model), same_buffers(model):
+            for batch in batches:
+                apply(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(rows) for name, rows in seen.items()}
