@@ -4,9 +4,11 @@ from netwright.blocks.mixing.mlp_mixer import MixerBlock, MLPMixer, TokenMixing
 from netwright.blocks.mixing.ninformer import NiNBlock
 from netwright.blocks.mixing.raft_mlp import RaftBlock, RaftTokenMixing
 from netwright.blocks.mixing.res_mlp import Affine, ResMLP, ResMLPBlock
+from netwright.blocks.mixing.sparse_mlp import ImportanceRouter, SparseMLPBlock
 
 __all__ = [
     "Affine",
+    "ImportanceRouter",
     "MLPMixer",
     "MixerBlock",
     "NiNBlock",
@@ -14,5 +16,6 @@ __all__ = [
     "RaftTokenMixing",
     "ResMLP",
     "ResMLPBlock",
+    "SparseMLPBlock",
     "TokenMixing",
 ]
