@@ -1,3 +1,6 @@
 """Functions of coordinates, curves and time series."""
 
-__all__: list[str] = []
+from netwright.blocks.coordinates.modulation import CoordinateAwareModulation
+from netwright.blocks.coordinates.sape import SAPE, FourierFeatures
+
+__all__ = ["SAPE", "CoordinateAwareModulation", "FourierFeatures"]
