@@ -15,21 +15,6 @@ from netwright.blocks.experts.moe_plus_plus import (
 )
 from netwright.blocks.experts.routing import Routing, TopKRouter
 
-__all__ = [
-    "ConstantExpert",
-    "CopyExpert",
-    "ExpertChoiceRouter",
-    "GLUExperts",
-    "HashRouter",
-    "LossFreeRouter",
-    "MixtureOfExperts",
-    "PathwayRouter",
-    "Routing",
-    "TopKRouter",
-    "Usage",
-    "ZeroExpert",
-    "auxiliary_scale",
-    "feed_token_ids",
-    "link_gates",
-    "moe_plus_plus",
-]
+__all__ = ["ConstantExpert", "CopyExpert", "ExpertChoiceRouter", "GLUExperts", "HashRouter",
+           "LossFreeRouter", "MixtureOfExperts", "PathwayRouter", "Routing", "TopKRouter", "Usage",
+           "ZeroExpert", "auxiliary_scale", "feed_token_ids", "link_gates", "moe_plus_plus"]
