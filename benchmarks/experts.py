@@ -4,12 +4,12 @@
 
 8 SwiGLU experts, top-2, dim 512, hidden 1024, 4096 tokens. `products` is the bare work: for each
 expert the three products of its rows, and for training the six of the backward pass, on rows that
-lie in order. Ours runs on a list of `GLU`s and on `GLUExperts`, with the balance loss; transformers'
-Mixtral block has the same weights, and outputs and gradients are compared first. st-moe-pytorch
-0.1.8 and mixture-of-experts 0.2.3 are run as they come where they are installed: the latter's
-experts are not gated, and both drop the tokens that an expert has no room for. Contenders take
-turns; a figure is the median over the turns of the time over that of `products` in the same turn,
-of the processor's time. Stored bytes are what autograd keeps besides parameters.
+lie in order. Ours runs on a list of `GLU`s and on `GLUExperts`, with the balance loss; the Mixtral
+block of transformers has the same weights, and outputs and gradients are compared first.
+st-moe-pytorch 0.1.8 and mixture-of-experts 0.2.3 are run as they come where they are installed: the
+latter's experts are not gated, and both drop the tokens that an expert has no room for. Contenders
+take turns; a figure is the median over the turns of the time over that of `products` in the same
+turn, of the processor's time. Stored bytes are what autograd keeps besides parameters.
 """
 
 import json

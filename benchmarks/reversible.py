@@ -9,6 +9,9 @@ clock's. Bytes are those of one step, seen by `nw.measure.cost`: `saved` waits f
 pass, `working` is the most that lives besides weights, gradients of weights and what was there
 before, `peak` everything. The peers are memcnn 1.5.2, revtorch 0.2.4, revlib 1.7.2 and
 `torch.utils.checkpoint`; gradients are compared first, in float64.
+
+The floor is plain's step and one more forward pass without gradients, in the same turns: the
+arithmetic that any way back needs that keeps nothing, without what that way itself costs.
 """
 
 import copy
@@ -95,6 +98,14 @@ def stepping(network: nn.Module, x: Tensor, target: Tensor) -> Callable[[], None
     return step
 
 
+def floor(couplings: nn.Module, x: Tensor, plain: Callable[[], None]) -> Callable[[], None]:
+    def step() -> None:
+        with torch.no_grad():
+            couplings(x)
+        plain()
+    return step
+
+
 def differing(couplings: nn.Sequential, x: Tensor) -> dict[str, str]:
     """Return the contenders that do not learn what plain backpropagation does, and why."""
     couplings, x = copy.deepcopy(couplings).double(), x[:2].double()
@@ -137,6 +148,7 @@ def measured(kind: str, depth: int) -> dict[str, dict[str, float]]:
         print(f"  left out: {name}, {why}")
         del networks[name]
     steps = {name: stepping(network, x, target) for name, network in networks.items()}
+    steps["floor"] = floor(couplings, x, steps["plain"])
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for turn in range(TURNS + 2):
         for name, step in steps.items():
@@ -145,16 +157,15 @@ def measured(kind: str, depth: int) -> dict[str, dict[str, float]]:
             if turn > 1:
                 times[name].append((time.process_time() - begin[0], time.perf_counter() - begin[1]))
     found = {}
+    for name, taken in times.items():
+        ratios = [statistics.median(a[clock] / b[clock] for a, b in
+                                    zip(taken, times["plain"], strict=True)) for clock in (0, 1)]
+        found[name] = {"step_ms": 1000 * statistics.median(wall for _, wall in taken),
+                       "step_over_plain": ratios[0], "wall_over_plain": ratios[1]}
     for name, network in networks.items():
         bytes_ = cost(Given(network), (x, target), loss=loss, repeats=1, warmup=0)
-        ratios = [statistics.median(a[clock] / b[clock] for a, b in
-                                    zip(times[name], times["plain"], strict=True))
-                  for clock in (0, 1)]
-        found[name] = {
-            "step_ms": 1000 * statistics.median(wall for _, wall in times[name]),
-            "step_over_plain": ratios[0], "wall_over_plain": ratios[1],
-            "saved_bytes": bytes_.saved_bytes, "working_bytes": bytes_.working_bytes,
-            "peak_bytes": bytes_.peak_bytes}
+        found[name] |= {"saved_bytes": bytes_.saved_bytes, "working_bytes": bytes_.working_bytes,
+                        "peak_bytes": bytes_.peak_bytes}
     return found
 
 
@@ -189,10 +200,11 @@ def main() -> None:
             print(f"  {'':18}{'ms':>8}{'/ plain':>9}{'(wall)':>9}{'saved KiB':>11}{'working':>9}"
                   f"{'peak':>9}")
             for name, row in found[kind][str(depth)].items():
+                sizes = "".join(f"{row[f'{size}_bytes'] / 1024:{width}.0f}" for size, width in
+                                (("saved", 11), ("working", 9), ("peak", 9))
+                                if f"{size}_bytes" in row)
                 print(f"  {name:18}{row['step_ms']:8.1f}{row['step_over_plain']:9.3f}"
-                      f"{row['wall_over_plain']:9.3f}{row['saved_bytes'] / 1024:11.0f}"
-                      f"{row['working_bytes'] / 1024:9.0f}{row['peak_bytes'] / 1024:9.0f}",
-                      flush=True)
+                      f"{row['wall_over_plain']:9.3f}{sizes}", flush=True)
     missed = shortfalls(found)
     RESULTS.write_text(json.dumps({
         "threads": torch.get_num_threads(), "turns": TURNS, "found": found, "missed": missed,

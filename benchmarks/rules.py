@@ -29,8 +29,8 @@ from netwright.rules import Rule
 
 RESULTS = Path(__file__).parent / "results" / "rules.json"
 # What trains no classifiers of vectors: prompts, denoisers, circuits, graphs, recurrent networks.
-APART = {"Rule", "BlackBoxPrompt", "DiffusionBlocks", "ReverseDerivativeAscent", "SingleForward",
-         "StationaryFeedback"}
+APART = {"Rule", "BlackBoxPrompt", "DeltaRule", "DiffusionBlocks", "ReverseDerivativeAscent",
+         "SingleForward", "StationaryFeedback"}
 RULES = [name for name in rules.__all__ if name not in APART]
 WIDTH, HIDDEN, CLASSES, BATCH, LIMIT = 784, (1024, 1024), 10, 256, 1.3
 ENOUGH = 12.0  # seconds, after which a slow rule is not timed again

@@ -21,8 +21,8 @@ from netwright.rules import Rule
 
 BATCH, WIDTH, CLASSES, SHALLOW, DEEP = 256, 64, 10, 8, 32
 # What trains no classifiers of vectors: prompts, denoisers, circuits, graphs, recurrent networks.
-APART = {"Rule", "BlackBoxPrompt", "DiffusionBlocks", "ReverseDerivativeAscent", "SingleForward",
-         "StationaryFeedback"}
+APART = {"Rule", "BlackBoxPrompt", "DeltaRule", "DiffusionBlocks", "ReverseDerivativeAscent",
+         "SingleForward", "StationaryFeedback"}
 RULES = [name for name in rules.__all__ if name not in APART]
 LOCAL = ["ForwardForward", "MonoForward"]
 RESULTS = Path(__file__).parent / "results" / "memory.json"

@@ -1,11 +1,13 @@
-"""Records what the pages of the rules show: every rule on both digits tasks.
+"""Records what the pages of the rules show: every rule on both digits tasks, or those named.
 
-    python docs/_record.py
+    python docs/_record.py [RULE ...]
 
-Runs that `runs/netwright.db` holds already are not made again.
+Runs that `runs/netwright.db` holds already are not made again. Where rules are named, the others
+stay as they are recorded, and the step times of the named are told by Backprop's in the same run.
 """
 
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,7 @@ TURNS, STEPS = 5, 30
 
 # What is for other networks than those of the digits, or trains no classifier.
 # RandomFeatureBoosting wants the whole set in a batch.
-APART = {"Rule", "BlackBoxPrompt", "DiffusionBlocks", "RandomFeatureBoosting",
+APART = {"Rule", "BlackBoxPrompt", "DeltaRule", "DiffusionBlocks", "RandomFeatureBoosting",
          "ReverseDerivativeAscent", "SingleForward", "StationaryFeedback"}
 
 
@@ -49,10 +51,31 @@ def timed(rows: Sequence[Row]) -> list[Row]:
             for i, row in enumerate(rows)]
 
 
+def added(old: Comparison, new: Comparison) -> Comparison:
+    """Return `old` with the rows of `new`, its times as multiples of the Backprop of `old`."""
+    if old.settings != new.settings:
+        raise SystemExit(f"what is recorded has the settings {old.settings}, and this run "
+                         f"{new.settings}: record all rules again")
+    faster = {task: next(row.step_time for row in old.rows
+                         if (row.task, row.change) == (task, "Backprop"))
+              / next(row.step_time for row in new.rows
+                     if (row.task, row.change) == (task, "Backprop"))
+              for task in {row.task for row in new.rows}}
+    fresh = [replace(row, step_time=row.step_time * faster[row.task]) for row in new.rows
+             if row.change != "Backprop"]
+    places = {(row.task, row.change) for row in fresh}
+    return Comparison([*[row for row in old.rows if (row.task, row.change) not in places], *fresh],
+                      old.settings)
+
+
 def main() -> None:
     """Run what has not been run, and write what the pages show."""
-    found = nw.compare(changes=[name for name in nw.rules.__all__ if name not in APART])
+    named = sys.argv[1:]
+    found = nw.compare(changes=["Backprop", *named] if named else [
+        name for name in nw.rules.__all__ if name not in APART])
     found = Comparison(timed(found.rows), found.settings)
+    if named:
+        found = added(Comparison.load(HERE / "comparison.json"), found)
     found.save(HERE / "comparison.json")
     default = Comparison([row for row in found.rows if row.change in CHANGES], found.settings)
     report.picture(default, HERE / "comparison.svg")

@@ -10,8 +10,9 @@ class Bar:
     Nothing is shown where the output is not a terminal.
     """
 
-    def __init__(self, epochs: int, batches: int | None, metric: str) -> None:
-        self._epochs, self._batches, self._metric = epochs, batches, metric
+    def __init__(self, epochs: int, batches: int | None, metric: str, *,
+                 unit: str = "epoch") -> None:
+        self._epochs, self._batches, self._metric, self._unit = epochs, batches, metric, unit
         self._epoch, self._score, self._due = 0, "", 0.0
         self._progress: Any = None
 
@@ -26,7 +27,7 @@ class Bar:
                                   TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(),
                                   TextColumn("{task.fields[figures]}"), console=console,
                                   auto_refresh=False)
-        self._task = self._progress.add_task(f"epoch 1/{self._epochs}", figures="",
+        self._task = self._progress.add_task(f"{self._unit} 1/{self._epochs}", figures="",
                                              total=self._epochs * (self._batches or 1))
         self._progress.start()
 
@@ -41,14 +42,15 @@ class Bar:
         if self._progress is None or time.perf_counter() < self._due:
             return
         done = epoch * (self._batches or 1) + (batch if self._batches else 0)
-        self._show(f"epoch {epoch + 1}/{self._epochs}", done, loss)
+        self._show(f"{self._unit} {epoch + 1}/{self._epochs}", done, loss)
 
     def epoch(self, epoch: int, loss: float, score: float) -> None:
         """Show the end of `epoch`, counted from 0."""
         if self._progress is None:
             return
         self._score = "" if score != score else f"  {self._metric} {score:.4g}"
-        self._show(f"epoch {epoch + 1}/{self._epochs}", (epoch + 1) * (self._batches or 1), loss)
+        self._show(f"{self._unit} {epoch + 1}/{self._epochs}",
+                   (epoch + 1) * (self._batches or 1), loss)
 
     def _show(self, description: str, done: int, loss: float) -> None:
         self._progress.update(self._task, description=description, completed=done, refresh=True,

@@ -28,6 +28,7 @@ EQUAL: dict[str, tuple[str, dict]] = {
     "FeedbackAlignment, sign-symmetric": ("FeedbackAlignment", {"feedback": "sign_symmetric"}),
     "FeedbackAlignment, learned": ("FeedbackAlignment", {"feedback": "kolen_pollack"}),
     "CounterCurrent": ("CounterCurrent", {}),
+    "DeltaRule": ("DeltaRule", {}),
     "DirectFeedbackAlignment": ("DirectFeedbackAlignment", {}),
     "DirectFeedbackAlignment, sign-symmetric": ("DirectFeedbackAlignment",
                                                 {"feedback": "sign_symmetric"}),
@@ -106,6 +107,8 @@ def build(rule: str, options: dict) -> Rule:
         made[1] = Steps()
     if rule == "DiffusionBlocks":  # returns what it takes
         made[2], made[4] = nn.Linear(12, 12), nn.Linear(12, 6)
+    if rule == "DeltaRule":  # takes one layer of neurons
+        made = nn.Sequential(nn.Linear(6, 3), nn.Sigmoid())
     if rule == "SingleForward":  # takes graphs
         made, example = nw.models.gcn(6, 3, dropout=0), (X, EDGES)
     return getattr(nw.rules, rule)(made, example=example, generator=generator, **options)

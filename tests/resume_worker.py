@@ -113,6 +113,8 @@ def rule_case(name: str) -> Callable:
         match name:  # what takes networks of some kind alone
             case "DisinhibitoryHebb" | "EquilibriumPropagation":  # smooth activations
                 made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+            case "DeltaRule":  # one layer of neurons
+                made = nn.Sequential(nn.Linear(6, 3), nn.Sigmoid())
             case "BlockCoordinateDescent":  # linear layers and ReLU
                 made = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
             case "BoostedUnits":  # groups short enough that there are several

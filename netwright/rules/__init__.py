@@ -37,6 +37,7 @@ from netwright.rules.hebbian.disinhibitory_hebb import DisinhibitoryHebb
 from netwright.rules.hebbian.softhebb import SoftHebb
 from netwright.rules.local.boosted_units import BoostedUnits
 from netwright.rules.local.cascaded_forward import CascadedForward
+from netwright.rules.local.delta_rule import DeltaRule
 from netwright.rules.local.lls import LLS
 from netwright.rules.local.local_losses import LocalLosses
 from netwright.rules.local.momentum_auxiliary import MomentumAuxiliary
@@ -46,12 +47,12 @@ from netwright.rules.rule import Rule
 
 __all__ = ["LLS", "AdaptiveFeedbackAlignment", "Backprop", "BlackBoxPrompt",
            "BlockCoordinateDescent", "BoostedUnits", "CascadedForward", "ContinualBackprop",
-           "CounterCurrent", "DiffusionBlocks", "DirectFeedbackAlignment", "DisinhibitoryHebb",
-           "DualPropagation", "DynamicalLowRank", "EquilibriumPropagation", "FeedbackAlignment",
-           "ForwardForward", "ForwardGradient", "HighwayBackprop", "InferenceLearning",
-           "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary", "MonoForward", "NoProp",
-           "NoPropContinuous", "NoPropFlow", "Pepita", "PhysicalForwardForward",
-           "PipelinedBackprop", "PredictiveCoding", "ProductFeedback", "QuantizedForwardGradient",
-           "RandomFeatureBoosting", "ReverseDerivativeAscent", "Reversible", "Rule",
-           "SingleForward", "SoftHebb", "StationaryFeedback", "TargetProjection",
-           "TwoStageBackward", "ZerothOrder"]
+           "CounterCurrent", "DeltaRule", "DiffusionBlocks", "DirectFeedbackAlignment",
+           "DisinhibitoryHebb", "DualPropagation", "DynamicalLowRank", "EquilibriumPropagation",
+           "FeedbackAlignment", "ForwardForward", "ForwardGradient", "HighwayBackprop",
+           "InferenceLearning", "LikelihoodRatio", "LocalLosses", "MomentumAuxiliary",
+           "MonoForward", "NoProp", "NoPropContinuous", "NoPropFlow", "Pepita",
+           "PhysicalForwardForward", "PipelinedBackprop", "PredictiveCoding", "ProductFeedback",
+           "QuantizedForwardGradient", "RandomFeatureBoosting", "ReverseDerivativeAscent",
+           "Reversible", "Rule", "SingleForward", "SoftHebb", "StationaryFeedback",
+           "TargetProjection", "TwoStageBackward", "ZerothOrder"]

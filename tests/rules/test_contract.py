@@ -69,6 +69,7 @@ REMEMBERS = ("BoostedUnits", "ContinualBackprop", "PipelinedBackprop")
 RECURRENT = ("StationaryFeedback",)
 # What takes no such network as the one below, and where it is held to the same.
 ELSEWHERE = {
+    "DeltaRule": "local/test_delta_rule.py",  # takes one layer of neurons
     "ReverseDerivativeAscent": "discrete/test_reverse_derivative_ascent.py",  # takes circuits
     "SingleForward": "forward/test_single_forward.py",  # takes graphs
 }

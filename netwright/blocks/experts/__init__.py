@@ -5,17 +5,16 @@ from netwright.blocks.experts.glu_experts import GLUExperts
 from netwright.blocks.experts.hash_router import HashRouter, feed_token_ids
 from netwright.blocks.experts.loss_free_router import LossFreeRouter
 from netwright.blocks.experts.mixture import MixtureOfExperts, Usage, auxiliary_scale
+from netwright.blocks.experts.moe_plus_plus import (
+    ConstantExpert,
+    CopyExpert,
+    PathwayRouter,
+    ZeroExpert,
+    link_gates,
+    moe_plus_plus,
+)
 from netwright.blocks.experts.routing import Routing, TopKRouter
 
-__all__ = [
-    "ExpertChoiceRouter",
-    "GLUExperts",
-    "HashRouter",
-    "LossFreeRouter",
-    "MixtureOfExperts",
-    "Routing",
-    "TopKRouter",
-    "Usage",
-    "auxiliary_scale",
-    "feed_token_ids",
-]
+__all__ = ["ConstantExpert", "CopyExpert", "ExpertChoiceRouter", "GLUExperts", "HashRouter",
+           "LossFreeRouter", "MixtureOfExperts", "PathwayRouter", "Routing", "TopKRouter", "Usage",
+           "ZeroExpert", "auxiliary_scale", "feed_token_ids", "link_gates", "moe_plus_plus"]

@@ -80,7 +80,8 @@ class GLUExperts(nn.Module):
     def expert(self, i: int, x: Tensor) -> Tensor:
         """Return what expert `i` makes of x (rows, dim)."""
         parts: list[Any] = [getattr(self, name) for name in _PARTS]
-        gate, up, down, *biases = (None if p is None else p[i] for p in parts)
+        mine: list[Any] = [None if p is None else p[i] for p in parts]
+        gate, up, down, *biases = mine
         gated = self.activation(linear(x, gate, biases[0])) * linear(x, up, biases[1])
         return linear(gated, down, biases[2])
 
@@ -109,28 +110,29 @@ class Bank(NamedTuple):
         return result
 
 
-def bank_of(experts: nn.Module | Sequence[nn.Module]) -> Bank | None:
-    """Return the weights of `experts`, or None where they cannot be run in one pass.
+def bank_of(experts: nn.Module) -> tuple[Bank | None, int]:
+    """Return the weights of the experts that can be run in one pass, and how many they are.
 
-    They can where all are `GLUExperts`, or all `GLU` or all two-layer `FeedForward` with the same
-    sizes and the same activation, without dropout to be drawn and without hooks to be called.
+    They can where all are `GLUExperts`; else those from the first on that are `GLU`, or two-layer
+    `FeedForward`, with the same sizes and the same activation, without dropout to be drawn and
+    without hooks to be called.
     """
     if isinstance(experts, GLUExperts):
         plain = type(experts) is GLUExperts and _known(experts.activation) and not _watched(experts)
-        return Bank(experts.activation, [getattr(experts, name) for name in _PARTS],
-                    True) if plain else None
-    if isinstance(experts, nn.Module) and not isinstance(experts, nn.ModuleList):
-        return None
-    found = [_layers(expert) for expert in experts]
-    whole = [layers for layers in found if layers is not None]
-    if len(whole) < len(found) or not found:
-        return None
-    first = whole[0]
-    kinds = [(type(activation), [None if p is None else (p.shape, p.dtype) for p in parts])
-             for activation, parts in whole]
-    if any(kind != kinds[0] for kind in kinds):
-        return None
-    return Bank(first[0], [part for _, parts in whole for part in parts], False)
+        parts = [getattr(experts, name) for name in _PARTS]
+        return (Bank(experts.activation, parts, True), experts.n_experts) if plain else (None, 0)
+    found: list[Tensor | None] = []
+    activation, kind, many = None, None, 0
+    for expert in experts.children():
+        layers = _layers(expert)
+        if layers is None:
+            break
+        mine = type(layers[0]), [None if p is None else (p.shape, p.dtype) for p in layers[1]]
+        if kind not in (None, mine):
+            break
+        activation, kind, many = layers[0], mine, many + 1
+        found += layers[1]
+    return (None, 0) if activation is None else (Bank(activation, found, False), many)
 
 
 def _layers(expert: nn.Module) -> tuple[nn.Module, list[Tensor | None]] | None:

@@ -47,10 +47,11 @@ class MixtureOfExperts(nn.Module):
     multiplies it, call backward() within `auxiliary_scale` of the same factor; otherwise the
     former makes them stronger by that number, and the latter lets them all but vanish.
 
-    All experts that are alike, `GLU`s, `FeedForward`s of two layers or a `GLUExperts`, are run in
-    one pass over the tokens sorted by expert, whose backward pass is written by hand. It keeps the
-    two branches of each routed token and nothing else; it has no second derivative, for which
-    `fused=False` is there. Other experts are called one by one, those without tokens not at all.
+    Experts that are alike, `GLU`s, `FeedForward`s of two layers or a `GLUExperts`, are run in one
+    pass over the tokens sorted by expert, whose backward pass is written by hand. It keeps the two
+    branches of each routed token and nothing else; it has no second derivative, for which
+    `fused=False` is there. Other experts, which are to come after those in a list, are called one
+    by one, those without tokens not at all.
 
     Args:
         dim: size of the last axis of x.
@@ -143,21 +144,30 @@ class MixtureOfExperts(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _experts(self, x: Tensor, sent: "_Sent") -> Tensor:
-        bank = bank_of(self.experts) if self.fused else None
-        if bank is not None and not torch._C._are_functorch_transforms_active():
+        plain = not self.fused or torch._C._are_functorch_transforms_active()
+        bank, many = (None, 0) if plain else bank_of(self.experts)
+        counts, inverse = sent.counts, sent.inverse
+        cut = sum(counts[:many])
+        fused = None
+        if bank is not None:
+            given, weights = x, sent.weights[:cut]
             if torch.is_autocast_enabled(x.device.type):
-                x, bank = bank.cast(x, torch.get_autocast_dtype(x.device.type))
+                given, bank = bank.cast(x, torch.get_autocast_dtype(x.device.type))
             with torch.autocast(x.device.type, enabled=False):
-                return bank.run(x, sent.weights.to(x.dtype), sent.rows, sent.inverse, sent.counts)
-        rows = x.index_select(0, sent.rows)
+                fused = bank.run(given, weights.to(given.dtype), sent.rows[:cut],
+                                 inverse if many == self.n_experts else None, counts[:many])
+            if many == self.n_experts:
+                return fused
+        rows = x.index_select(0, sent.rows[cut:])
         if isinstance(self.experts, GLUExperts):
-            y = self.experts(rows, sent.counts)
+            y = self.experts(rows, counts)
         else:
-            y = _called(self.experts, rows, sent.counts)
-        y = y * sent.weights[:, None].to(y.dtype)
-        if sent.inverse is not None:
-            return y.index_select(0, sent.inverse.flatten()).view(
-                *sent.inverse.shape, y.shape[1]).sum(1)
+            y = _called(self.experts, rows, counts, many, None if fused is None else fused.shape[1])
+        y = y * sent.weights[cut:, None].to(y.dtype)
+        if fused is not None:
+            return fused.index_add(0, sent.rows[cut:], y.to(fused.dtype))
+        if inverse is not None:
+            return y.index_select(0, inverse.flatten()).view(*inverse.shape, y.shape[1]).sum(1)
         return y.new_zeros(len(x), y.shape[1]).index_add(0, sent.rows, y)
 
     def _teach(self, y: Tensor, routing: Routing, sent: "_Sent") -> Tensor:
@@ -285,20 +295,21 @@ def _modules(experts: Any, n: int | None) -> nn.ModuleList | GLUExperts:
     return nn.ModuleList(experts)
 
 
-def _called(experts: nn.ModuleList, rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return what the experts make of their rows, those that have any."""
-    if not len(rows):
+def _called(experts: nn.ModuleList, rows: Tensor, counts: Sequence[int], first: int,
+            width: int | None) -> Tensor:
+    """Return what the experts from `first` on make of their rows, those that have any."""
+    if not len(rows) and width is None:
         nothing: Tensor = experts[0](rows)
         return nothing
     found: list[Tensor] = []
-    for i, (expert, part) in enumerate(zip(experts, rows.split(list(counts)), strict=True)):
+    for i, part in enumerate(rows.split(list(counts[first:])), first):
         if not len(part):
             continue
-        y = expert(part)
-        if y.shape[:-1] != part.shape[:-1] or (found and y.shape[-1] != found[0].shape[-1]):
-            size = found[0].shape[-1] if found else "out"
-            raise ValueError(f"expert {i} must return ({len(part)}, {size}) of "
-                             f"{tuple(part.shape)}, got {tuple(y.shape)}; all experts need one "
-                             "size of output")
+        y = experts[i](part)
+        if y.shape[:-1] != part.shape[:-1] or width not in (None, y.shape[-1]):
+            raise ValueError(f"expert {i} must return ({len(part)}, "
+                             f"{'out' if width is None else width}) of {tuple(part.shape)}, got "
+                             f"{tuple(y.shape)}; all experts need one size of output")
+        width = y.shape[-1]
         found.append(y)
-    return torch.cat(found)
+    return torch.cat(found) if found else rows.new_zeros(0, width or 0)

@@ -1,5 +1,28 @@
 """Feed-forward blocks: (*, dim) in and out, in place of two linear layers."""
 
 from netwright.blocks.feedforward.feed_forward import GLU, FeedForward
+from netwright.blocks.feedforward.neuron import Neuron, Step
+from netwright.blocks.feedforward.permuted_kronecker import (
+    PermutedKroneckerLinear,
+    channels_for,
+    effective_width,
+)
+from netwright.blocks.feedforward.repa_feed_forward import RePaFeedForward
+from netwright.blocks.feedforward.scalable_kernel import (
+    SNNK,
+    RandomFeatures,
+    Sine,
+    bundle,
+    solve_ridge,
+)
+from netwright.blocks.feedforward.self_guided import SelfGuided, guide, unguide
+from netwright.blocks.feedforward.structured_feed_forward import (
+    LowRankFeedForward,
+    StructuredFeedForward,
+)
+from netwright.blocks.feedforward.structured_linear import StructuredLinear, premerge
 
-__all__ = ["GLU", "FeedForward"]
+__all__ = ["GLU", "SNNK", "FeedForward", "LowRankFeedForward", "Neuron", "PermutedKroneckerLinear",
+           "RandomFeatures", "RePaFeedForward", "SelfGuided", "Sine", "Step",
+           "StructuredFeedForward", "StructuredLinear", "bundle", "channels_for",
+           "effective_width", "guide", "premerge", "solve_ridge", "unguide"]

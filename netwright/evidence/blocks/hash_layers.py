@@ -52,7 +52,7 @@ def hash_layers(scale: Scale) -> Outcome:
         curves[way] = Curve(runs[0].steps, [run.losses for run in runs])
         if way != "dense":
             loads[way] = [_uneven(run.network, data.x_test) for run in runs]
-    dense, learnt, random, balanced = (mean(losses[way]) for way in WAYS)
+    learnt, random, balanced = (mean(losses[way]) for way in WAYS[1:])
     below = [all(a < b for a, b in zip(losses[way], losses["dense"], strict=True))
              for way in WAYS[2:]]
     near = min(random, balanced) <= learnt + SLACK

@@ -107,16 +107,16 @@ def put_block(model: nn.Module, layer: FeedForwardLayer, block: nn.Module) -> nn
     """
     if layer.whole:
         ends = nn.Sequential(block, nn.Dropout(layer.dropout)) if layer.dropout else block
-        return _replace(model, layer.name, ends)
+        return put_module(model, layer.name, ends)
     if layer.up is None or layer.down is None:
         raise ValueError(f"{layer.name!r} must return one tensor for a block to stand in its "
                          "place, but it returns more, such as router scores; leave it out by "
                          "layers=")
     keeper = Keeper()
-    _replace(model, layer.up, Entry(keeper))
+    put_module(model, layer.up, Entry(keeper))
     if layer.gate is not None:
-        _replace(model, layer.gate, Placeholder())
-    _replace(model, layer.down, Exit(block, keeper))
+        put_module(model, layer.gate, Placeholder())
+    put_module(model, layer.down, Exit(block, keeper))
     without_fused_paths(model)
     return model
 
@@ -221,7 +221,7 @@ def _write(part: Any, matrix: Tensor, bias: Tensor | None) -> None:
         bias.detach().clone(), learns if part.bias is None else part.bias.requires_grad)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+def put_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     """Put `module` wherever the module called `name` is; return the model."""
     if not name:
         return module.train(model.training)

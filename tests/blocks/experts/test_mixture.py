@@ -71,6 +71,7 @@ def makers():
         "stacked": stacked,
         "stacked with biases": lambda: stacked(bias=True, out=5),
         "of any kind": lambda: [nn.Linear(DIM, DIM).double(), *glus(N - 1)],
+        "alike at first": lambda: [*glus(N - 1), nn.Linear(DIM, DIM).double()],
         "deep": lambda: [FeedForward(DIM, HIDDEN, layers=3).double() for _ in range(N)],
     }
 

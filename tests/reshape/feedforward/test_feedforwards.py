@@ -17,7 +17,7 @@ from netwright.reshape.feedforward import (
     write_feedforward,
 )
 from netwright.stages import call
-from tests.reshape.feedforward.models import DENSE, EVERY, built, tokens
+from tests.reshape.feedforward.models import DENSE, EVERY, built, run, tokens
 
 
 class OldLayer(nn.Module):
@@ -67,13 +67,6 @@ def test_each_layer_is_the_formula_of_its_matrices(name, watched):
         assert (layer.gate is None) == (weights.gate is None)
         torch.testing.assert_close(compute_by_hand(weights, given[0], layer.activation), gave[0],
                                    atol=1e-5, rtol=1e-5)
-
-
-def run(model, x):
-    for part in model.modules():
-        if isinstance(part, nn.TransformerEncoderLayer):
-            part.activation_relu_or_gelu = 0  # PyTorch's fused path would call no linear layer
-    return call(model, x)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -1,0 +1,297 @@
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import mse_loss
+
+from netwright.errors import Diverged, UnknownName
+from netwright.modes import evaluating, rehearsing
+from netwright.progress import Bar
+from netwright.reshape.feedforward.exchanging import put_block, put_module
+from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
+from netwright.stages.stage import apply
+
+ROWS = 2048  # about as many vectors are in a step of the distillation
+
+Samples = list[tuple[Tensor, Tensor]]
+
+
+class Swap(NamedTuple):
+    """A feed-forward layer that was swapped, and how near its block came to it.
+
+    `error` is E|block(x) - layer(x)|^2 / Var(layer(x)) over the calibration data, None where the
+    block was not distilled.
+    """
+
+    layer: FeedForwardLayer
+    error: float | None
+
+
+@torch.inference_mode(False)
+def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], example: Any = None,
+                     *, calibration: Any = None, layers: Sequence[str] | None = None,
+                     steps: int = 200, lr: float = 1e-2, generator: Generator | None = None,
+                     progress: bool = True) -> nn.Module:
+    """Return a copy in which every feed-forward layer is the block that `make(dim, hidden)` makes.
+
+    With `calibration` each block learns, on its own, to be the layer that it replaces:
+
+        minimise  E|block(x) - layer(x)|^2 / Var(layer(x))  over the block's weights,
+
+    by `steps` of Adam with a rate that falls linearly to 0, on what the layer takes and gives when
+    the model runs on the calibration data in eval mode. Without it the blocks are as they are
+    made. Norms, residual sums and the dropout on the layer's output stay where they are; the
+    dropout on its hidden units goes with it.
+
+    The result's `swapped_feedforward` tells what was swapped. `unswap_feedforward(result, model)`
+    puts the layers of `model` back.
+
+    Args:
+        model: any module with layers that `feedforwards` finds.
+        make: makes a block from the size that a layer takes and gives and its hidden units.
+        example: what the model takes; see `feedforwards`.
+        calibration: what the model takes, or a list of such batches.
+        layers: the names of those to swap, of the modules that hold them or of their last linear
+            layers; all where none are given.
+        steps: of Adam for each layer.
+        lr: its rate in the beginning.
+        generator: draws the rows of each step.
+        progress: whether to show a bar in a terminal.
+
+    Raises:
+        NothingToReshape: the model has no feed-forward layer.
+        UnknownName: no feed-forward layer is called that.
+        TypeError: `make` does not return a module.
+        ValueError: a block does not give what the layer gave, or `calibration` is empty.
+        Diverged: a block's loss or output is no longer finite.
+
+    >>> from netwright.blocks.feedforward import GLU
+    >>> from netwright.models import gpt
+    >>> model, x = gpt(96, context=16), torch.zeros(1, 16, dtype=torch.long)
+    >>> swapped = swap_feedforward(model, lambda dim, hidden: GLU(dim, 2 * hidden // 3))
+    >>> [swap.layer.down for swap in swapped.swapped_feedforward]
+    ['1.mlp_out', '2.mlp_out']
+    >>> torch.equal(unswap_feedforward(swapped, model)(x), model(x))
+    True
+    """
+    batches = batches_of(calibration)
+    if example is None and batches:
+        example = batches[0]
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    chosen = choose(feedforwards(model, example), layers)
+    swapped = deepcopy(model)
+    blocks: list[tuple[FeedForwardLayer, nn.Module, float | None]] = []
+    bar = Bar(len(chosen), steps, "error", unit="layer")
+    if batches and progress:
+        bar.start()
+    try:
+        for number, layer in enumerate(chosen):
+            block = _made(make, layer, swapped)
+            samples = record(swapped, layer, batches or ([] if example is None else [example]))
+            _check(block, layer, samples)
+            error = _distil(block, samples, layer, steps, lr, generator, bar,
+                            number) if batches else None
+            blocks.append((layer, block, error))
+    finally:
+        bar.stop()
+    result: Any = swapped
+    for layer, block, _ in blocks:
+        result = put_block(result, layer, block)
+    result.swapped_feedforward = tuple(Swap(layer, error) for layer, _, error in blocks)
+    return result
+
+
+@torch.inference_mode(False)
+def unswap_feedforward(swapped: nn.Module, model: nn.Module, *,
+                       layers: Sequence[str] | None = None) -> nn.Module:
+    """Return a copy of `swapped` with the feed-forward layers of `model` where they were.
+
+    `swapped` is what `swap_feedforward(model, ...)` returned, and `model` what it was given; both
+    may have been trained since. All other weights are those of `swapped`.
+
+    Raises:
+        ValueError: nothing in `swapped` was swapped, or `model` has no such layers.
+        UnknownName: no swapped layer is called that.
+    """
+    swaps: tuple[Swap, ...] = getattr(swapped, "swapped_feedforward", ())
+    if not swaps:
+        raise ValueError("swapped must be what swap_feedforward returned; this "
+                         f"{type(swapped).__name__} does not say what was swapped in it")
+    chosen = choose([swap.layer for swap in swaps], layers)
+    known = dict(model.named_modules())
+    for layer in chosen:
+        for name in _stood(layer):
+            if name not in known:
+                raise ValueError(f"model must be the one that was given to swap_feedforward, but "
+                                 f"this {type(model).__name__} has no {name!r}")
+    result: Any = deepcopy(swapped)
+    for layer in chosen:
+        for name in _stood(layer):
+            result = put_module(result, name, deepcopy(known[name]))
+        holder = known[layer.name]
+        if isinstance(holder, nn.TransformerEncoderLayer):
+            result.get_submodule(layer.name).activation_relu_or_gelu = (
+                holder.activation_relu_or_gelu)
+    left = tuple(swap for swap in swaps if swap.layer not in chosen)
+    result.swapped_feedforward = left or getattr(model, "swapped_feedforward", ())
+    return result
+
+
+def choose(found: Sequence[FeedForwardLayer],
+           layers: Sequence[str] | None) -> list[FeedForwardLayer]:
+    """Return those of `found` that `layers` names, all where it is None."""
+    if layers is None:
+        return list(found)
+    if isinstance(layers, str):
+        raise TypeError(f"layers must be a sequence of names, got {layers!r}; write [{layers!r}]")
+    known = {name for layer in found for name in (layer.name, layer.down) if name is not None}
+    for name in layers:
+        if name not in known:
+            raise UnknownName("feed-forward layer", name, known)
+    return [layer for layer in found if layer.name in layers or layer.down in layers]
+
+
+def record(model: nn.Module, layer: FeedForwardLayer, batches: Sequence[Any]) -> Samples:
+    """Return what `layer` takes and gives when `model` runs on each batch in eval mode."""
+    first, last = ((model.get_submodule(name) for name in (layer.up, layer.down))
+                   if layer.up is not None and layer.down is not None
+                   else (model.get_submodule(layer.name),) * 2)
+    taken: list[Tensor] = []
+    samples: Samples = []
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        taken.append(args[0].detach().clone())  # a later operation in place may change it
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise ValueError(f"{layer.name!r} must return one tensor, got "
+                             f"{type(output).__name__}; leave it out by layers=")
+        samples.append((taken.pop(), output.detach().clone()))
+
+    handles = [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
+    try:
+        with evaluating(model), unfused(model), rehearsing(model):
+            for x in batches:
+                apply(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return samples
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Hold PyTorch's encoder layers off the fused path, which calls no linear layer."""
+    fused = [(part, part.activation_relu_or_gelu) for part in model.modules()
+             if isinstance(part, nn.TransformerEncoderLayer)]
+    for part, _ in fused:
+        part.activation_relu_or_gelu = 0
+    try:
+        yield
+    finally:
+        for part, kind in fused:
+            part.activation_relu_or_gelu = kind
+
+
+def _stood(layer: FeedForwardLayer) -> list[str]:
+    """Return the names of the modules that `put_block` replaces."""
+    if layer.whole:
+        return [layer.name]
+    return [name for name in (layer.up, layer.gate, layer.down) if name is not None]
+
+
+def batches_of(calibration: Any) -> list[Any]:
+    """Return the batches of `calibration`, none where it is None."""
+    if calibration is None:
+        return []
+    batches = calibration if isinstance(calibration, list) else [calibration]
+    if not batches or any(isinstance(x, Tensor) and not x.numel() for x in batches):
+        raise ValueError("calibration must hold at least one sample, got none; some thousand "
+                         "tokens are enough to begin with")
+    return batches
+
+
+def _made(make: Callable[[int, int], nn.Module], layer: FeedForwardLayer,
+          model: nn.Module) -> nn.Module:
+    block: Any = make(layer.dim, layer.hidden)
+    if not isinstance(block, nn.Module):
+        raise TypeError(f"make(dim, hidden) must return a module, got {type(block).__name__}")
+    like = next(model.get_submodule(layer.down or layer.name).parameters())
+    return block.to(like.device, like.dtype)
+
+
+def _check(block: nn.Module, layer: FeedForwardLayer, samples: Samples) -> None:
+    """Raise unless `block` gives what `layer` gave."""
+    like = next((p for p in block.parameters()), torch.empty(0))
+    x, y = samples[0] if samples else (
+        torch.zeros(1, 3, layer.dim, device=like.device, dtype=like.dtype),
+        torch.zeros(1, 3, layer.out))
+    with evaluating(block), rehearsing(block):
+        try:
+            given = block(x)
+        except Exception as error:
+            raise ValueError(f"the block that make({layer.dim}, {layer.hidden}) makes must take "
+                             f"{tuple(x.shape)}, but {error}"
+                             + ("" if samples else "; pass example=, so that it is tried on what "
+                                "the layer takes")) from error
+    if not isinstance(given, Tensor) or given.shape != y.shape:
+        what = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"the block that make({layer.dim}, {layer.hidden}) makes must give "
+                         f"{tuple(y.shape)} for {tuple(x.shape)}, as {layer.name!r} does, "
+                         f"got {what}")
+
+
+def _distil(block: nn.Module, samples: Samples, layer: FeedForwardLayer, steps: int, lr: float,
+            generator: Generator | None, bar: Bar, number: int) -> float:
+    """Train `block` to give what the layer gave; return how far from it it stays."""
+    learns = [p for p in block.parameters() if p.requires_grad]
+    scale = max(_variance(samples), torch.finfo(torch.float32).tiny)
+    if learns:
+        optimizer = torch.optim.Adam(learns, lr)
+        falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+        modes = [(part, part.training) for part in block.modules()]
+        block.train()
+        with torch.enable_grad():
+            for step in range(steps):
+                x, y = _drawn(samples, generator)
+                loss = mse_loss(block(x).float(), y.float()) / scale
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise Diverged(f"the loss of the block for {layer.name!r} became {value} at "
+                                   f"step {step}; try a lower lr than {lr}")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                falling.step()
+                bar.step(number, step, value)
+        for part, mode in modes:
+            part.training = mode
+        for p in learns:
+            p.grad = None
+    with evaluating(block), rehearsing(block):
+        squares = sum(float((block(x).double() - y.double()).square().sum()) for x, y in samples)
+    error = squares / sum(y.numel() for _, y in samples) / scale
+    if not math.isfinite(error):
+        raise Diverged(f"the block for {layer.name!r} does not give finite outputs after "
+                       f"{steps} steps; try a lower lr than {lr}")
+    bar.epoch(number, error, error)
+    return error
+
+
+def _variance(samples: Samples) -> float:
+    return float(torch.cat([y.double().reshape(-1, y.shape[-1]) for _, y in samples]).var(
+        0, unbiased=False).mean())
+
+
+def _drawn(samples: Samples, generator: Generator | None) -> tuple[Tensor, Tensor]:
+    """Return some entries of one batch, about `ROWS` vectors."""
+    x, y = samples[int(torch.randint(len(samples), (), generator=generator))]
+    each = max(1, x[0].numel() // x.shape[-1])
+    some = min(len(x), max(1, ROWS // each))
+    rows = torch.randperm(len(x), generator=generator)[:some].to(x.device)
+    return x[rows], y[rows]
