@@ -73,7 +73,7 @@ def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, expe
         made = []
         for e in range(experts):
             weights = feedforward_weights(models[e % len(models)], layer)
-            block = as_block(weights, activation_of(layer))
+            block = as_block(weights, activation_of(layer, weights.up))
             if noise and e >= len(models):
                 _shake(block, noise, generator)
             made.append(block)
