@@ -67,3 +67,33 @@ def _same_shape(forecast: Tensor, target: Tensor) -> None:
     if forecast.shape != target.shape:
         raise ValueError(f"forecast must have the target's shape {tuple(target.shape)}, got "
                          f"{tuple(forecast.shape)}")
+
+
+def contrast_within(a: Tensor, b: Tensor, groups: Tensor | None = None,
+                    temperature: float = 0.1) -> Tensor:
+    """Mean cross-entropy of finding a row's partner among those of its own group.
+
+    loss = mean_i -log softmax_j(cos(a_i, b_j) / temperature)[i], over j with groups[j] = groups[i],
+    and the same with a and b exchanged.
+
+    A row that is alone in its group adds nothing. Without groups this is InfoNCE.
+
+    Shapes: a and b (rows, dim), partners in the same row; groups (rows,) of int64.
+
+    Raises:
+        ValueError: a, b and groups do not fit each other.
+
+    >>> import torch
+    >>> a, groups = torch.eye(4), torch.tensor([0, 0, 1, 2])
+    >>> contrast_within(a, a, groups) < contrast_within(a, a.flip(0), groups)
+    tensor(True)
+    """
+    if a.ndim != 2 or a.shape != b.shape or (groups is not None and groups.shape != a.shape[:1]):
+        raise ValueError("a and b must be (rows, dim) and groups (rows,), got "
+                         f"{tuple(a.shape)}, {tuple(b.shape)} and "
+                         f"{None if groups is None else tuple(groups.shape)}")
+    alike = functional.normalize(a, dim=-1) @ functional.normalize(b, dim=-1).T / temperature
+    if groups is not None:
+        alike = alike.masked_fill(groups[:, None] != groups, float("-inf"))
+    own = torch.arange(len(a), device=a.device)
+    return (functional.cross_entropy(alike, own) + functional.cross_entropy(alike.T, own)) / 2

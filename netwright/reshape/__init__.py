@@ -2,6 +2,8 @@
 
 from netwright.reshape.experts.mix_lora import mix_lora
 from netwright.reshape.experts.moefy import moefy
+from netwright.reshape.experts.multiplets import multiplets
+from netwright.reshape.experts.prune_experts import prune_experts
 from netwright.reshape.experts.upcycle import upcycle
 from netwright.reshape.feedforward.bricks import find_bricks, keep_bricks
 from netwright.reshape.feedforward.fuse_feedforward import fuse_feedforward
@@ -13,5 +15,5 @@ from netwright.reshape.pruning.prune_sublayers import prune_sublayers
 from netwright.reshape.residual.reversible import reversible
 
 __all__ = ["find_bricks", "fuse_feedforward", "interpolate_mixer", "keep_bricks", "mix_lora",
-           "moefy", "prune_sublayers", "reparameterize", "reversible", "share_feedforward",
-           "swap_feedforward", "upcycle"]
+           "moefy", "multiplets", "prune_experts", "prune_sublayers", "reparameterize",
+           "reversible", "share_feedforward", "swap_feedforward", "upcycle"]

@@ -46,8 +46,8 @@ class NBeats(nn.Module):
     Shapes: x (*, lookback), y (*, horizon).
 
     Raises:
-        ValueError: a size is below 1, `stacks` is empty or has bases of other sizes, or the
-            windows are not `lookback` long.
+        ValueError: a size is below 1 or `period` not above 0, `stacks` is empty or has bases of
+            other sizes, or the windows are not `lookback` long.
         UnknownName: no kind of stack is called that.
 
     Paper: Oreshkin, Carpov, Chapados, Bengio, 2020, N-BEATS: Neural Basis Expansion Analysis for
@@ -71,6 +71,8 @@ class NBeats(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if degree < 0:
             raise ValueError(f"degree must be at least 0, got {degree}")
+        if period is not None and not period > 0:
+            raise ValueError(f"period must be above 0, got {period}")
         if isinstance(stacks, str) or not len(stacks):
             raise ValueError(f"stacks must be a list of at least one stack, got {stacks!r}; try "
                              '["trend", "seasonality"] or ["generic"]')

@@ -1,6 +1,7 @@
 """Feed-forward layers as blocks that a mixture of experts can hold."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -45,16 +46,16 @@ def dense_layers(model: nn.Module, example: Any, square: bool = True) -> list[Fe
     return found
 
 
-def activation_of(layer: FeedForwardLayer) -> nn.Module:
+def activation_of(layer: FeedForwardLayer, like: Tensor) -> nn.Module:
     """Return the activation of `layer` as a module of its own, a known class where it is one."""
-    probe = torch.linspace(-4, 9, 256)
+    probe = torch.linspace(-4, 9, 256).to(like)
     with torch.no_grad():
         values = layer.activation(probe)
         for known in _KNOWN:
             if torch.equal(known()(probe), values):
                 return known()
-    return layer.activation if isinstance(layer.activation, nn.Module) else Elementwise(
-        layer.activation)
+    own = deepcopy(layer.activation)
+    return own if isinstance(own, nn.Module) else Elementwise(own)
 
 
 def as_block(weights: FeedForwardWeights, activation: nn.Module) -> FeedForward | GLU:

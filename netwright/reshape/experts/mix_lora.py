@@ -78,7 +78,8 @@ def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank:
     scale = (2 * rank if alpha is None else alpha) / rank
     blocks = {}
     for layer in layers:
-        base = as_block(feedforward_weights(model, layer), activation_of(layer))
+        weights = feedforward_weights(model, layer)
+        base = as_block(weights, activation_of(layer, weights.up))
         blocks[layer] = LowRankExperts(base, layer, n_experts, rank, k, scale, dropout, balance,
                                        generator)
     frozen = deepcopy(model).requires_grad_(False)

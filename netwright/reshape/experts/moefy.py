@@ -97,7 +97,8 @@ def moefy(model: nn.Module, calibration: Any, *, experts: int = 16, split: Split
                              f"{layer.up!r}; check the inputs and the weights")
         if len(x) > rows:
             x = x[torch.randperm(len(x), generator=generator)[:rows].to(x.device)]
-        weights, activation = feedforward_weights(model, layer), activation_of(layer)
+        weights = feedforward_weights(model, layer)
+        activation = activation_of(layer, weights.up)
         groups = _groups(weights, activation, x, experts, split, generator)
         made = [as_block(weights.units(group)._replace(down_bias=None), activation)
                 for group in groups]

@@ -169,6 +169,7 @@ def test_smape_and_mase():
     (lambda: NBeats(0, 6), "lookback must be at least 1"),
     (lambda: NBeats(12, 6, blocks=0), "blocks must be at least 1"),
     (lambda: NBeats(12, 6, degree=-1), "degree must be at least 0"),
+    (lambda: NBeats(12, 6, period=0.0), "period must be above 0"),
     (lambda: NBeats(12, 6, []), "at least one stack"),
     (lambda: NBeats(12, 6, "trend"), "must be a list"),
     (lambda: NBeats(12, 6, [(torch.ones(2, 12), torch.ones(2, 5))]), "bases must be"),

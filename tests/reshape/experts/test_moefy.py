@@ -155,6 +155,22 @@ def test_layers_of_other_outputs_are_split_where_asked():
     torch.testing.assert_close(whole(x), network(x), rtol=1e-4, atol=1e-5)
 
 
+def test_an_activation_of_ones_own_is_copied():
+    class Bent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x):
+            return torch.maximum(x, self.slope * x)
+
+    torch.manual_seed(0)
+    model, x = FeedForward(12, 32, activation=Bent), torch.randn(9, 12)
+    whole = moefy(model, x, experts=4, k=4, steps=2)
+    torch.testing.assert_close(whole(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not {id(p) for p in whole.parameters()} & {id(p) for p in model.parameters()}
+
+
 def test_what_is_given_stays_and_the_draws_are_the_generators():
     model, x = built("relu")
     model[1].feedforward.requires_grad_(False)

@@ -1,0 +1,171 @@
+from copy import deepcopy
+from typing import Any, Literal, NamedTuple
+
+import numpy
+import torch
+from sklearn.cluster import AgglomerativeClustering
+from torch import Generator, Tensor, nn
+
+from netwright.blocks.experts.routing import router_logits
+from netwright.errors import NothingToReshape, UnknownName
+from netwright.reshape.experts._dense import batches_of, rows_of
+
+Method = Literal["cluster_router", "usage", "random"]
+_COUNTS = ("n_experts", "num_experts", "num_local_experts")
+_CHOSEN = ("k", "top_k", "num_experts_per_tok")
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def prune_experts(model: nn.Module, task_data: Any, keep: int, *,
+                  method: Method = "cluster_router",
+                  generator: Generator | None = None) -> nn.Module:
+    """Return a copy with `keep` experts in each mixture, chosen by how a task's tokens are routed.
+
+    l = X R^T over the task's tokens X;  clusters of experts by 1 - corr(l_i, l_j), `keep` of them;
+    of each cluster the expert stays that has the largest mean of softmax(l).
+
+    Experts that the router wants for the same tokens stand in for each other ("cluster_router").
+    "usage" keeps those with the largest mean of softmax(l), "random" any. A router loses the rows
+    of the others, so that their tokens go to the next best. Where a token used more than `keep`
+    experts it uses `keep`. The choice needs no labels; train on afterwards where you can.
+
+    What the paper leaves open here: clusters are made by average linkage, which draws nothing.
+
+    Args:
+        model: with mixtures of experts: `MixtureOfExperts` with a router that has a weight
+            (experts, dim), such as `TopKRouter`, or Hugging Face's Mixtral and others whose blocks
+            hold `experts` and a `gate` or `router` with such a weight.
+        task_data: what the model takes, or a list of such batches.
+        keep: how many experts stay.
+        method: how they are chosen.
+        generator: draws "random"; the global state without one.
+
+    Raises:
+        NothingToReshape: the model has no such mixture.
+        UnknownName: no method is called that.
+        ValueError: `keep` is not between 1 and the number of experts of each mixture, or the data
+            are empty or give router logits that are not finite.
+
+    Paper: Sarkar, Lausen, Cevher, Zha, Brox, Karypis, 2024, Revisiting SMoE Language Models by
+    Evaluating Inefficiencies with Task Specific Expert Pruning.
+
+    >>> from netwright.models import gpt
+    >>> from netwright.reshape import upcycle
+    >>> x = torch.randint(96, (4, 16))
+    >>> mixture = upcycle(gpt(96, context=16), x, experts=8)
+    >>> smaller = prune_experts(mixture, x, keep=4)
+    >>> smaller(x).shape, len(list(smaller.parameters())) < len(list(mixture.parameters()))
+    (torch.Size([4, 16, 96]), True)
+    """
+    known = Method.__args__  # type: ignore[attr-defined]
+    if method not in known:
+        raise UnknownName("method", method, known)
+    batches = batches_of(task_data)
+    found = _mixtures(model)
+    for mixture in found:
+        if not 1 <= keep <= mixture.experts:
+            raise ValueError(f"keep must be between 1 and the {mixture.experts} experts of "
+                             f"{mixture.name!r}, got {keep}")
+    given = rows_of(model, [mixture.router for mixture in found], batches)
+    chosen = []
+    for mixture in found:
+        router: Any = model.get_submodule(mixture.router)
+        logits = router_logits(given[mixture.router].flatten(0, -2), router.weight,
+                               getattr(router, "bias", None))
+        if not logits.isfinite().all():
+            raise ValueError(f"task_data must give finite router logits, got others in "
+                             f"{mixture.router!r}; check the inputs and the weights")
+        chosen.append(_stay(logits, keep, method, generator))
+    pruned: Any = deepcopy(model)
+    for mixture, stay in zip(found, chosen, strict=True):
+        _prune(pruned.get_submodule(mixture.name), pruned.get_submodule(mixture.router),
+               mixture.experts, stay)
+    if hasattr(pruned, "config"):
+        _count(pruned.config, found[0].experts, keep)
+    result: nn.Module = pruned
+    return result
+
+
+class _Mixture(NamedTuple):
+    """Where a mixture of experts is."""
+
+    name: str
+    router: str
+    experts: int
+
+
+def _mixtures(model: nn.Module) -> list[_Mixture]:
+    found = []
+    for name, module in model.named_modules():
+        experts = getattr(module, "experts", None)
+        for child in ("router", "gate"):
+            router = getattr(module, child, None)
+            weight = getattr(router, "weight", None)
+            if not isinstance(experts, nn.Module) or not isinstance(weight, Tensor):
+                continue
+            if weight.ndim == 2 and weight.shape[0] == _number(experts):
+                found.append(_Mixture(name, f"{name}.{child}".lstrip("."), weight.shape[0]))
+    if not found:
+        raise NothingToReshape(f"{type(model).__name__} has no mixture of experts whose router has "
+                               "a weight (experts, dim): no module holds `experts` and a `router` "
+                               "or `gate` that fits them")
+    return found
+
+
+def _number(experts: nn.Module) -> int:
+    if isinstance(experts, nn.ModuleList):
+        return len(experts)
+    sizes = {p.shape[0] for p in experts.parameters(recurse=False) if p.ndim > 1}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+def _stay(logits: Tensor, keep: int, method: Method, generator: Generator | None) -> Tensor:
+    """Return which experts stay, in their order."""
+    n = logits.shape[1]
+    if method == "random":
+        return torch.randperm(n, generator=generator)[:keep].sort().values
+    usage = logits.softmax(-1).mean(0)
+    if method == "usage" or keep == n:
+        return usage.topk(keep).indices.sort().values.cpu()
+    points = (logits - logits.mean(0)).double()
+    points = points / points.norm(dim=0).clamp(min=torch.finfo(torch.double).tiny)
+    distances = (1 - points.T @ points).clamp(min=0).cpu().numpy()
+    numpy.fill_diagonal(distances, 0.0)
+    owner = torch.from_numpy(AgglomerativeClustering(
+        keep, metric="precomputed", linkage="average").fit_predict(distances))
+    best = [usage.cpu().where(owner == cluster, -1.0).argmax() for cluster in range(keep)]
+    return torch.stack(best).sort().values
+
+
+def _prune(block: Any, router: Any, n: int, stay: Tensor) -> None:
+    if isinstance(block.experts, nn.ModuleList):
+        block.experts = nn.ModuleList(block.experts[i] for i in stay.tolist())
+    else:
+        _select(block.experts, n, stay)
+    _select(router, n, stay)
+    strengths = getattr(block, "balance", None)
+    if isinstance(strengths, tuple) and len(strengths) == n:
+        block.balance = tuple(strengths[i] for i in stay.tolist())
+    for module in (block, block.experts, router):
+        _count(module, n, len(stay))
+
+
+def _select(module: nn.Module, n: int, stay: Tensor) -> None:
+    """Keep the experts' parts of every parameter and buffer that has one for each."""
+    for name, p in list(module.named_parameters(recurse=False)):
+        if p.ndim and p.shape[0] == n:
+            setattr(module, name, nn.Parameter(p.detach()[stay.to(p.device)], p.requires_grad))
+    for name, b in list(module.named_buffers(recurse=False)):
+        if b.ndim and b.shape[0] == n:
+            setattr(module, name, b[stay.to(b.device)])
+
+
+def _count(module: Any, n: int, keep: int) -> None:
+    for name in _COUNTS:
+        if getattr(module, name, None) == n:
+            setattr(module, name, keep)
+    for name in _CHOSEN:
+        used = getattr(module, name, None)
+        if isinstance(used, int) and used > keep:
+            setattr(module, name, keep)

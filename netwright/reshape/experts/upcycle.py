@@ -1,0 +1,192 @@
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Generator, nn
+from torch.nn.functional import linear
+
+from netwright.blocks.experts import MixtureOfExperts, TopKRouter
+from netwright.errors import NothingToReshape
+from netwright.modes import evaluating, same_buffers, same_random_state
+from netwright.reshape.experts._dense import activation_of, as_block, dense_layers
+from netwright.reshape.feedforward import feedforward_weights, with_blocks
+from netwright.stages.stage import apply
+
+
+@torch.inference_mode(False)
+def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, experts: int = 8,
+            k: int = 2, noise: float = 0.0, attention: Sequence[str] = (),
+            balance: float = 0.01, square: bool = True,
+            generator: Generator | None = None) -> nn.Module:
+    """Return a model whose feed-forward layers are mixtures of copies of dense ones.
+
+    y = sum_(e in top k) w_e f_e(x),  w = softmax of the k largest of R x,  f_e of model e mod n;
+    attention:  y = sum_i softmax(R x)_i a_i(x), over all n models;  any other weight is their mean.
+
+    From one model the result computes what the model does, whatever the routers say, for the
+    copies are alike and the weights add up to one; `noise` makes them differ. Given several models
+    of one shape, such as copies of one that were trained on different data, their feed-forward
+    layers become the experts, and their attention layers too where `attention` names them: each
+    runs on every token, and a router weighs what they give (Branch-Attend-Mix). All weights can be
+    trained; the balance loss is added in the backward pass, as in every `MixtureOfExperts`.
+
+    Args:
+        model: a dense model, or several of one architecture.
+        example: what a model takes, to find its layers by; see `feedforwards`.
+        experts: of each feed-forward layer, at least as many as there are models.
+        k: experts that a token uses.
+        noise: of each further copy of a model's layer: the deviation of what is added to a weight,
+            in deviations of its matrix.
+        attention: names of attention modules, or the last parts of their names, such as
+            "self_attn". A module takes the signal (*, dim) first and returns one like it, alone or
+            first in a tuple; it must not keep a cache. Needs `example`.
+        balance: strength of the balance loss.
+        square: False for feed-forward layers whose output has another size than their input, too.
+        generator: draws the routers and the noise; the global state without one.
+
+    Raises:
+        NothingToReshape: the model has no dense feed-forward layer, or no module of a name of
+            `attention`.
+        ValueError: there is no model, models differ in shape, `experts` is below their number, `k`
+            is not between 1 and `experts`, `noise` is below 0, or `example` is lacking.
+
+    Papers: Komatsuzaki, Puigcerver, Lee-Thorp, Ruiz, Mustafa, Ainslie, Tay, Dehghani, Houlsby,
+    2023, Sparse Upcycling; Zhang, Gritsch, Gnaneshwar, Guo, Cairuz, Venkitesh, Foerster, Blunsom,
+    Ruder, Üstün, Locatelli, 2024, BAM! Just Like That: Simple and Efficient Parameter Upcycling
+    for Mixture of Experts.
+
+    >>> from netwright.models import gpt
+    >>> model, x = gpt(96, context=16), torch.randint(96, (4, 16))
+    >>> torch.allclose(upcycle(model, x, experts=4)(x), model(x), atol=1e-5)
+    True
+    """
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    _check(models, experts, k, noise)
+    names = _named(models[0], attention)
+    if names and example is None:
+        raise ValueError("example must be given where attention is, to see what attention takes; "
+                         "pass a batch of what the model takes")
+    layers = dense_layers(models[0], example, square)
+    blocks: dict[Any, nn.Module] = {}
+    for layer in layers:
+        made = []
+        for e in range(experts):
+            weights = feedforward_weights(models[e % len(models)], layer)
+            block = as_block(weights, activation_of(layer, weights.up))
+            if noise and e >= len(models):
+                _shake(block, noise, generator)
+            made.append(block)
+        like = next(made[0].parameters())
+        router = TopKRouter(layer.dim, experts, k, generator=generator).to(like)
+        blocks[layer] = MixtureOfExperts(layer.dim, made, router, balance=balance)
+    mixed = with_blocks(_mean(models), blocks)
+    for name, dim in _widths(models[0], names, example).items():
+        parent, _, child = name.rpartition(".")
+        parts = [deepcopy(m.get_submodule(name)) for m in models]
+        setattr(mixed.get_submodule(parent), child, SoftExperts(dim, parts, generator=generator))
+    return mixed
+
+
+class SoftExperts(nn.Module):
+    """Run every one of some modules, and weigh what they give by a softmax of each token.
+
+    y = sum_i softmax(R x)_i f_i(x)
+
+    What a module returns besides, in a tuple, is the first module's.
+
+    Shapes: x (*, dim), the first argument or `hidden_states`; y (*, dim).
+    """
+
+    def __init__(self, dim: int, experts: Sequence[nn.Module], *,
+                 generator: Generator | None = None) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        like = next(self.experts.parameters())
+        drawn = (2 * torch.rand(len(experts), dim, generator=generator) - 1) * dim ** -0.5
+        self.router = nn.Parameter(drawn.to(like))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the weighted sum of what the modules make of the arguments."""
+        x = args[0] if args else kwargs["hidden_states"]
+        weights = linear(x, self.router).softmax(-1)
+        given = [expert(*args, **kwargs) for expert in self.experts]
+        tensors = [g[0] if isinstance(g, tuple) else g for g in given]
+        mixed = (torch.stack(tensors, -1) * weights[..., None, :].to(tensors[0].dtype)).sum(-1)
+        return (mixed, *given[0][1:]) if isinstance(given[0], tuple) else mixed
+
+
+def _check(models: list[nn.Module], experts: int, k: int, noise: float) -> None:
+    if not models:
+        raise ValueError("model must be a model or a list of at least one, got an empty list")
+    if experts < len(models):
+        raise ValueError(f"experts must be at least the number of models, {len(models)}, got "
+                         f"{experts}; each gives at least one")
+    if not 1 <= k <= experts:
+        raise ValueError(f"k must be between 1 and experts={experts}, got {k}")
+    if not noise >= 0:
+        raise ValueError(f"noise must be at least 0, got {noise}")
+    shapes = [{name: tuple(p.shape) for name, p in m.named_parameters()} for m in models]
+    for i, other in enumerate(shapes):
+        if other != shapes[0]:
+            names = [name for name in {**shapes[0], **other}
+                     if shapes[0].get(name) != other.get(name)]
+            raise ValueError(f"all models must have the parameters of the first; model {i} has "
+                             f"{names[0]} of {other.get(names[0])}, the first of "
+                             f"{shapes[0].get(names[0])}")
+
+
+def _named(model: nn.Module, attention: Sequence[str]) -> list[str]:
+    if isinstance(attention, str):
+        attention = [attention]
+    found = []
+    for wanted in attention:
+        names = [name for name, _ in model.named_modules()
+                 if name and (name == wanted or name.endswith("." + wanted))]
+        if not names:
+            raise NothingToReshape(f"attention names {wanted!r}, and no module of "
+                                   f"{type(model).__name__} is called so")
+        found += names
+    return list(dict.fromkeys(found))
+
+
+def _widths(model: nn.Module, names: list[str], example: Any) -> dict[str, int]:
+    """Return the size of the signal that each module takes."""
+    widths: dict[str, int] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            widths[name] = x.shape[-1]
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
+               for name in names]
+    try:
+        if names:
+            with torch.no_grad(), same_random_state(), evaluating(model), same_buffers(model):
+                apply(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return widths
+
+
+@torch.no_grad()
+def _mean(models: list[nn.Module]) -> nn.Module:
+    """Return a copy of the first whose parameters are the mean of all models'."""
+    if len(models) == 1:
+        return models[0]
+    mean = deepcopy(models[0])
+    others = [dict(m.named_parameters()) for m in models]
+    for name, parameter in mean.named_parameters():
+        parameter.copy_(torch.stack([other[name] for other in others]).mean(0))
+    return mean
+
+
+@torch.no_grad()
+def _shake(block: nn.Module, noise: float, generator: Generator | None) -> None:
+    for parameter in block.parameters():
+        if parameter.ndim > 1:
+            drawn = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(noise * parameter.std() * drawn)
