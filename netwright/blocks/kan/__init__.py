@@ -1,3 +1,5 @@
 """Kolmogorov-Arnold blocks: the functions on the edges are learned."""
 
-__all__: list[str] = []
+from netwright.blocks.kan.rational import GroupRational, RationalFeedForward
+
+__all__ = ["GroupRational", "RationalFeedForward"]
