@@ -5,6 +5,5 @@ from netwright.blocks.kan.autoencoder import KANAutoencoder
 from netwright.blocks.kan.rational import GroupRational, RationalFeedForward
 from netwright.blocks.kan.selectable import KANFeedForward, PrunedKANLinear, SelectableKANLinear
 
-__all__ = ["AFKANFeedForward", "AFKANLinear", "GroupRational", "KANAutoencoder",
-           "KANFeedForward", "PrunedKANLinear", "RationalFeedForward",
-           "SelectableKANLinear"]
+__all__ = ["AFKANFeedForward", "AFKANLinear", "GroupRational", "KANAutoencoder", "KANFeedForward",
+           "PrunedKANLinear", "RationalFeedForward", "SelectableKANLinear"]
