@@ -12,8 +12,10 @@ from netwright.reshape.feedforward.share_feedforward import share_feedforward
 from netwright.reshape.feedforward.swap_feedforward import swap_feedforward
 from netwright.reshape.mixing.interpolate_mixer import interpolate_mixer
 from netwright.reshape.pruning.prune_sublayers import prune_sublayers
+from netwright.reshape.residual.parallelize_residual import parallelize_residual
 from netwright.reshape.residual.reversible import reversible
 
 __all__ = ["find_bricks", "fuse_feedforward", "interpolate_mixer", "keep_bricks", "mix_lora",
            "moefy", "multiplets", "prune_experts", "prune_sublayers", "reparameterize",
            "reversible", "share_feedforward", "swap_feedforward", "upcycle"]
+__all__ = ["parallelize_residual", "prune_sublayers", "reversible"]

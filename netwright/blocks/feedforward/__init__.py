@@ -2,6 +2,7 @@
 
 from netwright.blocks.feedforward.adaptive_activation import AGLU, APA
 from netwright.blocks.feedforward.conv_glu import ConvGLU
+from netwright.blocks.feedforward.fast_feedforward import FastFeedforward
 from netwright.blocks.feedforward.feed_forward import GLU, FeedForward
 from netwright.blocks.feedforward.gated_perceptron import GatedPerceptron
 from netwright.blocks.feedforward.neuron import Neuron, Step
@@ -32,3 +33,4 @@ __all__ = ["AGLU", "APA", "GLU", "SNNK", "ConvGLU", "FeedForward", "GatedPercept
            "RandomFeatures", "RePaFeedForward", "SelfGuided", "Sine", "Star", "StarBlock", "Step",
            "StructuredFeedForward", "StructuredLinear", "bundle", "channels_for",
            "effective_width", "guide", "maxsim", "premerge", "solve_ridge", "unguide"]
+__all__ = ["GLU", "FastFeedforward", "FeedForward"]

@@ -1,0 +1,118 @@
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from netwright.errors import NothingToReshape
+from netwright.modes import evaluating, same_buffers, same_random_state
+from netwright.reshape.pruning._residual import trace
+from netwright.reshape.residual.reversible import Passed, _Block, _example, _respond, _runs
+
+
+@torch.inference_mode(False)
+def parallelize_residual(model: nn.Module, example: Any = None, *,
+                         group: int | None = None) -> nn.Module:
+    """Return a copy whose residual blocks stand side by side instead of one after another.
+
+    h_k := h_k-1 + f_k(h_k-1), k = 1..n   becomes   h := h + sum_k f_k(h)
+
+    The stack's output is a sum over all ways through it, h + sum f_k + sum f_k f_j + ...; what is
+    left is the terms of first order, which one broad layer computes, none of whose parts waits
+    for another. Where f_k changes its input little, so does this change the network; otherwise
+    train it from the start, or fine-tune.
+
+    A run of residual blocks is a row of modules beside one another, each of which takes what the
+    one before returns, keeps its shape and adds to it what a module with weights returns. Runs
+    are found by watching the model. f_k is the whole block without its input, block_k(h) - h, so
+    that a transformer's feed-forward part still reads its attention, and blocks that normalise or
+    activate after the sum have that in f_k. What comes before, between and after the runs stays
+    as it is; masks, positions and whatever else a block is given are given to it still.
+
+    In the place of a run's first block stands a `ParallelSum` of all of them, in the others'
+    modules that pass the signal on. The result's `parallel_changes` says what was changed.
+
+    Args:
+        model: Any network with residual blocks.
+        example: An input: a tensor, a tuple of positional or a mapping of keyword arguments. A
+            Hugging Face model that takes tokens or images needs none.
+        group: How many neighbouring blocks are put side by side; the groups stay one after
+            another. All of a run where none is given; 1 would change nothing.
+
+    Shapes: as the model's.
+
+    Raises:
+        NothingToReshape: there are no two residual blocks in a row; or the model is compiled.
+        ValueError: `group` is below 2, or `example` is needed.
+
+    Paper: Bermeitinger, Hrycej, Handschuh, 2023, Make Deep Networks Shallow Again.
+
+    >>> from netwright.models import gpt
+    >>> x = torch.zeros(1, 16, dtype=torch.long)
+    >>> broad = parallelize_residual(gpt(96, context=16, depth=3), x)
+    >>> broad.parallel_changes, broad(x).shape
+    (('1 to 3: 3 blocks (Block) side by side',), torch.Size([1, 16, 96]))
+    """
+    if group is not None and group < 2:
+        raise ValueError(f"group must be at least 2, got {group}; leave it out for whole runs")
+    if hasattr(model, "_orig_mod"):
+        raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
+                               "the module that was compiled, and compile the result")
+    x = _example(model) if example is None else example
+    changed: Any = deepcopy(model)
+    with same_random_state(), evaluating(changed), same_buffers(changed):
+        runs = _runs(changed, x, trace(deepcopy(changed), x), alone=False)
+    if not runs:
+        raise NothingToReshape(
+            f"{type(model).__name__} has no residual blocks in a row: modules beside one another "
+            "of which each takes what the one before returns, keeps its shape and adds to it what "
+            "a module with weights returns (h + g(h)); put its residual blocks into an "
+            "nn.Sequential or an nn.ModuleList, and g with its activation into a module")
+    said = []
+    for run in runs:
+        size = group or len(run)
+        for some in (run[i:i + size] for i in range(0, len(run), size)):
+            if len(some) > 1:
+                said.append(_put(changed, some))
+    changed.parallel_changes = tuple(said)
+    return changed
+
+
+class ParallelSum(nn.Module):
+    """Residual blocks that all read one signal: h + sum_k (block_k(h) - h)."""
+
+    def __init__(self, blocks: Sequence[nn.Module], response: Any) -> None:
+        super().__init__()
+        self.blocks, self.response = nn.ModuleList(blocks), response
+
+    def forward(self, h: Tensor, *args: Any, **options: Any) -> Any:
+        """Return what the blocks make of `h`, in the form in which a block returned it."""
+        outputs = [block(h, *args, **options) for block in self.blocks]
+        streams = [next(t for t in tree_leaves(output) if isinstance(t, Tensor))
+                   for output in outputs]
+        return _respond(self.response, h + (torch.stack(streams) - h).sum(0))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what models read off their layers, such as a kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            blocks = self.__dict__.get("_modules", {}).get("blocks")
+            if blocks is None or name.startswith("_"):
+                raise
+            return getattr(blocks[0], name)
+
+
+def _put(model: nn.Module, run: list[_Block]) -> str:
+    """Put the blocks side by side into the place of the first; say what was done."""
+    parent = model.get_submodule(run[0].parent)
+    parallel = ParallelSum([block.module for block in run], run[0].response)
+    parallel.train(run[0].module.training)
+    for k, block in enumerate(run):
+        parent._modules[block.name.rpartition(".")[2]] = (
+            parallel if k == 0 else Passed(block.response))
+    kinds = " and ".join(dict.fromkeys(block.kind for block in run))
+    return (f"{run[0].name} to {run[-1].name.rpartition('.')[2]}: {len(run)} blocks ({kinds}) "
+            "side by side")
