@@ -16,6 +16,5 @@ from netwright.reshape.residual.parallelize_residual import parallelize_residual
 from netwright.reshape.residual.reversible import reversible
 
 __all__ = ["find_bricks", "fuse_feedforward", "interpolate_mixer", "keep_bricks", "mix_lora",
-           "moefy", "multiplets", "prune_experts", "prune_sublayers", "reparameterize",
-           "reversible", "share_feedforward", "swap_feedforward", "upcycle"]
-__all__ = ["parallelize_residual", "prune_sublayers", "reversible"]
+           "moefy", "multiplets", "parallelize_residual", "prune_experts", "prune_sublayers",
+           "reparameterize", "reversible", "share_feedforward", "swap_feedforward", "upcycle"]

@@ -28,9 +28,9 @@ from netwright.blocks.feedforward.structured_feed_forward import (
 )
 from netwright.blocks.feedforward.structured_linear import StructuredLinear, premerge
 
-__all__ = ["AGLU", "APA", "GLU", "SNNK", "ConvGLU", "FeedForward", "GatedPerceptron",
-           "LowRankFeedForward", "Neuron", "PermutedKroneckerLinear", "ProjectionHead",
-           "RandomFeatures", "RePaFeedForward", "SelfGuided", "Sine", "Star", "StarBlock", "Step",
-           "StructuredFeedForward", "StructuredLinear", "bundle", "channels_for",
-           "effective_width", "guide", "maxsim", "premerge", "solve_ridge", "unguide"]
-__all__ = ["GLU", "FastFeedforward", "FeedForward"]
+__all__ = ["AGLU", "APA", "GLU", "SNNK", "ConvGLU", "FastFeedforward", "FeedForward",
+           "GatedPerceptron", "LowRankFeedForward", "Neuron", "PermutedKroneckerLinear",
+           "ProjectionHead", "RandomFeatures", "RePaFeedForward", "SelfGuided", "Sine", "Star",
+           "StarBlock", "Step", "StructuredFeedForward", "StructuredLinear", "bundle",
+           "channels_for", "effective_width", "guide", "maxsim", "premerge", "solve_ridge",
+           "unguide"]
