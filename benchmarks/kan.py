@@ -4,9 +4,9 @@
 
 Each block stands in turns with a plain block of two linear layers and a SiLU, whose width gives it
 the same number of parameters; a figure is the median over the turns of the processor's time of a
-forward and backward pass over the plain block's in the same turn. `efficient-kan` style peers are
-not on the package index; `de Boor` is the textbook recursion in PyTorch's operations, as most
-published layers have it, with one product of bases and weights.
+forward and backward pass over the plain block's in the same turn. `de Boor` is
+the textbook recursion in PyTorch's operations, as most published layers have it, with one product
+of bases and weights; published packages are not compared.
 """
 
 import json

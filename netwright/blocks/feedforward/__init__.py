@@ -34,3 +34,12 @@ __all__ = ["AGLU", "APA", "GLU", "SNNK", "ConvGLU", "FastFeedforward", "FeedForw
            "StarBlock", "Step", "StructuredFeedForward", "StructuredLinear", "bundle",
            "channels_for", "effective_width", "guide", "maxsim", "premerge", "solve_ridge",
            "unguide"]
+from netwright.blocks.feedforward.multiplet import LehmerMultiplet
+from netwright.blocks.feedforward.quadratic import (
+    QuadraticFeedForward,
+    QuadraticLinear,
+    relinear_groups,
+)
+
+__all__ = ["GLU", "FeedForward", "LehmerMultiplet", "QuadraticFeedForward", "QuadraticLinear",
+           "relinear_groups"]

@@ -48,7 +48,8 @@ def _spline_values(z: Tensor, grid: int, order: int) -> Tensor:
 
 def _spline_slopes(z: Tensor, values: Tensor, grid: int, order: int) -> Tensor:
     v, scale, terms = _spline_terms(z, grid, order)
-    towards = torch.copysign(v.new_tensor(order * scale * grid / 2), v)
+    slope = torch.full((), order * scale * grid / 2, dtype=v.dtype, device=v.device)
+    towards = torch.copysign(slope, v)
     return towards * _powers(v.abs(), terms, order - 1)
 
 
