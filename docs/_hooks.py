@@ -23,13 +23,15 @@ PICTURE = re.compile(r"^!\[[^]]*\]\(\.\./pictures/(\w+)\.svg\)$", re.MULTILINE)
 
 sys.path.insert(0, str(HERE))
 import _map  # noqa: E402 - these stand beside this file, which is no package
+import _ranking  # noqa: E402
 from _pictures import draw  # noqa: E402
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to the site."""
     results = evidence.recorded()
-    pages = {"evidence.md": _evidence(results), "papers.md": _papers()}
+    pages = {"evidence.md": _evidence(results), "papers.md": _papers(),
+             "blocks/ranking.md": _ranking.page()}
     pages |= {f"pictures/{name}.svg": draw(result) for name, result in results.items()}
     found = Comparison.load(HERE / "comparison.json")
     pages |= {f"pictures/digits_{rule}.svg": draw(curves) for rule, curves
