@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -19,7 +19,11 @@ def activation_module(activation: Activation) -> nn.Module:
 
     Raises:
         UnknownName: a name that is none of relu, gelu, silu, tanh, sigmoid, relu6, identity.
+        ValueError: a module in place of what makes one.
     """
+    if isinstance(activation, nn.Module):  # blocks would share it, and what it learns
+        raise ValueError(f"activation must be a name or make a module, got the module {activation}"
+                         f"; give its class, or lambda: {type(activation).__name__}(...)")
     if not isinstance(activation, str):
         return activation()
     if activation not in _ACTIVATIONS:
@@ -47,7 +51,7 @@ class FeedForward(nn.Sequential):
     Shapes: x (*, dim), y (*, out).
 
     Raises:
-        ValueError: a size or `layers` is below 1.
+        ValueError: a size or `layers` is below 1; a module in place of what makes an activation.
         UnknownName: no activation is called that.
 
     Paper: Gerber, 2025, Attention Is Not All You Need: The Importance of Feedforward Networks in
@@ -73,6 +77,12 @@ class FeedForward(nn.Sequential):
             parts += [nn.Dropout(dropout)] if dropout else []
         super().__init__(*parts[:-2 if dropout else -1])
 
+    def __getitem__(self, index: int | slice) -> Any:
+        """Return a layer, or a chain of some of them."""
+        if isinstance(index, slice):
+            return nn.Sequential(*list(self)[index])
+        return super().__getitem__(index)
+
 
 class GLU(nn.Module):
     """A gated feed-forward block: one linear branch is multiplied by an activation of another.
@@ -94,7 +104,7 @@ class GLU(nn.Module):
     Shapes: x (*, dim), y (*, out).
 
     Raises:
-        ValueError: a size is below 1.
+        ValueError: a size is below 1; a module in place of what makes an activation.
         UnknownName: no activation is called that.
 
     Paper: Shazeer, 2020, GLU Variants Improve Transformer.

@@ -1,4 +1,6 @@
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -147,6 +149,12 @@ class MLPMixer(nn.Sequential):
             tokens, width, token_mixing=token_mixing, feedforward=feedforward, norm=norm)
             for _ in range(depth)]
         super().__init__(embed, *blocks, norm(width), TokenMean(), nn.Linear(width, classes))
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a part, or the parts of a slice as a plain `nn.Sequential`."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self.named_children())[index]))
+        return super().__getitem__(index)
 
     @property
     def embedding(self) -> "PatchEmbedding":

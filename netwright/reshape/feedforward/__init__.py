@@ -12,17 +12,6 @@ from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedfor
 from netwright.reshape.feedforward.fuse_feedforward import FeedForwardRun, feedforward_runs
 from netwright.reshape.feedforward.swap_feedforward import Swap, unswap_feedforward
 
-__all__ = [
-    "Bricks",
-    "FeedForwardLayer",
-    "FeedForwardRun",
-    "FeedForwardWeights",
-    "Swap",
-    "feedforward_runs",
-    "feedforward_weights",
-    "feedforwards",
-    "put_block",
-    "unswap_feedforward",
-    "with_blocks",
-    "write_feedforward",
-]
+__all__ = ["Bricks", "FeedForwardLayer", "FeedForwardRun", "FeedForwardWeights", "Swap",
+           "feedforward_runs", "feedforward_weights", "feedforwards", "put_block",
+           "unswap_feedforward", "with_blocks", "write_feedforward"]

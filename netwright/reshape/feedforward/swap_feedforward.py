@@ -43,9 +43,10 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
         minimise  E|block(x) - layer(x)|^2 / Var(layer(x))  over the block's weights,
 
     by `steps` of Adam with a rate that falls linearly to 0, on what the layer takes and gives when
-    the model runs on the calibration data in eval mode. Without it the blocks are as they are
-    made. Norms, residual sums and the dropout on the layer's output stay where they are; the
-    dropout on its hidden units goes with it.
+    the model runs on the calibration data in eval mode; then a linear layer that the block ends in
+    is set to its least squares. Without `calibration` the blocks are as they are made. Norms,
+    residual sums and the dropout on the layer's output stay where they are; the dropout on its
+    hidden units goes with it.
 
     The result's `swapped_feedforward` tells what was swapped. `unswap_feedforward(result, model)`
     puts the layers of `model` back.
@@ -250,7 +251,10 @@ def _distil(block: nn.Module, samples: Samples, layer: FeedForwardLayer, steps: 
             generator: Generator | None, bar: Bar, number: int) -> float:
     """Train `block` to give what the layer gave; return how far from it it stays."""
     learns = [p for p in block.parameters() if p.requires_grad]
-    scale = max(_variance(samples), torch.finfo(torch.float32).tiny)
+    variance = max(_variance(samples), torch.finfo(torch.float32).tiny)
+    last = _last_linear(block, samples[0][0])
+    # A block that ends in a linear layer learns at scale 1, whatever the layer's scale is.
+    scale = 1.0 if last is None else variance ** 0.5
     if learns:
         optimizer = torch.optim.Adam(learns, lr)
         falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -259,7 +263,7 @@ def _distil(block: nn.Module, samples: Samples, layer: FeedForwardLayer, steps: 
         with torch.enable_grad():
             for step in range(steps):
                 x, y = _drawn(samples, generator)
-                loss = mse_loss(block(x).float(), y.float()) / scale
+                loss = mse_loss(block(x).float(), y.float() / scale) * (scale ** 2 / variance)
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise Diverged(f"the loss of the block for {layer.name!r} became {value} at "
@@ -273,13 +277,77 @@ def _distil(block: nn.Module, samples: Samples, layer: FeedForwardLayer, steps: 
             part.training = mode
         for p in learns:
             p.grad = None
-    with evaluating(block), rehearsing(block):
-        squares = sum(float((block(x).double() - y.double()).square().sum()) for x, y in samples)
-    error = squares / sum(y.numel() for _, y in samples) / scale
+    if last is not None:
+        with torch.no_grad():
+            for p in last.parameters():
+                p.mul_(scale)
+        error = _fit(block, last, samples, variance)
+    else:
+        error = _error(block, samples, variance)
     if not math.isfinite(error):
         raise Diverged(f"the block for {layer.name!r} does not give finite outputs after "
                        f"{steps} steps; try a lower lr than {lr}")
     bar.epoch(number, error, error)
+    return error
+
+
+def _error(block: nn.Module, samples: Samples, variance: float) -> float:
+    with evaluating(block), rehearsing(block):
+        squares = sum(float((block(x).double() - y.double()).square().sum()) for x, y in samples)
+    return squares / sum(y.numel() for _, y in samples) / variance
+
+
+def _last_linear(block: nn.Module, x: Tensor) -> nn.Linear | None:
+    """Return the linear layer whose output is the block's, if it learns and runs once."""
+    gave: list[tuple[nn.Linear, Any]] = []
+    handles = [part.register_forward_hook(
+        lambda part, _, output: gave.append((part, output)))
+        for part in block.modules() if isinstance(part, nn.Linear)]
+    try:
+        with evaluating(block), rehearsing(block):
+            output = block(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    ends = [part for part, given in gave if given is output]
+    if len(ends) != 1 or sum(part is ends[0] for part, _ in gave) != 1 or not all(
+            p.requires_grad for p in ends[0].parameters()) or "weight" not in ends[0]._parameters:
+        return None
+    return ends[0]
+
+
+@torch.no_grad()
+def _fit(block: nn.Module, last: nn.Linear, samples: Samples, variance: float) -> float:
+    """Set `last` to its least squares where that is nearer; return how far the block is."""
+    read: list[Tensor] = []
+    handle = last.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    square: Any = 0.0
+    product: Any = 0.0
+    try:
+        with evaluating(block), rehearsing(block):
+            for x, y in samples:
+                block(x)
+                h = read.pop().double().reshape(-1, last.in_features)
+                h = torch.cat([h, h.new_ones(len(h), 1)], 1) if last.bias is not None else h
+                square = square + h.T @ h
+                product = product + h.T @ y.double().reshape(-1, last.out_features)
+    finally:
+        handle.remove()
+    before, error = [p.detach().clone() for p in last.parameters()], _error(block, samples,
+                                                                            variance)
+    if not (square.isfinite().all() and product.isfinite().all()):
+        return error
+    ridge = 1e-6 * square.diagonal().mean() + torch.finfo(torch.float64).tiny
+    solved = torch.linalg.solve(square + ridge * torch.eye(
+        len(square), dtype=square.dtype, device=square.device), product)
+    last.weight.copy_(solved[:last.in_features].T)
+    if last.bias is not None:
+        last.bias.copy_(solved[-1])
+    nearer = _error(block, samples, variance)
+    if nearer <= error:
+        return nearer
+    for p, old in zip(last.parameters(), before, strict=True):
+        p.copy_(old)
     return error
 
 

@@ -24,10 +24,10 @@ class DeltaRule(Rule):
 
     Args:
         network: `Neuron`, or any module whose only parameters are those of one `nn.Linear` that is
-            given what the network is given.
+            given what the network is given, flattened or not.
         example: Not needed.
 
-    Shapes: x (batch, inputs); y (batch,), or as the output (batch, units).
+    Shapes: x (batch, *inputs); y (batch,), or as the output (batch, units).
 
     Raises:
         ValueError: the network has other parameters than one linear layer's, or targets do not fit.
@@ -69,7 +69,7 @@ class DeltaRule(Rule):
         if counted is not None:
             e = torch.where(counted[:, None], e, 0)
         n = len(a) if counted is None else counted.sum().clamp(min=1)
-        steps = {layer.weight: e.T @ x.to(e.dtype), layer.bias: e.sum(0)}
+        steps = {layer.weight: e.T @ x.flatten(1).to(e.dtype), layer.bias: e.sum(0)}
         for parameter, step in steps.items():
             if parameter is not None and parameter.requires_grad:
                 down = (-step / n).to(parameter.dtype)

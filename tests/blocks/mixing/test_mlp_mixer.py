@@ -81,6 +81,14 @@ def test_it_is_a_chain_of_stages_and_round_trips():
     assert copy.grid == (4, 4)
 
 
+def test_a_slice_is_a_backbone_with_the_same_names():
+    model = MLPMixer(1, (8, 8), 3, patch=2, width=6, depth=2)
+    x, backbone = torch.randn(2, 1, 8, 8), model[:-1]
+    assert torch.equal(model[-1](backbone(x)), model(x))
+    assert backbone(x).shape == (2, 6)
+    assert set(backbone.state_dict()) < set(model.state_dict())
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_lower_precision_empty_batches_and_any_leading_shape(autocast):
     block = MixerBlock(5, 6)

@@ -124,6 +124,9 @@ def test_it_keeps_what_every_rule_keeps_to():
     bare = nn.Linear(5, 3, bias=False)
     DeltaRule(bare)(x, y)
     assert bare.weight.grad.any()
+    maps = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
+    DeltaRule(maps)(torch.ones(7, 2, 3), y)
+    assert maps[1].weight.grad.any()
     torch.manual_seed(0)
     history = nw.fit(DeltaRule(Neuron(5, "sigmoid", units=3)), [(x, y)] * 20, epochs=5,
                      optimizer=lambda p: torch.optim.SGD(p, 1.0))
