@@ -104,8 +104,7 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (*, out) of (*, dim)."""
-        low = nn.functional.linear(self.dropout(x), self.a)
-        added: Tensor = self.base(x) + self.scale * nn.functional.linear(low, self.b)
+        added: Tensor = self.base(x) + _product(self.dropout(x), self.a, self.b, self.scale)
         return added
 
 
@@ -132,13 +131,13 @@ class LowRankExpert(nn.Module):
         dim, hidden = self.sizes
         x, up, *gate = rows.split([dim] + [hidden] * ((rows.shape[1] - dim) // hidden), dim=1)
         seen = self.dropout(x)
-        up = up + self.scale * _product(seen, self.up_a, self.up_b)
+        up = up + _product(seen, self.up_a, self.up_b, self.scale)
         if gate:
             h = self.activation(
-                gate[0] + self.scale * _product(seen, self.gate_a, self.gate_b)) * up
+                gate[0] + _product(seen, self.gate_a, self.gate_b, self.scale)) * up
         else:
             h = self.activation(up)
-        added = self.scale * _product(self.dropout(h), self.down_a, self.down_b)
+        added = _product(self.dropout(h), self.down_a, self.down_b, self.scale)
         return torch.cat([h, added.to(h.dtype)], 1)
 
 
@@ -192,8 +191,9 @@ def _pair(dim: int, out: int, rank: int, like: Tensor,
     return nn.Parameter(drawn.to(like)), nn.Parameter(like.new_zeros(out, rank))
 
 
-def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return nn.functional.linear(nn.functional.linear(x, a), b)
+def _product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    # The thin side is the cheap one to scale.
+    return nn.functional.linear(scale * nn.functional.linear(x, a), b)
 
 
 def _beside(model: nn.Module, layers: list[FeedForwardLayer]) -> list[str]:
