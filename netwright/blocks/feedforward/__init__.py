@@ -5,6 +5,7 @@ from netwright.blocks.feedforward.conv_glu import ConvGLU
 from netwright.blocks.feedforward.fast_feedforward import FastFeedforward
 from netwright.blocks.feedforward.feed_forward import GLU, FeedForward
 from netwright.blocks.feedforward.gated_perceptron import GatedPerceptron
+from netwright.blocks.feedforward.multiplet import LehmerMultiplet
 from netwright.blocks.feedforward.neuron import Neuron, Step
 from netwright.blocks.feedforward.permuted_kronecker import (
     PermutedKroneckerLinear,
@@ -12,6 +13,11 @@ from netwright.blocks.feedforward.permuted_kronecker import (
     effective_width,
 )
 from netwright.blocks.feedforward.projection_head import ProjectionHead, maxsim
+from netwright.blocks.feedforward.quadratic import (
+    QuadraticFeedForward,
+    QuadraticLinear,
+    relinear_groups,
+)
 from netwright.blocks.feedforward.repa_feed_forward import RePaFeedForward
 from netwright.blocks.feedforward.scalable_kernel import (
     SNNK,
@@ -29,17 +35,9 @@ from netwright.blocks.feedforward.structured_feed_forward import (
 from netwright.blocks.feedforward.structured_linear import StructuredLinear, premerge
 
 __all__ = ["AGLU", "APA", "GLU", "SNNK", "ConvGLU", "FastFeedforward", "FeedForward",
-           "GatedPerceptron", "LowRankFeedForward", "Neuron", "PermutedKroneckerLinear",
-           "ProjectionHead", "RandomFeatures", "RePaFeedForward", "SelfGuided", "Sine", "Star",
-           "StarBlock", "Step", "StructuredFeedForward", "StructuredLinear", "bundle",
-           "channels_for", "effective_width", "guide", "maxsim", "premerge", "solve_ridge",
+           "GatedPerceptron", "LehmerMultiplet", "LowRankFeedForward", "Neuron",
+           "PermutedKroneckerLinear", "ProjectionHead", "QuadraticFeedForward", "QuadraticLinear",
+           "RandomFeatures", "RePaFeedForward", "SelfGuided", "Sine", "Star", "StarBlock", "Step",
+           "StructuredFeedForward", "StructuredLinear", "bundle", "channels_for",
+           "effective_width", "guide", "maxsim", "premerge", "relinear_groups", "solve_ridge",
            "unguide"]
-from netwright.blocks.feedforward.multiplet import LehmerMultiplet
-from netwright.blocks.feedforward.quadratic import (
-    QuadraticFeedForward,
-    QuadraticLinear,
-    relinear_groups,
-)
-
-__all__ = ["GLU", "FeedForward", "LehmerMultiplet", "QuadraticFeedForward", "QuadraticLinear",
-           "relinear_groups"]
