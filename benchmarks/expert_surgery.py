@@ -63,7 +63,7 @@ def main() -> None:
     torch.manual_seed(0)
     x = torch.randn(TOKENS, DIM)
     dense = FeedForward(DIM, HIDDEN, activation="relu").requires_grad_(False)
-    splits = {k: moefy(dense, x, experts=16, k=k, steps=20) for k in (1, 2, 4, 8, 16)}
+    splits = {k: moefy(dense, x, n_experts=16, k=k, steps=20) for k in (1, 2, 4, 8, 16)}
     with torch.no_grad():
         torch.testing.assert_close(splits[16](x), dense(x), rtol=1e-3, atol=1e-4)
         times = medians({"dense": lambda: dense(x), **{
@@ -82,7 +82,7 @@ def main() -> None:
             model(x).square().mean().backward()
         return run
 
-    times = medians({"experts": step(tuned), "one": step(one), "anew": step(anew)})
+    times = medians({"n_experts": step(tuned), "one": step(one), "anew": step(anew)})
     found["mix_lora step, 2 of 8 experts / one adapter of the rank of both"] = (
         times["experts"] / times["one"])
     found["mix_lora step, shared frozen products / products for each expert"] = (

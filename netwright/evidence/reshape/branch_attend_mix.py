@@ -48,9 +48,9 @@ def branch_attend_mix(scale: Scale) -> Outcome:
         x = mixed.x_test[:2]
         drawn = torch.Generator().manual_seed(seed)
         models = {
-            WAYS[0]: upcycle(specialists, x, experts=3, attention=["attention"], generator=drawn),
-            WAYS[1]: upcycle(specialists, x, experts=3, generator=drawn),
-            WAYS[2]: upcycle(base, x, experts=3, noise=0.1, generator=drawn),
+            WAYS[0]: upcycle(specialists, x, n_experts=3, attention=["attention"], generator=drawn),
+            WAYS[1]: upcycle(specialists, x, n_experts=3, generator=drawn),
+            WAYS[2]: upcycle(base, x, n_experts=3, noise=0.1, generator=drawn),
             WAYS[3]: _mean(specialists)}
         for way, model in models.items():
             losses = [held_out(model, mixed.x_test, mixed.y_test)[0]]

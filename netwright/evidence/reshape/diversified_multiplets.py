@@ -32,7 +32,7 @@ def diversified_multiplets(scale: Scale) -> Outcome:
         _contrast(base, train_x, None, steps, seed)
         models = multiplets(base, partial(_stage, x=train_x, steps=steps, seed=seed),
                             train_x[:2], stages=STAGES)
-        mixture = upcycle(models, train_x[:2], experts=STAGES + 1, k=2,
+        mixture = upcycle(models, train_x[:2], n_experts=STAGES + 1, k=2,
                           generator=torch.Generator().manual_seed(seed))
         for name, parameter in mixture.named_parameters():
             parameter.requires_grad_("router" in name)

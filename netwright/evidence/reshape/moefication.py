@@ -43,7 +43,7 @@ def moefication(scale: Scale) -> Outcome:
             for way, (split, router) in WAYS.items():
                 drawn = torch.Generator().manual_seed(seed)
                 sparse = moefy(model, data.x_train[:4000 if name == "MNIST" else 64],
-                               experts=EXPERTS, split=split,  # type: ignore[arg-type]
+                               n_experts=EXPERTS, split=split,  # type: ignore[arg-type]
                                router=router, square=False,  # type: ignore[arg-type]
                                generator=drawn)
                 kept = []

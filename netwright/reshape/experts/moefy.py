@@ -25,7 +25,7 @@ Router = Literal["mlp", "similarity", "groundtruth"]
 
 
 @torch.inference_mode(False)
-def moefy(model: nn.Module, calibration: Any, *, experts: int = 16, split: Split = "cluster",
+def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Split = "cluster",
           router: Router = "mlp", k: int | None = None, square: bool = True, rows: int = 8192,
           steps: int = 500, generator: Generator | None = None) -> nn.Module:
     """Return a copy whose feed-forward layers run only the units that an input makes active.
@@ -41,7 +41,7 @@ def moefy(model: nn.Module, calibration: Any, *, experts: int = 16, split: Split
     or by computing all hidden units and looking ("groundtruth", which saves only the second
     matrix, and says how good a router could be).
 
-    No weight is lost: with `k=experts` outputs are the dense model's up to rounding. A change to
+    No weight is lost: with `k=n_experts` outputs are the dense model's up to rounding. A change to
     `router.k` of a `MixtureOfExperts` in the result changes how many run. With ReLU, units that
     are not active are 0 and leaving them out changes nothing. GELU, SiLU and gated layers are
     split in the same way by the size of their units, |a(gate) up|, which is small but not 0: more
@@ -50,7 +50,7 @@ def moefy(model: nn.Module, calibration: Any, *, experts: int = 16, split: Split
     Args:
         model: any module with feed-forward layers; those that are experts already stay.
         calibration: what the model takes, or a list of such batches.
-        experts: into how many each layer is split; it must divide the hidden units.
+        n_experts: into how many each layer is split; it must divide the hidden units.
         split: how.
         router: how experts are chosen.
         k: how many run, a quarter where none is given.
@@ -62,32 +62,32 @@ def moefy(model: nn.Module, calibration: Any, *, experts: int = 16, split: Split
     Raises:
         NothingToReshape: the model has no dense feed-forward layer.
         UnknownName: no split or router is called that.
-        ValueError: `experts` does not divide a layer's hidden units, `k` is not between 1 and
-            `experts`, or the calibration data are empty or not finite.
+        ValueError: `n_experts` does not divide a layer's hidden units, `k` is not between 1 and
+            `n_experts`, or the calibration data are empty or not finite.
 
     Paper: Zhang, Lin, Liu, Li, Sun, Zhou, 2022, MoEfication: Transformer Feed-forward Layers are
     Mixtures of Experts.
 
     >>> from netwright.models import gpt
     >>> model, x = gpt(96, context=16), torch.randint(96, (4, 16))
-    >>> whole = moefy(model, x, experts=8, k=8, steps=10)
+    >>> whole = moefy(model, x, n_experts=8, k=8, steps=10)
     >>> torch.allclose(whole(x), model(x), atol=1e-5)
     True
     """
-    k = max(1, experts // 4) if k is None else k
+    k = max(1, n_experts // 4) if k is None else k
     for name, value, known in (("split", split, Split), ("router", router, Router)):
         if value not in known.__args__:  # type: ignore[attr-defined]
             raise UnknownName(name, value, known.__args__)  # type: ignore[attr-defined]
-    if experts < 1 or not 1 <= k <= experts:
-        raise ValueError(f"k must be between 1 and experts={experts}, got {k}")
+    if n_experts < 1 or not 1 <= k <= n_experts:
+        raise ValueError(f"k must be between 1 and n_experts={n_experts}, got {k}")
     if rows < 1 or steps < 1:
         raise ValueError(f"rows and steps must be at least 1, got {rows} and {steps}")
     batches = batches_of(calibration)
     layers = dense_layers(model, batches[0], square)
     for layer in layers:
-        if layer.hidden % experts:
-            raise ValueError(f"experts must divide the {layer.hidden} hidden units of "
-                             f"{layer.name or 'the model'!r}, got {experts}")
+        if layer.hidden % n_experts:
+            raise ValueError(f"n_experts must divide the {layer.hidden} hidden units of "
+                             f"{layer.name or 'the model'!r}, got {n_experts}")
     given = rows_of(model, [str(layer.up) for layer in layers], batches)
     blocks = {}
     for layer in layers:
@@ -99,7 +99,7 @@ def moefy(model: nn.Module, calibration: Any, *, experts: int = 16, split: Split
             x = x[torch.randperm(len(x), generator=generator)[:rows].to(x.device)]
         weights = feedforward_weights(model, layer)
         activation = activation_of(layer, weights.up)
-        groups = _groups(weights, activation, x, experts, split, generator)
+        groups = _groups(weights, activation, x, n_experts, split, generator)
         made = [as_block(weights.units(group)._replace(down_bias=None), activation)
                 for group in groups]
         chooser = ActiveExperts(made, k, router)

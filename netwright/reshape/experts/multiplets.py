@@ -42,7 +42,7 @@ def multiplets(model: nn.Module, train: Callable[[nn.Module, list[nn.Module]], A
     >>> from netwright.reshape import upcycle
     >>> x = torch.randint(96, (4, 16))
     >>> models = multiplets(gpt(96, context=16), lambda copy, before: None, x)
-    >>> len(models), upcycle(models, x, experts=3)(x).shape
+    >>> len(models), upcycle(models, x, n_experts=3)(x).shape
     (3, torch.Size([4, 16, 96]))
     """
     if stages < 1:

@@ -53,7 +53,7 @@ def prune_experts(model: nn.Module, task_data: Any, keep: int, *,
     >>> from netwright.models import gpt
     >>> from netwright.reshape import upcycle
     >>> x = torch.randint(96, (4, 16))
-    >>> mixture = upcycle(gpt(96, context=16), x, experts=8)
+    >>> mixture = upcycle(gpt(96, context=16), x, n_experts=8)
     >>> smaller = prune_experts(mixture, x, keep=4)
     >>> smaller(x).shape, len(list(smaller.parameters())) < len(list(mixture.parameters()))
     (torch.Size([4, 16, 96]), True)

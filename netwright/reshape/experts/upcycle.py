@@ -15,7 +15,7 @@ from netwright.stages.stage import apply
 
 
 @torch.inference_mode(False)
-def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, experts: int = 8,
+def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, n_experts: int = 8,
             k: int = 2, noise: float = 0.0, attention: Sequence[str] = (),
             balance: float = 0.01, square: bool = True,
             generator: Generator | None = None) -> nn.Module:
@@ -34,7 +34,7 @@ def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, expe
     Args:
         model: a dense model, or several of one architecture.
         example: what a model takes, to find its layers by; see `feedforwards`.
-        experts: of each feed-forward layer, at least as many as there are models.
+        n_experts: of each feed-forward layer, at least as many as there are models.
         k: experts that a token uses.
         noise: of each further copy of a model's layer: the deviation of what is added to a weight,
             in deviations of its matrix.
@@ -48,8 +48,8 @@ def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, expe
     Raises:
         NothingToReshape: the model has no dense feed-forward layer, or no module of a name of
             `attention`.
-        ValueError: there is no model, models differ in shape, `experts` is below their number, `k`
-            is not between 1 and `experts`, `noise` is below 0, or `example` is lacking.
+        ValueError: there is no model, models differ in shape, `n_experts` is below their number,
+            `k` is not between 1 and `n_experts`, `noise` is below 0, or `example` is lacking.
 
     Papers: Komatsuzaki, Puigcerver, Lee-Thorp, Ruiz, Mustafa, Ainslie, Tay, Dehghani, Houlsby,
     2023, Sparse Upcycling; Zhang, Gritsch, Gnaneshwar, Guo, Cairuz, Venkitesh, Foerster, Blunsom,
@@ -58,11 +58,11 @@ def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, expe
 
     >>> from netwright.models import gpt
     >>> model, x = gpt(96, context=16), torch.randint(96, (4, 16))
-    >>> torch.allclose(upcycle(model, x, experts=4)(x), model(x), atol=1e-5)
+    >>> torch.allclose(upcycle(model, x, n_experts=4)(x), model(x), atol=1e-5)
     True
     """
     models = [model] if isinstance(model, nn.Module) else list(model)
-    _check(models, experts, k, noise)
+    _check(models, n_experts, k, noise)
     names = _named(models[0], attention)
     if names and example is None:
         raise ValueError("example must be given where attention is, to see what attention takes; "
@@ -71,14 +71,14 @@ def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, expe
     blocks: dict[Any, nn.Module] = {}
     for layer in layers:
         made = []
-        for e in range(experts):
+        for e in range(n_experts):
             weights = feedforward_weights(models[e % len(models)], layer)
             block = as_block(weights, activation_of(layer, weights.up))
             if noise and e >= len(models):
                 _shake(block, noise, generator)
             made.append(block)
         like = next(made[0].parameters())
-        router = TopKRouter(layer.dim, experts, k, generator=generator).to(like)
+        router = TopKRouter(layer.dim, n_experts, k, generator=generator).to(like)
         blocks[layer] = MixtureOfExperts(layer.dim, made, router, balance=balance)
     mixed = with_blocks(_mean(models), blocks)
     for name, dim in _widths(models[0], names, example).items():
@@ -116,14 +116,14 @@ class SoftExperts(nn.Module):
         return (mixed, *given[0][1:]) if isinstance(given[0], tuple) else mixed
 
 
-def _check(models: list[nn.Module], experts: int, k: int, noise: float) -> None:
+def _check(models: list[nn.Module], n_experts: int, k: int, noise: float) -> None:
     if not models:
         raise ValueError("model must be a model or a list of at least one, got an empty list")
-    if experts < len(models):
-        raise ValueError(f"experts must be at least the number of models, {len(models)}, got "
-                         f"{experts}; each gives at least one")
-    if not 1 <= k <= experts:
-        raise ValueError(f"k must be between 1 and experts={experts}, got {k}")
+    if n_experts < len(models):
+        raise ValueError(f"n_experts must be at least the number of models, {len(models)}, got "
+                         f"{n_experts}; each gives at least one")
+    if not 1 <= k <= n_experts:
+        raise ValueError(f"k must be between 1 and n_experts={n_experts}, got {k}")
     if not noise >= 0:
         raise ValueError(f"noise must be at least 0, got {noise}")
     shapes = [{name: tuple(p.shape) for name, p in m.named_parameters()} for m in models]

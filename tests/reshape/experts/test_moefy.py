@@ -50,7 +50,7 @@ def drawn(seed=0):
 @pytest.mark.parametrize("name", ["relu", "gated", "functional gelu", "encoder", "gpt2", "llama"])
 def test_all_experts_are_the_dense_model(name):
     model, x = built(name)
-    whole = moefy(model, x, experts=8, k=8, steps=2, generator=drawn())
+    whole = moefy(model, x, n_experts=8, k=8, steps=2, generator=drawn())
     assert len(mixtures(whole)) == 2
     expected, found = (tensor_of(apply(m, x)) for m in (model, whole))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -68,7 +68,7 @@ def test_all_experts_are_the_dense_model(name):
 def test_fewer_experts_are_the_dense_layer_with_the_others_units_at_zero(split, router):
     torch.manual_seed(0)
     model, x = relu(12, 48).double(), torch.randn(20, 12, dtype=torch.double)
-    sparse = moefy(model, x, experts=6, k=2, split=split, router=router, steps=5,
+    sparse = moefy(model, x, n_experts=6, k=2, split=split, router=router, steps=5,
                    generator=drawn())
     found = sparse(x)
     chosen = sparse.router(x).experts
@@ -105,7 +105,7 @@ def test_units_that_fire_together_become_an_expert(seed):
     layer, x, owner = planted(seed)
     whole = {}
     for split in ("cluster", "coactivation", "random"):
-        made = moefy(layer, x, experts=4, k=1, split=split, steps=100, generator=drawn(seed))
+        made = moefy(layer, x, n_experts=4, k=1, split=split, steps=100, generator=drawn(seed))
         groups = [{int(owner[(layer[0].weight == row).all(1)]) for row in expert[0].weight}
                   for expert in made.experts]
         whole[split] = all(len(group) == 1 for group in groups)
@@ -122,7 +122,7 @@ def test_the_fitted_router_finds_more_active_experts_than_the_centers_do(seed):
     layer, x = relu(16, 64), torch.randn(3000, 16)
     found = {}
     for router in ("mlp", "similarity", "groundtruth"):
-        made = moefy(layer, x[:2000], experts=8, k=2, router=router, steps=200,
+        made = moefy(layer, x[:2000], n_experts=8, k=2, router=router, steps=200,
                      generator=drawn(seed))
         rest = x[2000:]
         with torch.no_grad():
@@ -166,7 +166,7 @@ def test_an_activation_of_ones_own_is_copied():
 
     torch.manual_seed(0)
     model, x = FeedForward(12, 32, activation=Bent), torch.randn(9, 12)
-    whole = moefy(model, x, experts=4, k=4, steps=2)
+    whole = moefy(model, x, n_experts=4, k=4, steps=2)
     torch.testing.assert_close(whole(x), model(x), rtol=1e-4, atol=1e-5)
     assert not {id(p) for p in whole.parameters()} & {id(p) for p in model.parameters()}
 
@@ -175,7 +175,7 @@ def test_what_is_given_stays_and_the_draws_are_the_generators():
     model, x = built("relu")
     model[1].feedforward.requires_grad_(False)
     before, state = deepcopy(model.state_dict()), torch.get_rng_state()
-    first, second = (moefy(model, [x, x], experts=8, steps=3, generator=drawn(4))
+    first, second = (moefy(model, [x, x], n_experts=8, steps=3, generator=drawn(4))
                      for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(),
@@ -192,14 +192,14 @@ def test_what_is_given_stays_and_the_draws_are_the_generators():
     mixtures(first)[0].router.k = 8
     assert not torch.equal(again(x), first(x))
     first.double()(x).sum().backward()
-    half = moefy(model.bfloat16(), x, experts=8, steps=2)
+    half = moefy(model.bfloat16(), x, n_experts=8, steps=2)
     assert half(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    ({"experts": 7}, "experts must divide the 128 hidden units"),
-    ({"experts": 8, "k": 9}, "k must be between 1 and experts=8"),
-    ({"experts": 8, "k": 0}, "k must be between 1 and experts=8"),
+    ({"n_experts": 7}, "n_experts must divide the 128 hidden units"),
+    ({"n_experts": 8, "k": 9}, "k must be between 1 and n_experts=8"),
+    ({"n_experts": 8, "k": 0}, "k must be between 1 and n_experts=8"),
     ({"steps": 0}, "steps must be at least 1"),
 ])
 def test_what_cannot_be_is_refused(options, says):
@@ -219,7 +219,7 @@ def test_other_bad_input():
     with pytest.raises(NothingToReshape, match="no feed-forward layer"):
         moefy(nn.Linear(4, 4), torch.randn(3, 4))
     with pytest.raises(NothingToReshape, match="experts already"):
-        moefy(moefy(model, x, experts=8, steps=2), x)
+        moefy(moefy(model, x, n_experts=8, steps=2), x)
     model[0].characters.weight.data[:] = float("nan")
     with pytest.raises(ValueError, match="calibration must give finite values"):
         moefy(model, x)

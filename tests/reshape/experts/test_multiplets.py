@@ -51,7 +51,7 @@ def test_only_feedforward_layers_learn_stage_by_stage():
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(),
                                                  strict=True))
     assert not torch.equal(models[1](x), models[2](x))
-    mixed = upcycle(models, x, experts=4, k=2)
+    mixed = upcycle(models, x, n_experts=4, k=2)
     experts = mixed[1].feedforward.experts
     for expert, copy in zip(experts, models, strict=True):
         assert torch.equal(expert[0].weight, copy[1].feedforward[0].weight)

@@ -65,7 +65,7 @@ def test_it_starts_at_the_dense_function(name):
     before = deepcopy(model.state_dict())
     attention = {"llama": ["self_attn"], "layers": ["attention"]}.get(name, [])
     for given in (model, [model, deepcopy(model), deepcopy(model)]):
-        mixed = upcycle(given, x, experts=4, k=3, attention=attention, generator=drawn())
+        mixed = upcycle(given, x, n_experts=4, k=3, attention=attention, generator=drawn())
         expected, found = (tensor_of(apply(m, x)) for m in (model, mixed))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert sum(isinstance(m, MixtureOfExperts) for m in mixed.modules()) == 2
@@ -78,7 +78,7 @@ def test_it_starts_at_the_dense_function(name):
 
 def test_several_models_become_one():
     models, x = [network(seed).double() for seed in range(3)], torch.randn(5, 7, 6).double()
-    mixed = upcycle(models, x, experts=6, k=2, attention=["attention"], generator=drawn())
+    mixed = upcycle(models, x, n_experts=6, k=2, attention=["attention"], generator=drawn())
     h = x
     for i in (0, 3):
         mean = sum(m[i].weight for m in models) / 3
@@ -100,7 +100,7 @@ def test_several_models_become_one():
 def test_noise_is_for_further_copies_only():
     model, x = built("plain")
     for models in ([model], [model, deepcopy(model)]):
-        mixed = upcycle(models, x, experts=4, noise=0.5, generator=drawn())
+        mixed = upcycle(models, x, n_experts=4, noise=0.5, generator=drawn())
         experts = mixed[1].feedforward.experts if hasattr(mixed[1], "feedforward") else next(
             m for m in mixed.modules() if isinstance(m, MixtureOfExperts)).experts
         first = model[1].mlp_in.weight
@@ -130,7 +130,7 @@ def test_specialists_become_experts_that_a_router_can_tell_apart(seed):
         models.append(model)
     left = {}
     for name, given in {"specialists": models, "copies": models[:1]}.items():
-        mixed = upcycle(given, x, experts=2, k=2, balance=0.0, generator=drawn(seed))
+        mixed = upcycle(given, x, n_experts=2, k=2, balance=0.0, generator=drawn(seed))
         router = mixed[1].router
         optimizer = torch.optim.Adam(router.parameters(), 0.1)
         for _ in range(60):
@@ -147,7 +147,7 @@ def test_copies_states_modes_and_dtypes():
     model, x = built("plain")
     model[1].requires_grad_(False)
     state = torch.get_rng_state()
-    mixed, other = (upcycle(model.eval(), x, experts=4, noise=0.1, generator=drawn(seed))
+    mixed, other = (upcycle(model.eval(), x, n_experts=4, noise=0.1, generator=drawn(seed))
                     for seed in (0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert not mixed.training
@@ -164,8 +164,8 @@ def test_copies_states_modes_and_dtypes():
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    ({"k": 9}, "k must be between 1 and experts=8"),
-    ({"experts": 1}, "at least the number of models, 2"),
+    ({"k": 9}, "k must be between 1 and n_experts=8"),
+    ({"n_experts": 1}, "at least the number of models, 2"),
     ({"noise": -1.0}, "noise must be at least 0"),
     ({"attention": ["attention"], "example": None}, "example must be given"),
 ])
