@@ -105,8 +105,10 @@ class Bank(NamedTuple):
         The pairs are sorted by expert: weights and rows (the tokens) (pairs,); inverse (tokens, k)
         says where each token's pairs lie, or is None where tokens differ in how many they have.
         """
+        kept = torch.is_grad_enabled() and any(
+            p is not None and p.requires_grad for p in (x, weights, *self.parameters))
         result: Tensor = _GroupedGLU.apply(x, weights, rows, inverse, counts, self.activation,
-                                           self.stacked, *self.parameters)
+                                           self.stacked, kept, *self.parameters)
         return result
 
 
@@ -170,10 +172,9 @@ class _GroupedGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, rows: Tensor,
                 inverse: Tensor | None, counts: Sequence[int], activation: nn.Module,
-                stacked: bool, *parameters: Tensor | None) -> Tensor:
+                stacked: bool, kept: bool, *parameters: Tensor | None) -> Tensor:
         ctx.counts, ctx.activation, ctx.stacked = counts, activation, stacked
         gate, up, down, *biases = _banks(parameters, stacked)
-        kept = any(ctx.needs_input_grad)
         size, hidden = (len(rows) if kept else max(counts)), down[0].shape[1]
         ups = x.new_empty(size, hidden)
         gates = None if gate[0] is None else torch.empty_like(ups)
@@ -198,7 +199,7 @@ class _GroupedGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weights, rows, inverse, gates, ups, *parameters = ctx.saved_tensors
         gate, up, down, *biases = _banks(parameters, ctx.stacked)
-        needs = ctx.needs_input_grad[7:]
+        needs = ctx.needs_input_grad[8:]
         grads = [torch.empty_like(p) if ctx.stacked and need else None
                  for p, need in zip(parameters, needs, strict=True)]
         for whole in grads:
@@ -245,7 +246,7 @@ class _GroupedGLU(torch.autograd.Function):
                 if g is not None:
                     dx[here].addmm_(dg, gate[e])
         dx = None if dx is None else _gathered(dx, rows, inverse, len(x))
-        return dx, dweights, None, None, None, None, None, *grads
+        return dx, dweights, None, None, None, None, None, None, *grads
 
 
 def _banks(parameters: Sequence[Any], stacked: bool) -> list[Any]:

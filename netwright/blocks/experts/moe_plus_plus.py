@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -105,6 +106,8 @@ class PathwayRouter(nn.Module):
     torch.Size([5, 2])
     """
 
+    residual: nn.Parameter | None
+
     def __init__(self, dim: int, n_experts: int, k: int = 2, *,
                  generator: Generator | None = None) -> None:
         super().__init__()
@@ -125,7 +128,8 @@ class PathwayRouter(nn.Module):
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
         """Return the routing of x (tokens, dim)."""
         logits = router_logits(x, self.weight)
-        for before in self._before:
+        if self._before and self.residual is not None:
+            (before,) = self._before
             seen = before._logits
             if seen is None or len(seen) != len(x):
                 raise ValueError(f"the layer before must have seen the same {len(x)} tokens, got "
@@ -161,7 +165,7 @@ def link_gates(network: nn.Module) -> nn.Module:
     if len(routers) < 2:
         raise ValueError(f"network must have at least two PathwayRouters, got {len(routers)}; "
                          "moe_plus_plus makes layers with one")
-    for before, router in zip(routers, routers[1:], strict=False):
+    for before, router in pairwise(routers):
         router.follow(before)
     return network
 
@@ -180,7 +184,9 @@ def moe_plus_plus(dim: int, experts: Sequence[nn.Module] | Callable[[], nn.Modul
         dim: size of the last axis of x.
         experts: modules (rows, dim) -> (rows, dim), or a function that makes one.
         n_experts: how many it makes.
-        zero, copy, constant: how many free experts of each kind.
+        zero: how many experts return zeros.
+        copy: how many return the token.
+        constant: how many replace it by a vector.
         k: how many experts a token uses.
         share: what the balance loss of free experts is multiplied by.
         capacity: as for `MixtureOfExperts`.

@@ -25,7 +25,7 @@ WAYS = ("dense", "learnt", "hash, random", "hash, balanced")
           "the load.")
 def hash_layers(scale: Scale) -> Outcome:
     """Train a word model with dense layers, a learnt router and two hash tables."""
-    seeds, steps, depth = (3, 300, 2) if scale == "desk" else (5, 5000, 4)
+    seeds, steps, depth = (3, 200, 2) if scale == "desk" else (5, 5000, 4)
     data, frequencies = _words()
 
     def make(way: str, seed: int) -> Callable[[], nn.Module]:

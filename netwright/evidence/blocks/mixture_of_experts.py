@@ -17,7 +17,7 @@ MARGIN = 0.01  # nats
           "dense feed-forward layer with as many active parameters.")
 def mixture_of_experts(scale: Scale) -> Outcome:
     """Train a character model with experts, and with dense layers of two sizes."""
-    seeds, steps, depth = (3, 300, 2) if scale == "desk" else (5, 5000, 4)
+    seeds, steps, depth = (3, 200, 2) if scale == "desk" else (5, 5000, 4)
     make: dict[str, Callable[[int, int], nn.Module]] = {
         "two of eight experts": lambda dim, hidden: MixtureOfExperts(
             dim, lambda: GLU(dim, HIDDEN), n_experts=N, k=K),

@@ -17,8 +17,8 @@ SLACK, FEWER = 0.01, 0.9  # nats; the share of the vanilla mixture's calls
 WAYS = ("MoE++", "vanilla")
 
 
-@evidence(paper="000-010", claim="With zero, copy and constant experts beside the others a model is "
-          "no worse, calls fewer feed-forward experts, and easy tokens choose the free ones.")
+@evidence(paper="000-010", claim="With zero, copy and constant experts beside the others a model "
+          "is no worse, calls fewer feed-forward experts, and easy tokens choose the free ones.")
 def moe_plus_plus(scale: Scale) -> Outcome:
     """Train a character model with free experts and one without, and count what tokens use."""
     seeds, steps, depth = (3, 300, 2) if scale == "desk" else (5, 5000, 4)
@@ -63,8 +63,8 @@ def moe_plus_plus(scale: Scale) -> Outcome:
                  "calls, MoE++, the third of the tokens with the lowest loss": easy,
                  "calls, MoE++, the third of the tokens with the highest loss": hard},
         curves=curves, axes=("step", "held-out loss (nats)"),
-        note=f"Shown is a loss at most {SLACK} nats above the vanilla mixture's, at most {FEWER} of "
-             "its calls, and fewer calls for the tokens of low loss than for those of high loss "
+        note=f"Shown is a loss at most {SLACK} nats above the vanilla mixture's, at most {FEWER} "
+             "of its calls, and fewer calls for the tokens of low loss than for those of high loss "
              "under every seed; partly shown, the first two.")
 
 
