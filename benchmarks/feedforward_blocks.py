@@ -25,7 +25,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from netwright.blocks.feedforward import AGLU, GLU, ConvGLU, FeedForward, Star
+from netwright.blocks.experts import MixtureOfExperts
+from netwright.blocks.feedforward import (
+    AGLU,
+    GLU,
+    ConvGLU,
+    FastFeedforward,
+    FeedForward,
+    LowRankFeedForward,
+    QuadraticFeedForward,
+    RePaFeedForward,
+    Star,
+    StructuredFeedForward,
+)
+from netwright.blocks.kan import AFKANFeedForward, KANFeedForward, RationalFeedForward
 from netwright.data import Split
 from netwright.evidence.evidence import machine
 from netwright.evidence.small_models import (
@@ -43,6 +56,12 @@ RESULTS = Path(__file__).parent / "results" / "feedforward_blocks.json"
 STEPS, SEEDS, TURNS, BATCH, PLAIN = 300, 3, 15, 16, "plain, GELU"
 Make = Callable[[int, int], nn.Module]
 
+
+def eights(hidden: int) -> int:
+    """Return the next multiple of 8, which blocks of groups and stripes need."""
+    return 8 * -(-hidden // 8)
+
+
 # A block is a line: what makes it of its dimension and its hidden size.
 BLOCKS: dict[str, Make] = {
     PLAIN: FeedForward,
@@ -56,6 +75,19 @@ BLOCKS: dict[str, Make] = {
     "GEGLU": partial(GLU, activation="gelu"),
     "SwiGLU": GLU,
     "Star": Star,
+    "low rank": LowRankFeedForward,
+    "block-dense": lambda dim, hidden: StructuredFeedForward(
+        dim, eights(hidden), kind="blockdense"),
+    "block-shuffle": lambda dim, hidden: StructuredFeedForward(
+        dim, eights(hidden), kind="blockshuffle"),
+    "RePa": RePaFeedForward,
+    "fast, 8 leaves": lambda dim, hidden: FastFeedforward(dim, depth=3, leaf=-(-hidden // 8)),
+    "quadratic": QuadraticFeedForward,
+    "rational": lambda dim, hidden: RationalFeedForward(dim, eights(hidden)),
+    "splines (KAN)": KANFeedForward,
+    "activation-based KAN": AFKANFeedForward,
+    "2 of 4 SwiGLU experts": lambda dim, hidden: MixtureOfExperts(
+        dim, partial(GLU, dim, hidden), n_experts=4),
 }
 # Those that must know how the tokens lie: a line for each task.
 PLACED: dict[str, dict[str, Make]] = {
