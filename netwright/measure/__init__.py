@@ -6,5 +6,5 @@ from netwright.measure.memory import Memory, memory
 from netwright.measure.routed_scaling import RoutedScaling, effective_params, fit_routed_scaling
 from netwright.measure.scaling import ScalingFit, scaling_fit
 
-__all__ = ["Cost", "Memory", "RoutedScaling", "ScalingFit", "alignment", "cost", "effective_params",
-           "fit_routed_scaling", "memory", "scaling_fit"]
+__all__ = ["Cost", "Memory", "RoutedScaling", "ScalingFit", "alignment", "cost",
+           "effective_params", "fit_routed_scaling", "memory", "scaling_fit"]

@@ -1,5 +1,4 @@
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import pairwise
 from math import ceil
@@ -8,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from netwright.blocks.auxiliary import with_auxiliary
 from netwright.blocks.experts.glu_experts import GLUExperts, bank_of
 from netwright.blocks.experts.routing import Routing, TopKRouter
-
-_scale: list[float | Tensor] = [1.0]
 
 
 class Usage(NamedTuple):
@@ -130,6 +128,9 @@ class MixtureOfExperts(nn.Module):
         flat = x.reshape(-1, self.dim)
         routing = self.router(flat, None if token_ids is None else token_ids.reshape(-1))
         sent = _dispatch(routing, len(flat), self.n_experts, self.capacity)
+        usage, total = self._usage(routing, sent)
+        if total is not None and self.training and total.requires_grad:
+            sent = sent._replace(weights=with_auxiliary(sent.weights, total))
         y = self._experts(flat, sent)
         for i, module in enumerate(self.shared):
             more = module(flat)
@@ -137,7 +138,7 @@ class MixtureOfExperts(nn.Module):
                 raise ValueError(f"shared module {i} must return {tuple(y.shape)}, as the experts "
                                  f"do, got {tuple(more.shape)}")
             y = y + more
-        y = self._teach(y, routing, sent)
+        self.usage = usage
         observe = getattr(self.router, "observe", None)
         if self.training and observe is not None:
             observe(self.usage.load)
@@ -170,8 +171,8 @@ class MixtureOfExperts(nn.Module):
             return y.index_select(0, inverse.flatten()).view(*inverse.shape, y.shape[1]).sum(1)
         return y.new_zeros(len(x), y.shape[1]).index_add(0, sent.rows, y)
 
-    def _teach(self, y: Tensor, routing: Routing, sent: "_Sent") -> Tensor:
-        """Return y, whose backward pass adds the gradient of the two losses; note what was done."""
+    def _usage(self, routing: Routing, sent: "_Sent") -> tuple[Usage, Tensor | None]:
+        """Return what the pass does, and the two losses by their strengths."""
         n, nothing = self.n_experts, sent.asked.new_zeros((), dtype=torch.float32)
         balance_loss, z_loss, total = nothing, nothing, None
         if routing.probabilities is not None and len(routing.probabilities):
@@ -184,51 +185,12 @@ class MixtureOfExperts(nn.Module):
             z_loss = routing.logits.logsumexp(-1).square().mean()
             if self.z:
                 total = self.z * z_loss if total is None else total + self.z * z_loss
-        self.usage = Usage(sent.load, sent.asked.sum() - sent.load.sum(), balance_loss.detach(),
-                           z_loss.detach())
-        if total is None or not (self.training and total.requires_grad):
-            return y
-        injected: Tensor = _Inject.apply(y, total)
-        return injected
+        return Usage(sent.load, sent.asked.sum() - sent.load.sum(), balance_loss.detach(),
+                     z_loss.detach()), total
 
     def extra_repr(self) -> str:
         """Return what the modules do not say."""
         return f"dim={self.dim}, n_experts={self.n_experts}, capacity={self.capacity}"
-
-
-@contextmanager
-def auxiliary_scale(factor: float | Tensor) -> Iterator[None]:
-    """Scale the losses that mixtures of experts add in the backward passes within.
-
-    By the factor that the loss itself is scaled by: 1 / batches where the gradients of several
-    batches are added up, `scaler.get_scale()` under a GradScaler, their product for both.
-
-    >>> from netwright.blocks.feedforward import GLU
-    >>> moe = MixtureOfExperts(16, lambda: GLU(16, 32), n_experts=4)
-    >>> for x in torch.randn(2, 10, 16):
-    ...     with auxiliary_scale(1 / 2):
-    ...         (moe(x).square().mean() / 2).backward()
-    """
-    before = _scale[0]
-    _scale[0] = factor
-    try:
-        yield
-    finally:
-        _scale[0] = before
-
-
-class _Inject(torch.autograd.Function):
-    """The identity, in whose backward pass `loss` gets a gradient too."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
-        ctx.like = loss.dtype, loss.device
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        dtype, device = ctx.like
-        return grad, torch.ones((), dtype=dtype, device=device) * _scale[0]
 
 
 class _Sent(NamedTuple):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
+from netwright.blocks.auxiliary import with_auxiliary
 from netwright.blocks.feedforward.feed_forward import Activation, FeedForward, activation_module
 
 TOGETHER = 6  # levels whose nodes all decide in one product, which is quicker than picking theirs
@@ -155,7 +156,7 @@ class FastFeedforward(nn.Module):
         balance = self.leaves * (load / rows * paths.sum(0) / rows).sum()
         self.usage = TreeUsage(load, entropy.detach(), balance.detach())
         loss = self.hardening * entropy + self.balance * balance
-        return _Inject.apply(paths, loss) if loss.requires_grad else paths
+        return with_auxiliary(paths, loss) if loss.requires_grad else paths
 
     def _chosen(self, x: Tensor) -> Tensor:
         leaf = self.choose(x)
@@ -198,20 +199,3 @@ def _descended(right: Tensor, levels: int) -> Tensor:
     for _ in range(levels):
         node = torch.add(right.gather(1, node), node, alpha=2) + 1
     return node.squeeze(1)
-
-
-class _Inject(torch.autograd.Function):
-    """The identity, in whose backward pass `loss` gets a gradient too."""
-
-    @staticmethod
-    def forward(signal: Tensor, loss: Tensor) -> Tensor:
-        return signal.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.kind = inputs[1].dtype
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (gradient,) = gradients
-        return gradient, gradient.new_ones((), dtype=ctx.kind)
