@@ -80,7 +80,7 @@ BLOCKS: dict[str, Make] = {
         dim, eights(hidden), kind="blockdense"),
     "block-shuffle": lambda dim, hidden: StructuredFeedForward(
         dim, eights(hidden), kind="blockshuffle"),
-    "RePa": RePaFeedForward,
+    "RePa": lambda dim, hidden: RePaFeedForward(dim, max(hidden, 4)),
     "fast, 8 leaves": lambda dim, hidden: FastFeedforward(dim, depth=3, leaf=-(-hidden // 8)),
     "quadratic": QuadraticFeedForward,
     "rational": lambda dim, hidden: RationalFeedForward(dim, eights(hidden)),

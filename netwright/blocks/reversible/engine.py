@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -197,8 +198,6 @@ def undo(steps: Sequence[Step], streams: Sequence[Tensor]) -> list[Tensor]:
     return streams
 
 
-@torch.compiler.disable(reason="reconstruction runs modules inside a backward pass; compile the "
-                               "modules inside the reversible blocks instead")
 def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False,
         first: bool = False) -> list[Tensor]:
     """Return the streams after `steps`, of which only the last are kept for the backward pass.
@@ -220,6 +219,21 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
             stream was not finite when it came back though it had ended so; buffers, gradients and
             the random state are then as they were.
     """
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break("reconstruction runs modules inside a backward pass; compile the "
+                                  "modules inside the reversible blocks instead")
+        return list(_uncompiled()(steps, streams, exact, first))
+    return _run(steps, streams, exact, first)
+
+
+@cache
+def _uncompiled() -> Callable[..., list[Tensor]]:
+    # Made where something compiles, since its import takes longer than that of this library.
+    return torch.compiler.disable(_run)
+
+
+def _run(steps: Sequence[Step], streams: Sequence[Tensor], exact: bool,
+         first: bool) -> list[Tensor]:
     transformed = (forward_ad._current_level >= 0
                    or torch._C._functorch.maybe_current_level() is not None)
     if transformed or not (first or torch.is_grad_enabled()):

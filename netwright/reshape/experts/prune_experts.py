@@ -3,7 +3,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy
 import torch
-from sklearn.cluster import AgglomerativeClustering
 from torch import Generator, Tensor, nn
 
 from netwright.blocks.experts.routing import router_logits
@@ -132,6 +131,7 @@ def _stay(logits: Tensor, keep: int, method: Method, generator: Generator | None
     points = points / points.norm(dim=0).clamp(min=torch.finfo(torch.double).tiny)
     distances = (1 - points.T @ points).clamp(min=0).cpu().numpy()
     numpy.fill_diagonal(distances, 0.0)
+    from sklearn.cluster import AgglomerativeClustering
     owner = torch.from_numpy(AgglomerativeClustering(
         keep, metric="precomputed", linkage="average").fit_predict(distances))
     best = [usage.cpu().where(owner == cluster, -1.0).argmax() for cluster in range(keep)]
