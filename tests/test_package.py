@@ -12,7 +12,7 @@ import netwright as nw
 
 ROOT = Path(__file__).parent.parent
 SLOW = ("optuna", "plotly", "rich", "sklearn", "tensorboard", "torch_geometric", "transformers",
-        "typer", "pandas", "matplotlib")
+        "typer", "pandas", "matplotlib", "torch._dynamo")
 
 
 def test_import_stays_light():
@@ -25,7 +25,7 @@ def test_import_stays_light():
 
 
 def test_every_public_name_is_there():
-    for package in (nw, nw.rules, nw.reshape, nw.measure, nw.papers, nw.evidence, nw.data,
+    for package in (nw, nw.blocks, nw.flows, nw.rules, nw.reshape, nw.measure, nw.papers, nw.evidence, nw.data,
                     nw.learners, nw.circuits, nw.boosting, nw.optim):
         assert len(package.__all__) == len(set(package.__all__))
         assert all(hasattr(package, name) for name in package.__all__)
