@@ -25,8 +25,8 @@ def test_import_stays_light():
 
 
 def test_every_public_name_is_there():
-    for package in (nw, nw.blocks, nw.flows, nw.rules, nw.reshape, nw.measure, nw.papers, nw.evidence, nw.data,
-                    nw.learners, nw.circuits, nw.boosting, nw.optim):
+    for package in (nw, nw.blocks, nw.flows, nw.rules, nw.reshape, nw.measure, nw.papers,
+                    nw.evidence, nw.data, nw.learners, nw.circuits, nw.boosting, nw.optim):
         assert len(package.__all__) == len(set(package.__all__))
         assert all(hasattr(package, name) for name in package.__all__)
 
