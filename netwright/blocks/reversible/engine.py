@@ -268,13 +268,24 @@ class _Record:
 
     def __init__(self, step: Step) -> None:
         self.modules = [] if isinstance(step, Regroup) else _inside(step.modules())
-        self.modes = [module.training for module in self.modules]
-        self.parameters = [(module, name, p) for module in self.modules
-                           for name, p in module._parameters.items() if p is not None]
-        self.buffered = [module for module in self.modules if module._buffers]
-        used = [p for _, _, p in self.parameters] + _arguments(step)
-        self.own = list({id(t): t for t in used if t.requires_grad}.values())
-        self.fixed = [t for t in used if not t.requires_grad]  # and buffers that stay as they are
+        self.modes: list[bool] = []
+        self.parameters: list[tuple[nn.Module, str, Tensor]] = []
+        self.buffered: list[nn.Module] = []
+        own: dict[int, Tensor] = {}
+        self.fixed: list[Tensor] = []  # what needs no gradient, and buffers that stay as they are
+        for module in self.modules:
+            self.modes.append(module.training)
+            if module._buffers:
+                self.buffered.append(module)
+            for name, p in module._parameters.items():
+                if p is not None:
+                    self.parameters.append((module, name, p))
+        for t in [*[p for _, _, p in self.parameters], *_arguments(step)]:
+            if t.requires_grad:
+                own[id(t)] = t
+            else:
+                self.fixed.append(t)
+        self.own = list(own.values())
         self.random: RandomState | None = None  # the random state before it
         self.drew = False
         self.changed: list[_Changed] = []
