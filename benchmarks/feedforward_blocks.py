@@ -80,7 +80,7 @@ BLOCKS: dict[str, Make] = {
         dim, eights(hidden), kind="blockdense"),
     "block-shuffle": lambda dim, hidden: StructuredFeedForward(
         dim, eights(hidden), kind="blockshuffle"),
-    "RePa": lambda dim, hidden: RePaFeedForward(dim, max(hidden, 4)),
+    "RePa": RePaFeedForward,
     "fast, 8 leaves": lambda dim, hidden: FastFeedforward(dim, depth=3, leaf=-(-hidden // 8)),
     "quadratic": QuadraticFeedForward,
     "rational": lambda dim, hidden: RationalFeedForward(dim, eights(hidden)),
@@ -100,7 +100,7 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[[], Split]]] = {
 
 def hidden_for(value: Callable[[int], int], target: int) -> int:
     """Return the hidden size at which a growing `value` comes nearest to `target`."""
-    low, high = 1, 2
+    low, high = 16, 32
     while value(high) < target:
         low, high = high, 2 * high
         if high > 2 ** 20:

@@ -269,7 +269,7 @@ class _Record:
     def __init__(self, step: Step) -> None:
         self.modules = [] if isinstance(step, Regroup) else _inside(step.modules())
         self.modes: list[bool] = []
-        self.parameters: list[tuple[nn.Module, str, Tensor]] = []
+        self.parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.buffered: list[nn.Module] = []
         own: dict[int, Tensor] = {}
         self.fixed: list[Tensor] = []  # what needs no gradient, and buffers that stay as they are
