@@ -58,7 +58,7 @@ class MixtureOfExperts(nn.Module):
         router: a module (x (tokens, dim), token_ids) -> `Routing`; a `TopKRouter(dim, n_experts,
             k)` where none is given. If it has a method `observe(load)`, that is called with the
             tokens of each expert after each pass in training.
-        n_experts: how many, where `experts` does not say it.
+        n_experts: how many, where neither `experts` nor `router` says it.
         k: how many a token uses, for the router that is made here.
         capacity: None, and no token is dropped; or a factor: each expert takes at most
             ceil(capacity * pairs / n_experts) tokens, first those of which it is the first choice,
@@ -94,7 +94,8 @@ class MixtureOfExperts(nn.Module):
                  balance: float | Sequence[float] = 0.01, z: float = 0.0,
                  fused: bool = True) -> None:
         super().__init__()
-        self.experts = _modules(experts, n_experts)
+        wanted = getattr(router, "n_experts", None) if n_experts is None else n_experts
+        self.experts = _modules(experts, wanted)
         n = self.experts.n_experts if isinstance(self.experts, GLUExperts) else len(self.experts)
         if n_experts not in (None, n):
             raise ValueError(f"n_experts must be the number of experts, {n}, got {n_experts}; "

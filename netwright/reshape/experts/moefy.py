@@ -87,7 +87,7 @@ def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Spl
     for layer in layers:
         if layer.hidden % n_experts:
             raise ValueError(f"n_experts must divide the {layer.hidden} hidden units of "
-                             f"{layer.name or 'the model'!r}, got {n_experts}")
+                             f"{layer}, got {n_experts}")
     given = rows_of(model, [str(layer.up) for layer in layers], batches)
     blocks = {}
     for layer in layers:

@@ -55,6 +55,9 @@ class FeedForwardLayer:
     dropout: float = 0.0
     experts: int | None = None
 
+    def __str__(self) -> str:
+        return repr(self.name) if self.name else "the model"
+
 
 @torch.inference_mode(False)
 def feedforwards(model: nn.Module, example: Any = None, *,

@@ -170,7 +170,7 @@ def record(model: nn.Module, layer: FeedForwardLayer, batches: Sequence[Any]) ->
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
-            raise ValueError(f"{layer.name!r} must return one tensor, got "
+            raise ValueError(f"{layer} must return one tensor, got "
                              f"{type(output).__name__}; leave it out by layers=")
         samples.append((taken.pop(), output.detach().clone()))
 
@@ -243,7 +243,7 @@ def _check(block: nn.Module, layer: FeedForwardLayer, samples: Samples) -> None:
     if not isinstance(given, Tensor) or given.shape != y.shape:
         what = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise ValueError(f"the block that make({layer.dim}, {layer.hidden}) makes must give "
-                         f"{tuple(y.shape)} for {tuple(x.shape)}, as {layer.name!r} does, "
+                         f"{tuple(y.shape)} for {tuple(x.shape)}, as {layer} does, "
                          f"got {what}")
 
 
@@ -266,7 +266,7 @@ def _distil(block: nn.Module, samples: Samples, layer: FeedForwardLayer, steps: 
                 loss = mse_loss(block(x).float(), y.float() / scale) * (scale ** 2 / variance)
                 value = float(loss.detach())
                 if not math.isfinite(value):
-                    raise Diverged(f"the loss of the block for {layer.name!r} became {value} at "
+                    raise Diverged(f"the loss of the block for {layer} became {value} at "
                                    f"step {step}; try a lower lr than {lr}")
                 optimizer.zero_grad()
                 loss.backward()
@@ -285,7 +285,7 @@ def _distil(block: nn.Module, samples: Samples, layer: FeedForwardLayer, steps: 
     else:
         error = _error(block, samples, variance)
     if not math.isfinite(error):
-        raise Diverged(f"the block for {layer.name!r} does not give finite outputs after "
+        raise Diverged(f"the block for {layer} does not give finite outputs after "
                        f"{steps} steps; try a lower lr than {lr}")
     bar.epoch(number, error, error)
     return error

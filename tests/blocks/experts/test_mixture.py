@@ -428,3 +428,8 @@ def test_what_cannot_be_run():
         moe = mixture(glus(), Table(torch.full((16, 1), index), torch.ones(16, 1)))
         with pytest.raises(ValueError, match="experts from 0 to 3"):
             moe(torch.randn(16, DIM, dtype=torch.double))
+
+
+def test_the_router_says_how_many_experts_there_are():
+    moe = MixtureOfExperts(6, lambda: GLU(6, 8), TopKRouter(6, n_experts=3))
+    assert moe.n_experts == len(moe.experts) == 3
