@@ -82,7 +82,7 @@ def main() -> None:
             model(x).square().mean().backward()
         return run
 
-    times = medians({"n_experts": step(tuned), "one": step(one), "anew": step(anew)})
+    times = medians({"experts": step(tuned), "one": step(one), "anew": step(anew)})
     found["mix_lora step, 2 of 8 experts / one adapter of the rank of both"] = (
         times["experts"] / times["one"])
     found["mix_lora step, shared frozen products / products for each expert"] = (
