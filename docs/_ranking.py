@@ -27,7 +27,12 @@ def page() -> str:
         "of their loss: neighbours that differ by less than their deviations are not told apart.",
         "", "These are small networks and short trainings; `python "
         "benchmarks/feedforward_blocks.py` runs them again, and takes a new block as a line of its "
-        "table.", ""]
+        "table.", "",
+        "What to read with care: `ConvGLU` also sees neighbouring tokens, which the others leave to "
+        "attention; `RePa` has batch norms, which help short trainings by themselves; the experts' "
+        "parameters are not all active. Not ranked: `AFKANFeedForward`, whose step takes ten to "
+        "twenty times as long, and what does not stand for a block of this kind by itself "
+        "(`SNNK`, `LehmerMultiplet`, `GatedPerceptron`).", ""]
     for task, (title, misses) in TASKS.items():
         rows = found["tasks"][task]
         for match, heading in MATCHES.items():
