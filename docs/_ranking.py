@@ -28,8 +28,8 @@ def page() -> str:
         "", "These are small networks and short trainings; `python "
         "benchmarks/feedforward_blocks.py` runs them again, and takes a new block as a line of its "
         "table.", "",
-        "What to read with care: `ConvGLU` also sees neighbouring tokens, which the others leave to "
-        "attention; `RePa` has batch norms, which help short trainings by themselves; the experts' "
+        "What to read with care: `ConvGLU` also sees neighbouring tokens, which the others leave "
+        "to attention; `RePa` has batch norms, which help short trainings by themselves; the experts' "
         "parameters are not all active. Not ranked: `AFKANFeedForward`, whose step takes ten to "
         "twenty times as long, and what does not stand for a block of this kind by itself "
         "(`SNNK`, `LehmerMultiplet`, `GatedPerceptron`).", ""]
