@@ -30,8 +30,8 @@ def page() -> str:
         "table.", "",
         "What to read with care: `ConvGLU` also sees neighbouring tokens, which the others leave "
         "to attention; `RePa` has batch norms, which help short trainings by themselves; the "
-        "experts' parameters are not all active. Not ranked: `AFKANFeedForward`, whose step takes ten to "
-        "twenty times as long, and what does not stand for a block of this kind by itself "
+        "experts' parameters are not all active. Not ranked: `AFKANFeedForward`, whose step takes "
+        "ten to twenty times as long, and what does not stand for a block of this kind by itself "
         "(`SNNK`, `LehmerMultiplet`, `GatedPerceptron`).", ""]
     for task, (title, misses) in TASKS.items():
         rows = found["tasks"][task]
