@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from netwright.errors import NothingToReshape
 from netwright.modes import evaluating, same_buffers, same_random_state
 from netwright.reshape.pruning._residual import trace
-from netwright.reshape.residual.reversible import Passed, _Block, _example, _respond, _runs
+from netwright.reshape.residual._blocks import Block, Passed, example_of, respond, runs_of
 
 
 @torch.inference_mode(False)
@@ -60,10 +60,10 @@ def parallelize_residual(model: nn.Module, example: Any = None, *,
     if hasattr(model, "_orig_mod"):
         raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
                                "the module that was compiled, and compile the result")
-    x = _example(model) if example is None else example
+    x = example_of(model) if example is None else example
     changed: Any = deepcopy(model)
     with same_random_state(), evaluating(changed), same_buffers(changed):
-        runs = _runs(changed, x, trace(deepcopy(changed), x), alone=False)
+        runs = runs_of(changed, x, trace(deepcopy(changed), x), alone=False)
     if not runs:
         raise NothingToReshape(
             f"{type(model).__name__} has no residual blocks in a row: modules beside one another "
@@ -92,7 +92,7 @@ class ParallelSum(nn.Module):
         outputs = [block(h, *args, **options) for block in self.blocks]
         streams = [next(t for t in tree_leaves(output) if isinstance(t, Tensor))
                    for output in outputs]
-        return _respond(self.response, h + (torch.stack(streams) - h).sum(0))
+        return respond(self.response, h + (torch.stack(streams) - h).sum(0))
 
     def __getattr__(self, name: str) -> Any:
         """Return what models read off their layers, such as a kind of attention."""
@@ -105,7 +105,7 @@ class ParallelSum(nn.Module):
             return getattr(blocks[0], name)
 
 
-def _put(model: nn.Module, run: list[_Block]) -> str:
+def _put(model: nn.Module, run: list[Block]) -> str:
     """Put the blocks side by side into the place of the first; say what was done."""
     parent = model.get_submodule(run[0].parent)
     parallel = ParallelSum([block.module for block in run], run[0].response)

@@ -1,21 +1,20 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.engine import Add, Update
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.errors import CannotReverse, NothingToReshape, UnknownName
 from netwright.modes import evaluating, same_buffers, same_random_state
-from netwright.reshape.pruning._residual import Place, Silent, Sublayer, Trace, trace
-from netwright.stages import call
+from netwright.reshape.pruning._residual import Silent, Trace, trace
+from netwright.reshape.residual._blocks import Block, Passed, example_of, respond, runs_of
 from netwright.stages._transformers import is_cache
 
 How = Literal["coupling", "momentum"]
@@ -88,7 +87,7 @@ def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
     if hasattr(model, "_orig_mod"):
         raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
                                "the module that was compiled, and compile the result")
-    x = _example(model) if example is None else example
+    x = example_of(model) if example is None else example
     changed: Any = deepcopy(model)
     if hasattr(getattr(changed, "config", None), "use_cache"):
         changed.config.use_cache = False
@@ -97,7 +96,7 @@ def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
             layer.activation_relu_or_gelu = 0
     with same_random_state(), evaluating(changed), same_buffers(changed):
         found = trace(deepcopy(changed), x)
-        runs = _runs(changed, x, found, alone=how == "coupling")
+        runs = runs_of(changed, x, found, alone=how == "coupling")
         for run in runs:
             for block in run:
                 block.parts = _parts(block, found) if how == "coupling" else [(block.kind, {})]
@@ -133,7 +132,7 @@ class ReversibleStack(nn.Module):
                                 "blocks run twice; set use_cache=False, or use torch.no_grad()")
         first, second = self.blocks((h, torch.zeros_like(h) if self.momentum else h), *args,
                                     **options)
-        return _respond(self.response, first if self.momentum else (first + second) / 2)
+        return respond(self.response, first if self.momentum else (first + second) / 2)
 
     def extra_repr(self) -> str:
         """Say what the streams are."""
@@ -148,20 +147,6 @@ class ReversibleStack(nn.Module):
             if blocks is None or name.startswith("_"):
                 raise
             return getattr(blocks[0].block, name)
-
-
-class Passed(nn.Module):
-    """Stands where a block stood that a `ReversibleStack` before it holds: it returns its input."""
-
-    batch_first = False  # PyTorch's encoder looks for it
-
-    def __init__(self, response: Any) -> None:
-        super().__init__()
-        self.response = response
-
-    def forward(self, h: Tensor, *args: Any, **options: Any) -> Any:
-        """Return `h` in the form in which a block returned it."""
-        return _respond(self.response, h)
 
 
 class Coupled(ReversibleBlock):
@@ -244,81 +229,8 @@ def _silenced(block: nn.Module, stubs: Sequence[tuple[str, str, Silent]]) -> Ite
             place[child] = module
 
 
-@dataclass
-class _Block:
-    """One call of a residual block in the run that was watched."""
-
-    name: str
-    module: nn.Module
-    taken: Tensor
-    given: Tensor
-    rest: tuple[Any, Any]
-    response: Any
-    sublayers: list[Sublayer]
-    parts: list[tuple[str, dict[str, Silent]]] = field(default_factory=list)
-
-    @property
-    def parent(self) -> str:
-        return self.name.rpartition(".")[0]
-
-    @property
-    def kind(self) -> str:
-        return type(self.module).__name__
-
-
-def _runs(model: nn.Module, x: Any, found: Trace, *, alone: bool) -> list[list[_Block]]:
-    """Return the rows of residual blocks that feed one another, the innermost ones.
-
-    `alone`: whether a single block with several sublayers is a row.
-    """
-    runs: list[list[_Block]] = []
-    for block in _blocks(model, x, found):
-        run = next((run for run in runs if run[-1].given is block.taken
-                    and run[-1].parent == block.parent and _same(run[-1].rest, block.rest)), None)
-        if run is None:
-            runs.append([block])
-        else:
-            run.append(block)
-    runs = [run for run in runs if len(run) > 1 or (alone and len(run[0].sublayers) > 1)]
-    inner = [block.name for run in runs for block in run]
-    return [run for run in runs if not any(
-        other.startswith(f"{block.name}.") for block in run for other in inner)]
-
-
-def _blocks(model: nn.Module, x: Any, found: Trace) -> list[_Block]:
-    calls: dict[str, list[_Block]] = {}
-
-    def returned(module: nn.Module, args: Any, options: Any, output: Any, *, name: str) -> None:
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        inside = [s for s in found.sublayers if s.name.startswith(f"{name}.")]
-        if not (inside and args and isinstance(args[0], Tensor) and len(tensors) == 1
-                and tensors[0].shape == args[0].shape and tensors[0].dtype == args[0].dtype):
-            return
-        response = tree_map(lambda leaf: Place.STREAM if leaf is tensors[0] else leaf, output)
-        calls.setdefault(name, []).append(_Block(
-            name, module, args[0], tensors[0], (args[1:], options), response, inside))
-
-    handles = [module.register_forward_hook(partial(returned, name=name), with_kwargs=True)
-               for name, module in model.named_modules() if name]
-    try:
-        with torch.no_grad():
-            call(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [made[0] for made in calls.values() if len(made) == 1]
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two blocks were given the same besides the signal."""
-    ours, theirs = tree_leaves(a), tree_leaves(b)
-    return len(ours) == len(theirs) and all(
-        p is q or (not isinstance(p, Tensor) and not isinstance(q, Tensor) and p == q)
-        for p, q in zip(ours, theirs, strict=True))
-
-
 @torch.no_grad()
-def _parts(block: _Block, found: Trace) -> list[tuple[str, dict[str, Silent]]]:
+def _parts(block: Block, found: Trace) -> list[tuple[str, dict[str, Silent]]]:
     """Return the block's sublayers with what is silent beside each, or the block as one part."""
     whole: list[tuple[str, dict[str, Silent]]] = [(block.kind, {})]
     if len(block.sublayers) < 2:
@@ -345,7 +257,7 @@ def _parts(block: _Block, found: Trace) -> list[tuple[str, dict[str, Silent]]]:
     return parts if near else whole
 
 
-def _put(model: nn.Module, run: list[_Block], gamma: float | None, exact: bool) -> dict[str, str]:
+def _put(model: nn.Module, run: list[Block], gamma: float | None, exact: bool) -> dict[str, str]:
     """Put the stack in the run's place; return where the blocks' parameters are now."""
     parent = model.get_submodule(run[0].parent)
     turn, blocks = 0, list[ReversibleBlock]()
@@ -376,13 +288,7 @@ def _moved(moves: dict[str, str], state: dict[str, Any], prefix: str, *_: Any) -
                 break
 
 
-def _respond(response: Any, h: Tensor) -> Any:
-    if response is Place.STREAM:
-        return h
-    return tree_map(lambda leaf: h if leaf is Place.STREAM else leaf, response)
-
-
-def _said(run: list[_Block], how: How, gamma: float) -> str:
+def _said(run: list[Block], how: How, gamma: float) -> str:
     where = run[0].name if len(run) == 1 else f"{run[0].name} to {run[-1].name.rpartition('.')[2]}"
     kinds = " and ".join(dict.fromkeys(block.kind for block in run))
     what = f"{len(run)} block{'s' * (len(run) > 1)} ({kinds})"
@@ -392,19 +298,3 @@ def _said(run: list[_Block], how: How, gamma: float) -> str:
     inside = (f"each in {len(parts)} parts: {', '.join(name for name, _ in parts)}"
               if len(parts) > 1 else "each as a whole")
     return f"{where}: {what} in two coupled streams, {inside}"
-
-
-def _example(model: Any) -> Any:
-    config: Any = getattr(model, "config", None)
-    main = getattr(model, "main_input_name", None)
-    device = next((p.device for p in model.parameters()), None)
-    if main == "input_ids" and hasattr(config, "vocab_size"):
-        return {"input_ids": torch.arange(4, device=device)[None] % config.vocab_size}
-    if main == "pixel_values" and hasattr(config, "num_channels"):
-        size = getattr(config, "image_size", None) or 64
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        kind = next((p.dtype for p in model.parameters()), None)
-        return {"pixel_values": torch.randn(1, config.num_channels, *sides, device=device,
-                                            dtype=kind)}
-    raise ValueError(f"example must be an input of {type(model).__name__}, got None; its residual "
-                     "blocks are found by watching a run")
