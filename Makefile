@@ -11,6 +11,7 @@ demo: .venv/demo
 
 test: .venv/test
 	$(BIN)/ruff check .
+	$(BIN)/python tools/stubs.py
 	$(BIN)/mypy
 	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from netwright.losses import cross_entropy
+from netwright.measure._allocations import Ledger, Saved, peaks, size
 from netwright.measure._batch import check_batch
-from netwright.measure._memory import Ledger, Saved, peaks, size
 from netwright.measure._untouched import untouched
-from netwright.modes import evaluating, training
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule
+from netwright.runtime.modes import evaluating, training
 from netwright.stages import Stages, call
+
+__all__ = ["Cost", "cost"]
 
 
 @dataclass(frozen=True)

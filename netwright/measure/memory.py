@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from netwright.losses import cross_entropy
 from netwright.measure._batch import check_batch
 from netwright.measure.cost import cost
-from netwright.modes import same_random_state
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.rule import Rule
+from netwright.runtime.random_state import same_random_state
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+__all__ = ["Memory", "memory"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy
 
+__all__ = ["RoutedScaling", "effective_params", "fit_routed_scaling"]
+
 
 @dataclass(frozen=True)
 class RoutedScaling:

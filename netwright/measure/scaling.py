@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy
 
+__all__ = ["ScalingFit", "scaling_fit"]
+
 Point = tuple[float, float]
 
 

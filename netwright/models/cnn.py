@@ -2,6 +2,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+__all__ = ["cnn"]
+
 
 def cnn(channels: int, size: Sequence[int], classes: int, *, widths: Sequence[int] = (16, 32),
         kernel: int = 3, activation: Callable[[], nn.Module] = nn.ReLU,

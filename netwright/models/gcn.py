@@ -2,6 +2,8 @@ from torch import nn
 
 from netwright.errors import MissingExtra
 
+__all__ = ["gcn"]
+
 
 def gcn(features: int, classes: int, *, width: int = 16, depth: int = 2,
         dropout: float = 0.5) -> nn.Module:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+__all__ = ["gpt"]
+
 
 def gpt(characters: int, context: int, *, width: int = 64, depth: int = 2,
         heads: int = 4,

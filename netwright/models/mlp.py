@@ -2,6 +2,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+__all__ = ["mlp"]
+
 
 def mlp(inputs: int, classes: int, *, hidden: Sequence[int] = (256, 256),
         activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:

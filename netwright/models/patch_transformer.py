@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from netwright.models.gpt import Block
 
+__all__ = ["patch_transformer"]
+
 
 def patch_transformer(channels: int, size: Sequence[int], classes: int, *, patch: int = 4,
                       width: int = 64, depth: int = 4, heads: int = 4,

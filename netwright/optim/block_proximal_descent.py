@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 
 from netwright.errors import UnknownName
 
+__all__ = ["BlockProximalDescent", "stationarity_gap"]
+
 Project = Callable[[Tensor], Tensor]
 Constraint = Literal["none", "nonnegative", "simplex"] | Project
 

@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 
 from netwright.errors import UnknownName
 
+__all__ = ["GreedyBlockDescent"]
+
 Select = Literal["random", "cyclic", "gauss_southwell", "gauss_southwell_lipschitz",
                  "gauss_southwell_diagonal", "gauss_southwell_quadratic"]
 Update = Literal["gradient", "matrix", "newton"]

@@ -6,6 +6,8 @@ from torch.nn.functional import layer_norm
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 
+__all__ = ["AdaptiveBasisLayer"]
+
 
 class AdaptiveBasisLayer(nn.Module):
     """Describe a curve by its products with a few functions that are learnt with the network.

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from netwright.blocks.coordinates.grids import check_coordinates, interpolate
 
+__all__ = ["CoordinateAwareModulation"]
+
 
 class CoordinateAwareModulation(nn.Module):
     """Scale and shift hidden features by values that grids hold at each coordinate.

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from netwright.errors import UnknownName
 
+__all__ = ["NBeats"]
+
 Stack = Literal["generic", "trend", "seasonality"] | tuple[Tensor, Tensor]
 
 

@@ -6,6 +6,8 @@ from torch import Generator, Tensor, nn
 
 from netwright.blocks.coordinates.grids import check_coordinates, interpolate, neighbours
 
+__all__ = ["SAPE", "FourierFeatures"]
+
 _POOLS: dict[int, Callable[..., Tensor]] = {
     1: nn.functional.avg_pool1d, 2: nn.functional.avg_pool2d, 3: nn.functional.avg_pool3d}
 

@@ -3,6 +3,8 @@ from torch import Generator, Tensor, nn
 
 from netwright.blocks.experts.routing import Routing
 
+__all__ = ["CentroidRouter"]
+
 
 class CentroidRouter(nn.Module):
     """Send each input to the expert whose centroid is nearest.

@@ -3,6 +3,8 @@ from torch import Generator, Tensor, nn
 
 from netwright.blocks.experts.routing import Routing, check_choice, router_logits
 
+__all__ = ["ExpertChoiceRouter"]
+
 
 class ExpertChoiceRouter(nn.Module):
     """Let each expert choose its tokens: the load is even, and tokens differ in their experts.

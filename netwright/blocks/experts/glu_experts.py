@@ -13,6 +13,8 @@ from netwright.blocks.feedforward.feed_forward import (
     activation_module,
 )
 
+__all__ = ["GLUExperts"]
+
 _aten = torch.ops.aten
 # By an activation's type: its slope times `grad`, of its input and its output.
 _SLOPES: dict[type[nn.Module], Callable[[Tensor, Tensor, Tensor], Tensor]] = {

@@ -8,6 +8,8 @@ from torch.utils.hooks import RemovableHandle
 
 from netwright.blocks.experts.routing import Routing, check_choice
 
+__all__ = ["HashRouter", "feed_token_ids"]
+
 
 class HashRouter(nn.Module):
     """Send each token to the expert that a fixed table names for its id.

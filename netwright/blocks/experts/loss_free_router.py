@@ -5,6 +5,8 @@ from torch import Generator, Tensor, nn
 
 from netwright.blocks.experts.routing import Routing, check_choice, router_logits
 
+__all__ = ["LossFreeRouter"]
+
 
 class LossFreeRouter(nn.Module):
     """Send tokens to the experts with the best biased scores; the bias evens their load.

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from netwright.blocks.auxiliary import with_auxiliary
 from netwright.blocks.experts.glu_experts import GLUExperts, bank_of
 from netwright.blocks.experts.routing import Routing, TopKRouter
+from netwright.objectives.added_loss import with_auxiliary
+
+__all__ = ["MixtureOfExperts", "Usage"]
 
 
 class Usage(NamedTuple):

@@ -8,6 +8,9 @@ from torch import Generator, Tensor, nn
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.experts.routing import Routing, check_choice, router_logits
 
+__all__ = ["ConstantExpert", "CopyExpert", "PathwayRouter", "ZeroExpert", "link_gates",
+           "moe_plus_plus"]
+
 
 class ZeroExpert(nn.Module):
     """Return zeros: the token is left as it is by a residual network's block.

@@ -4,6 +4,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
+__all__ = ["Routing", "TopKRouter"]
+
 
 class Routing(NamedTuple):
     """Which experts each token uses, and by how much: what a router returns.

@@ -7,6 +7,8 @@ from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.feedforward.feed_forward import FeedForward
 from netwright.errors import UnknownName
 
+__all__ = ["SelfAttention", "Sublayer", "par_pattern", "sublayers"]
+
 
 class SelfAttention(nn.Module):
     """Attention of tokens over one another, with as many heads as you like.

@@ -4,6 +4,8 @@ from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.experts.sublayers import SelfAttention
 from netwright.blocks.feedforward.feed_forward import FeedForward
 
+__all__ = ["WideNet"]
+
 
 class WideNet(nn.Module):
     """Run one transformer block with experts again and again, with norms of its own each time.

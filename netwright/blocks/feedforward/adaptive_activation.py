@@ -2,6 +2,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+__all__ = ["AGLU", "APA"]
+
 LEAST = 1e-4  # what lambda stays above: there the function is Gumbel's to four digits
 
 

@@ -6,6 +6,8 @@ from torch.nn.functional import pad
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 
+__all__ = ["ConvGLU"]
+
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-from netwright.blocks.auxiliary import with_auxiliary
 from netwright.blocks.feedforward.feed_forward import Activation, FeedForward, activation_module
+from netwright.objectives.added_loss import with_auxiliary
+
+__all__ = ["FastFeedforward"]
 
 TOGETHER = 6  # levels whose nodes all decide in one product, which is quicker than picking theirs
 FEW = 8  # rows for which copying their leaves' weights is quicker than going leaf by leaf

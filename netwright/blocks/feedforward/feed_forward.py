@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from netwright.errors import UnknownName
 
+__all__ = ["GLU", "FeedForward"]
+
 Activation = Literal["relu", "gelu", "silu", "tanh", "sigmoid", "relu6", "identity"] | Callable[
     [], nn.Module]
 

@@ -3,6 +3,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+__all__ = ["GatedPerceptron"]
+
 
 class GatedPerceptron(nn.Module):
     """A linear layer that also sees the product of its inputs.

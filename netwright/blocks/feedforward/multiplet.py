@@ -6,6 +6,8 @@ from torch import Generator, Tensor, nn
 
 from netwright.errors import UnknownName
 
+__all__ = ["LehmerMultiplet"]
+
 
 class LehmerMultiplet(nn.Module):
     """Neurons that take means instead of sums: several means with the same weights.

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 
+__all__ = ["Neuron", "Step"]
+
 
 class Step(nn.Module):
     """1 where z >= 0, else 0: what McCulloch's and Pitts' neuron does.

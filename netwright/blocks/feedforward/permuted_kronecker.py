@@ -7,6 +7,8 @@ from torch.nn.functional import linear
 
 from netwright.errors import UnknownName
 
+__all__ = ["PermutedKroneckerLinear", "channels_for", "effective_width"]
+
 Permutation = Literal["none", "transpose", "random"] | tuple[Tensor, Tensor]
 
 

@@ -3,6 +3,8 @@ from torch import Tensor, nn
 
 from netwright.blocks.feedforward.feed_forward import GLU, Activation, FeedForward
 
+__all__ = ["ProjectionHead", "maxsim"]
+
 
 class ProjectionHead(nn.Module):
     """What makes a token's vector for late interaction of an encoder's output.

@@ -7,6 +7,8 @@ from torch.nn.functional import linear
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.errors import NothingToReshape, UnknownName
 
+__all__ = ["QuadraticFeedForward", "QuadraticLinear", "relinear_groups"]
+
 
 class QuadraticLinear(nn.Module):
     """A layer of quadratic neurons: a product of two linear functions, and squares.

@@ -3,6 +3,8 @@ from torch import Tensor, nn
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 
+__all__ = ["RePaFeedForward"]
+
 
 class RePaFeedForward(nn.Module):
     """A feed-forward block most of whose hidden units have no activation, so that they can go.

@@ -8,6 +8,8 @@ from torch.nn.functional import linear, relu
 
 from netwright.errors import NothingToReshape, UnknownName
 
+__all__ = ["SNNK", "RandomFeatures", "Sine", "bundle", "solve_ridge"]
+
 Spectrum = tuple[Sequence[float], Sequence[complex]]
 Function = Literal["sin", "cos", "relu"] | Spectrum
 

@@ -6,6 +6,8 @@ from torch.nn.functional import linear
 
 from netwright.blocks.feedforward.structured_linear import StructuredLinear, replaced
 
+__all__ = ["SelfGuided", "guide", "unguide"]
+
 
 class SelfGuided(nn.Module):
     """Train a structured layer with a dense matrix beside it, which fades until it is gone.

@@ -2,6 +2,8 @@ from torch import Tensor, nn
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 
+__all__ = ["Star", "StarBlock"]
+
 
 class Star(nn.Module):
     """A feed-forward block of the star operation: two linear branches, multiplied.

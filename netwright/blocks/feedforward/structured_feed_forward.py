@@ -3,6 +3,8 @@ from torch import Generator, nn
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.blocks.feedforward.structured_linear import Kind, StructuredLinear
 
+__all__ = ["LowRankFeedForward", "StructuredFeedForward"]
+
 
 class StructuredFeedForward(nn.Sequential):
     """A feed-forward block of two layers whose matrices are products of smaller or sparser ones.

@@ -9,6 +9,8 @@ from torch.nn.functional import linear
 
 from netwright.errors import NothingToReshape, UnknownName
 
+__all__ = ["StructuredLinear", "premerge"]
+
 Kind = Literal["lowrank", "blockdense", "blockshuffle"]
 KINDS = ("lowrank", "blockdense", "blockshuffle")
 

@@ -9,6 +9,8 @@ from torch.nn.functional import conv1d, linear
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.errors import UnknownName
 
+__all__ = ["AFKANFeedForward", "AFKANLinear"]
+
 Reduce = Literal["global", "spatial", "linear", "none"]
 _COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda a, b: a + b,

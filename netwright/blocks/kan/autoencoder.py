@@ -6,6 +6,8 @@ from torch import Generator, Tensor, nn
 
 from netwright.blocks.kan.selectable import SelectableKANLinear
 
+__all__ = ["KANAutoencoder"]
+
 
 class KANAutoencoder(nn.Module):
     """An autoencoder of Kolmogorov-Arnold layers: a narrow code of x, and x again.

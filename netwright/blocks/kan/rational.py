@@ -9,6 +9,8 @@ from torch.nn.functional import gelu, relu, silu
 
 from netwright.errors import UnknownName
 
+__all__ = ["GroupRational", "RationalFeedForward"]
+
 Backward = Literal["blocked", "autograd"]
 _TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x, "swish": silu, "silu": silu, "gelu": gelu, "relu": relu,

@@ -10,6 +10,8 @@ from torch.nn.functional import linear
 from netwright.blocks.kan.bases import BASES, counts, features
 from netwright.errors import UnknownName
 
+__all__ = ["KANFeedForward", "PrunedKANLinear", "SelectableKANLinear"]
+
 Select = Literal["soft", "hard", "sum"]
 _PLAIN = [name for name, basis in BASES.items() if basis.plain]
 

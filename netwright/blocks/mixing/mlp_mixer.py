@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.feedforward.feed_forward import Activation
 
+__all__ = ["MLPMixer", "MixerBlock", "TokenMixing"]
+
 MakeTokenMixing = Callable[[int, int], nn.Module]  # of tokens and dim
 MakeFeedForward = Callable[[int, int], nn.Module]  # of dim and hidden
 

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.mixing.mlp_mixer import MakeTokenMixing, MixerBlock
 
+__all__ = ["NiNBlock"]
+
 
 class NiNBlock(nn.Module):
     """Gate each token by what a mixer inside the block makes of all tokens, then mix channels.

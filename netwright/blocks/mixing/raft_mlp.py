@@ -6,6 +6,8 @@ from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.feedforward.feed_forward import Activation
 from netwright.blocks.mixing.mlp_mixer import check_tokens
 
+__all__ = ["RaftBlock", "RaftTokenMixing"]
+
 
 class RaftTokenMixing(nn.Module):
     """Mix tokens down the columns of a grid, then along its rows, some channels with each other.

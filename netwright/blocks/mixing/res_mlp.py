@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.mixing.mlp_mixer import MLPMixer, TokenMixing
 
+__all__ = ["Affine", "ResMLP", "ResMLPBlock"]
+
 
 class Affine(nn.Module):
     """Scale and shift each channel: y = a * x + b, with a = 1 and b = 0 at first.

@@ -6,6 +6,8 @@ from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.mixing.mlp_mixer import check_tokens
 
+__all__ = ["ImportanceRouter", "SparseMLPBlock"]
+
 
 class ImportanceRouter(TopKRouter):
     """Send each token to its k best experts, the most important tokens of the batch first.

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
-from netwright.blocks.reversible.engine import Regroup, Step, Update, forth, undo
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Regroup, Step, Update, forth, undo
+
+__all__ = ["ReversibleBlock"]
 
 
 class ReversibleBlock(nn.Module):

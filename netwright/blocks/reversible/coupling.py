@@ -5,8 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Update
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Add, Update
+
+__all__ = ["AdditiveCoupling", "AffineCoupling"]
 
 
 class AdditiveCoupling(ReversibleBlock):

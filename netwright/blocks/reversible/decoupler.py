@@ -8,9 +8,11 @@ from torch.nn.functional import layer_norm, mse_loss
 
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.downsample import InjectivePad, InvertibleDownsample
-from netwright.blocks.reversible.engine import Update
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Update
+
+__all__ = ["ReversibleDecoupler", "TransmissionPrompt"]
 
 LEAST_SCALE = 1e-3
 

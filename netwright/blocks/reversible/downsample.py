@@ -4,8 +4,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netwright.blocks.reversible.engine import Regroup, Step
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Regroup, Step
+
+__all__ = ["InjectivePad", "InvertibleDownsample"]
 
 
 class InvertibleDownsample(nn.Module):

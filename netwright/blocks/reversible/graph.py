@@ -6,9 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Update
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.errors import CannotReverse, MissingExtra
+from netwright.reversing.engine import Add, Update
+
+__all__ = ["GroupedReversible", "ReversibleGIN"]
 
 
 class GroupedReversible(ReversibleBlock):

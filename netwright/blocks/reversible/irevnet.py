@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.dimensions import layers
 from netwright.blocks.reversible.downsample import InjectivePad, InvertibleDownsample
-from netwright.blocks.reversible.engine import Add, Regroup, Step, Update
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.reversing.engine import Add, Regroup, Step, Update
+
+__all__ = ["IRevNet", "IRevNetBlock"]
 
 
 class IRevNetBlock(ReversibleBlock):

@@ -4,7 +4,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Update
+from netwright.reversing.engine import Add, Update
+
+__all__ = ["MBConv", "ReversibleMBConv"]
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

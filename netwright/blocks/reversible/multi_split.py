@@ -10,11 +10,13 @@ from torch.nn import Parameter
 from torch.optim import Adam, Optimizer
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Update
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.errors import CannotReverse, Diverged
-from netwright.losses import cross_entropy
-from netwright.modes import training
+from netwright.objectives.losses import cross_entropy
+from netwright.reversing.engine import Add, Update
+from netwright.runtime.modes import training
+
+__all__ = ["MultiSplitReversible", "ReversibleSearch", "Zero", "darts_reversible"]
 
 Space = Mapping[str, Callable[[], nn.Module]]
 Data = Iterable[tuple[Any, Tensor]]

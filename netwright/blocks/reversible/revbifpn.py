@@ -5,10 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Regroup, Step, Update
 from netwright.blocks.reversible.mbconv import BATCH_NORMS, MBConv
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Add, Regroup, Step, Update
+
+__all__ = ["RevBiFPN", "RevSilo"]
 
 MakeFusion = Callable[[int, int], nn.Module]
 

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Stored, Update, chained, run
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Stored, Update, chained, run
+
+__all__ = ["ColumnLevel", "ColumnSupervision", "RevCol", "RevColumn"]
 
 MakeLevel = Callable[[int], nn.Module]
 

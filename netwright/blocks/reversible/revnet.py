@@ -6,6 +6,8 @@ from netwright.blocks.reversible.coupling import AdditiveCoupling
 from netwright.blocks.reversible.dimensions import layers
 from netwright.blocks.reversible.sequential import ReversibleSequential
 
+__all__ = ["RevNet"]
+
 
 class RevNet(nn.Sequential):
     """A residual classifier of additive couplings, with ordinary layers where the image shrinks.

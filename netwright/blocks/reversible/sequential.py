@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Step, Stored, Whole, chained, run
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Step, Stored, Whole, chained, run
+
+__all__ = ["ReversibleSequential"]
 
 
 class ReversibleSequential(nn.Sequential):

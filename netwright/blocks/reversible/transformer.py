@@ -5,8 +5,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Update
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Add, Update
+
+__all__ = ["DoubleStreams", "MergeStreams", "ReversibleTransformerBlock"]
 
 
 class ReversibleTransformerBlock(ReversibleBlock):

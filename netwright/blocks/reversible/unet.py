@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from netwright.blocks.reversible.mbconv import CONVS, ReversibleMBConv
 from netwright.blocks.reversible.sequential import ReversibleSequential
 
+__all__ = ["ReversibleUNet"]
+
 
 class ReversibleUNet(nn.Module):
     """Label every voxel, with reversible blocks at each resolution of a U-Net.

@@ -11,6 +11,8 @@ from netwright.reshape.experts._dense import activation_of, as_block, dense_laye
 from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights, with_blocks
 from netwright.reshape.feedforward._watching import is_linear, linear_sizes
 
+__all__ = ["mix_lora"]
+
 
 @torch.inference_mode(False)
 def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank: int = 8,

@@ -20,6 +20,8 @@ from netwright.reshape.feedforward import (
     with_blocks,
 )
 
+__all__ = ["moefy"]
+
 Split = Literal["cluster", "coactivation", "random"]
 Router = Literal["mlp", "similarity", "groundtruth"]
 

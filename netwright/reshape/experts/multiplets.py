@@ -7,6 +7,8 @@ from torch import nn
 
 from netwright.reshape.experts._dense import dense_layers
 
+__all__ = ["multiplets"]
+
 
 @torch.inference_mode(False)
 def multiplets(model: nn.Module, train: Callable[[nn.Module, list[nn.Module]], Any],
@@ -17,8 +19,8 @@ def multiplets(model: nn.Module, train: Callable[[nn.Module, list[nn.Module]], A
 
     `train` changes the copy that it is given, of which only the feed-forward layers learn, to do
     better where those before it fail: for instance by a contrast among samples that they take for
-    alike (`netwright.losses.contrast_within`). Then `upcycle(multiplets(...))` makes one mixture of
-    experts of all, of which the routers are trained.
+    alike (`netwright.objectives.contrast_within`). Then `upcycle(multiplets(...))` makes one
+    mixture of experts of all, of which the routers are trained.
 
     What the paper leaves open: each copy begins as the model.
 

@@ -9,6 +9,8 @@ from netwright.blocks.experts.routing import router_logits
 from netwright.errors import NothingToReshape, UnknownName
 from netwright.reshape.experts._dense import batches_of, rows_of
 
+__all__ = ["prune_experts"]
+
 Method = Literal["cluster_router", "usage", "random"]
 _COUNTS = ("n_experts", "num_experts", "num_local_experts")
 _CHOSEN = ("k", "top_k", "num_experts_per_tok")

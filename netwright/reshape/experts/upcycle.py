@@ -8,10 +8,13 @@ from torch.nn.functional import linear
 
 from netwright.blocks.experts import MixtureOfExperts, TopKRouter
 from netwright.errors import NothingToReshape
-from netwright.modes import evaluating, same_buffers, same_random_state
 from netwright.reshape.experts._dense import activation_of, as_block, dense_layers
 from netwright.reshape.feedforward import feedforward_weights, with_blocks
+from netwright.runtime.modes import evaluating, same_buffers
+from netwright.runtime.random_state import same_random_state
 from netwright.stages.stage import apply
+
+__all__ = ["upcycle"]
 
 
 @torch.inference_mode(False)

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from netwright.errors import NothingToReshape
-from netwright.modes import evaluating, rehearsing
 from netwright.reshape.feedforward.exchanging import feedforward_weights, write_feedforward
 from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
 from netwright.reshape.feedforward.swap_feedforward import batches_of, choose, unfused
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages.stage import apply
+
+__all__ = ["Bricks", "find_bricks", "keep_bricks"]
 
 
 class Bricks(NamedTuple):

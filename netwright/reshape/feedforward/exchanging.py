@@ -12,6 +12,9 @@ from torch.nn.functional import linear
 from netwright.reshape.feedforward._watching import is_linear
 from netwright.reshape.feedforward.feedforwards import FeedForwardLayer
 
+__all__ = ["FeedForwardWeights", "feedforward_weights", "put_block", "with_blocks",
+           "write_feedforward"]
+
 
 class FeedForwardWeights(NamedTuple):
     """The weights of a feed-forward layer as matrices, one row of `up` and `gate` a hidden unit.

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from netwright.errors import NothingToReshape
-from netwright.modes import evaluating, same_random_state
 from netwright.reshape.feedforward._watching import (
     Itself,
     Named,
@@ -18,7 +17,11 @@ from netwright.reshape.feedforward._watching import (
     linear_sizes,
     watch,
 )
+from netwright.runtime.modes import evaluating
+from netwright.runtime.random_state import same_random_state
 from netwright.stages.stage import apply
+
+__all__ = ["FeedForwardLayer", "feedforwards"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from netwright.errors import NothingToReshape
-from netwright.modes import evaluating, rehearsing, same_random_state
 from netwright.reshape.feedforward.exchanging import (
     FeedForwardWeights,
     feedforward_weights,
@@ -18,7 +17,11 @@ from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedfor
 from netwright.reshape.feedforward.swap_feedforward import choose, unfused
 from netwright.reshape.pruning._residual import Sublayer, trace
 from netwright.reshape.pruning.prune_sublayers import without_sublayers
+from netwright.runtime.modes import evaluating, rehearsing
+from netwright.runtime.random_state import same_random_state
 from netwright.stages.stage import apply
+
+__all__ = ["FeedForwardRun", "feedforward_runs", "fuse_feedforward"]
 
 
 class FeedForwardRun(NamedTuple):

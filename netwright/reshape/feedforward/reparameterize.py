@@ -7,6 +7,8 @@ from torch import nn
 from netwright.blocks.feedforward.repa_feed_forward import RePaFeedForward
 from netwright.errors import NothingToReshape
 
+__all__ = ["reparameterize"]
+
 
 @torch.no_grad()
 def reparameterize(model: nn.Module) -> nn.Module:

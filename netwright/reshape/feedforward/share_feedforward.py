@@ -6,7 +6,6 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.errors import UnknownName
-from netwright.modes import same_random_state
 from netwright.reshape.feedforward.exchanging import (
     FeedForwardWeights,
     feedforward_weights,
@@ -16,6 +15,9 @@ from netwright.reshape.feedforward.exchanging import (
 )
 from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
 from netwright.reshape.pruning._residual import Place, Silent, trace
+from netwright.runtime.random_state import same_random_state
+
+__all__ = ["share_feedforward"]
 
 STARTS = ("new", "first")
 

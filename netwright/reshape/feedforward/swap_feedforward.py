@@ -9,11 +9,13 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
 from netwright.errors import Diverged, UnknownName
-from netwright.modes import evaluating, rehearsing
-from netwright.progress import Bar
 from netwright.reshape.feedforward.exchanging import put_block, put_module
 from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
+from netwright.runtime.modes import evaluating, rehearsing
+from netwright.runtime.progress import Bar
 from netwright.stages.stage import apply
+
+__all__ = ["Swap", "swap_feedforward", "unswap_feedforward"]
 
 ROWS = 2048  # about as many vectors are in a step of the distillation
 

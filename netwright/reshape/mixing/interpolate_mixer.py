@@ -8,6 +8,8 @@ from netwright.blocks.mixing import MLPMixer
 from netwright.blocks.mixing.mlp_mixer import check_tokens
 from netwright.errors import NothingToReshape
 
+__all__ = ["interpolate_mixer"]
+
 
 def interpolate_mixer(model: nn.Module, size: int | Sequence[int]) -> nn.Module:
     """Return a copy of a mixer for images of another size, by bicubic interpolation of its tokens.

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from netwright.errors import NothingToReshape, UnknownName
-from netwright.modes import evaluating, same_buffers, same_random_state
 from netwright.reshape.pruning._residual import Silent, Sublayer, Trace, trace
+from netwright.runtime.modes import evaluating, same_buffers
+from netwright.runtime.random_state import same_random_state
 from netwright.stages import call
+
+__all__ = ["prune_sublayers", "sublayers", "without_sublayers"]
 
 Distance = Literal["angular", "euclidean", "jensen-shannon"] | Callable[[Tensor, Tensor], Tensor]
 

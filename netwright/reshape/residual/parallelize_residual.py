@@ -7,9 +7,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright.errors import NothingToReshape
-from netwright.modes import evaluating, same_buffers, same_random_state
 from netwright.reshape.pruning._residual import trace
 from netwright.reshape.residual._blocks import Block, Passed, example_of, respond, runs_of
+from netwright.runtime.modes import evaluating, same_buffers
+from netwright.runtime.random_state import same_random_state
+
+__all__ = ["parallelize_residual"]
 
 
 @torch.inference_mode(False)

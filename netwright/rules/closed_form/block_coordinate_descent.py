@@ -8,10 +8,12 @@ from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
 from netwright.errors import UnknownName
-from netwright.modes import evaluating
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, stages
 from netwright.stages.stage import Stage
+
+__all__ = ["BlockCoordinateDescent"]
 
 Splitting = Literal["three", "two"]
 Loss = Literal["squared", "hinge", "cross_entropy"]

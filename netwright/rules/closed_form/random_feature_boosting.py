@@ -8,13 +8,15 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from netwright.errors import UnknownName
-from netwright.fits import boosted_map, linear_readout, loss
-from netwright.modes import evaluating
+from netwright.numerics.closed_form import boosted_map, linear_readout, loss
 from netwright.rules.readout import mean_of_tokens
-from netwright.rules.residual import is_added
+from netwright.rules.residual_path import is_added
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, call, stages
 from netwright.stages.stage import Stage
+
+__all__ = ["RandomFeatureBoosting"]
 
 Loss = Literal["cross_entropy", "squared"]
 

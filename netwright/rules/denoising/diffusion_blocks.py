@@ -6,7 +6,6 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.errors import UnknownName
-from netwright.modes import evaluating
 from netwright.rules.denoising.label_denoiser import (
     FREQUENCIES,
     above_zero,
@@ -16,7 +15,10 @@ from netwright.rules.denoising.label_denoiser import (
     waves,
 )
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, stages
+
+__all__ = ["DiffusionBlocks"]
 
 WIDTH = 64  # of the vector that tells the noise level and the class
 

@@ -4,8 +4,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.denoising.label_denoiser import (
     LabelDenoiser,
     above_zero,
@@ -19,7 +18,10 @@ from netwright.rules.denoising.label_denoiser import (
     spread_times,
 )
 from netwright.rules.rule import Rule
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, call
+
+__all__ = ["NoPropFlow"]
 
 
 class NoPropFlow(Rule):

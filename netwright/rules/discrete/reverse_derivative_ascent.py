@@ -4,11 +4,13 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.circuits import PolynomialCircuit
 from netwright.errors import UnknownName
-from netwright.modes import evaluating
+from netwright.formal.circuits import PolynomialCircuit
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages
+
+__all__ = ["ReverseDerivativeAscent"]
 
 
 class ReverseDerivativeAscent(Rule):
@@ -37,7 +39,7 @@ class ReverseDerivativeAscent(Rule):
     Paper: Wilson, Zanasi, 2021, Reverse Derivative Ascent: A Categorical Approach to Learning
     Boolean Circuits.
 
-    >>> from netwright.circuits import evaluator
+    >>> from netwright.formal.circuits import evaluator
     >>> rule = ReverseDerivativeAscent(evaluator(2))
     >>> x, y = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]), torch.tensor([0, 1, 1, 0])
     >>> rule(x, y), rule(x, y), rule.predict(x).argmax(1)

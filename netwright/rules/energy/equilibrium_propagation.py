@@ -8,6 +8,8 @@ from torch.nn import functional
 from netwright.rules.rule import Rule, check_labels, targets
 from netwright.stages import Stages
 
+__all__ = ["EquilibriumPropagation"]
+
 # Complex-differentiable around the real line, which the contour needs.
 HOLOMORPHIC = (nn.Sigmoid, nn.Tanh, nn.SiLU)
 

@@ -6,11 +6,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating, rehearsing
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.estimators._evolution import Evolution
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import Stages, call, stages
+
+__all__ = ["BlackBoxPrompt"]
 
 
 class Prompt(nn.Module):

@@ -8,10 +8,12 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating, rehearsing
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import Stages, call
+
+__all__ = ["QuantizedForwardGradient"]
 
 # The layers that are computed in whole numbers, and where their input stands.
 _LAYERS: dict[Any, int] = {functional.linear: 0, functional.conv1d: 0, functional.conv2d: 0,

@@ -7,10 +7,12 @@ from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
 from netwright.errors import CannotStage
-from netwright.losses import cross_entropy
-from netwright.modes import rehearsing
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.modes import rehearsing
 from netwright.stages import Stages, call, stages
+
+__all__ = ["ZerothOrder"]
 
 
 class ZerothOrder(Rule):

@@ -5,11 +5,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.exact.links import Link, run_linked
-from netwright.rules.residual import is_added
+from netwright.rules.residual_path import is_added
 from netwright.rules.rule import Rule
 from netwright.stages import Stages, stages
+
+__all__ = ["HighwayBackprop"]
 
 
 class HighwayBackprop(Rule):

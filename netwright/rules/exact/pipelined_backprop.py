@@ -9,9 +9,11 @@ from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, call, stages
+
+__all__ = ["PipelinedBackprop"]
 
 
 class PipelinedBackprop(Rule):

@@ -7,10 +7,12 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Parameter
 
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.exact.links import run_linked
 from netwright.rules.rule import Rule
 from netwright.stages import Stages, stages
+
+__all__ = ["TwoStageBackward"]
 
 
 class TwoStageBackward(Rule):

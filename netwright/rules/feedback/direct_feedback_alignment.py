@@ -5,11 +5,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.rule import Rule, check_labels, targets
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, stages
+
+__all__ = ["DirectFeedbackAlignment"]
 
 
 class DirectFeedbackAlignment(Rule):

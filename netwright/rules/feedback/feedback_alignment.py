@@ -8,10 +8,12 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.nn.parameter import Parameter, UninitializedParameter
 
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.rule import Rule, check_labels
 from netwright.stages import Stages, call
+
+__all__ = ["FeedbackAlignment"]
 
 
 class FeedbackAlignment(Rule):

@@ -7,14 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
-from netwright.modes import (
-    evaluating,
-    random_state,
-    rehearsing,
-    same_buffers,
-    set_random_state,
-)
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.inputs import (
     INSIDE,
     check_axes,
@@ -30,8 +23,12 @@ from netwright.rules.feedback.inputs import (
 )
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating, rehearsing, same_buffers
+from netwright.runtime.random_state import random_state, set_random_state
 from netwright.stages import Stages, stages
 from netwright.stages.stage import Context
+
+__all__ = ["Pepita"]
 
 
 class Pepita(Rule):

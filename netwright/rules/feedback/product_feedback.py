@@ -7,7 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.feedback_alignment import (
     find_layers,
     forward_of,
@@ -17,6 +17,8 @@ from netwright.rules.feedback.feedback_alignment import (
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.rule import Rule
 from netwright.stages import Stages
+
+__all__ = ["ProductFeedback"]
 
 
 class ProductFeedback(Rule):

@@ -7,9 +7,11 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch.nn.utils.rnn import PackedSequence
 
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, call
+
+__all__ = ["StationaryFeedback"]
 
 RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
 

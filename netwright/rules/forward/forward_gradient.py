@@ -5,8 +5,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
-from netwright.losses import cross_entropy
-from netwright.rules.auxiliary import AuxiliaryHead, needed, signals
+from netwright.objectives.losses import cross_entropy
+from netwright.rules.auxiliary_heads import AuxiliaryHead, needed, signals
 from netwright.rules.forward._forward_mode import (
     DirectionalDerivative,
     RandomState,
@@ -18,6 +18,8 @@ from netwright.rules.forward._guesses import one_by_one, owned
 from netwright.rules.readout import count_classes, first_parameter
 from netwright.rules.rule import Rule, check_labels
 from netwright.stages import Stages, call, stages
+
+__all__ = ["ForwardGradient"]
 
 
 class ForwardGradient(Rule):

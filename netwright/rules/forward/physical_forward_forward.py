@@ -5,12 +5,14 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cosine_similarity, one_hot, softplus
 from torch.nn.parameter import is_lazy
 
-from netwright.modes import evaluating, rehearsing
 from netwright.rules.forward._samples import check_written, image_of, overlaid
 from netwright.rules.readout import first_parameter
 from netwright.rules.rule import Rule
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import Stages, stages
 from netwright.stages._sequential import SequentialStage
+
+__all__ = ["PhysicalForwardForward"]
 
 
 class PhysicalForwardForward(Rule):

@@ -6,8 +6,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import normalize
 
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating, rehearsing
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.forward._graphs import (
     check_network,
     graph_parts,
@@ -17,7 +16,10 @@ from netwright.rules.forward._graphs import (
 )
 from netwright.rules.readout import count_classes, first_parameter
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import Stages, stages
+
+__all__ = ["SingleForward"]
 
 
 class SingleForward(Rule):

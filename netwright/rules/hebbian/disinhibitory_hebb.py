@@ -10,6 +10,8 @@ from netwright.errors import UnknownName
 from netwright.rules.rule import Rule, check_labels, targets
 from netwright.stages import Stages
 
+__all__ = ["DisinhibitoryHebb"]
+
 # Rates that do not fall when the potential rises, and nowhere by more than it.
 RATES = (nn.ReLU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU)
 

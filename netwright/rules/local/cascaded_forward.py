@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import Readout, count_classes, first_parameter, mean_of_tokens, widths
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, stages
+
+__all__ = ["CascadedForward"]
 
 
 class CascadedForward(Rule):

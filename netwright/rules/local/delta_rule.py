@@ -7,6 +7,8 @@ from torch.nn.functional import one_hot
 from netwright.rules.rule import Rule, check_labels
 from netwright.stages import Stages
 
+__all__ = ["DeltaRule"]
+
 
 class DeltaRule(Rule):
     """Train neurons by their error times their input: the delta rule.

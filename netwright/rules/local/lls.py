@@ -7,10 +7,12 @@ from torch import Generator, Tensor, nn
 from torch.nn import Parameter, functional
 
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import count_classes, first_parameter, mean_of_tokens, widths
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, stages
+
+__all__ = ["LLS"]
 
 TINY = 1e-6
 POOLS: dict[int, Any] = {3: functional.adaptive_avg_pool1d, 4: functional.adaptive_avg_pool2d,

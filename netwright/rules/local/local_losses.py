@@ -4,11 +4,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.losses import cross_entropy
-from netwright.rules.auxiliary import AuxiliaryHead, blocks_of, needed, signals
+from netwright.objectives.losses import cross_entropy
+from netwright.rules.auxiliary_heads import AuxiliaryHead, blocks_of, needed, signals
 from netwright.rules.readout import count_classes, first_parameter
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, stages
+
+__all__ = ["LocalLosses"]
 
 
 class LocalLosses(Rule):

@@ -6,11 +6,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from netwright.losses import cross_entropy
-from netwright.rules.auxiliary import AuxiliaryHead, blocks_of, needed, signals
+from netwright.objectives.losses import cross_entropy
+from netwright.rules.auxiliary_heads import AuxiliaryHead, blocks_of, needed, signals
 from netwright.rules.readout import count_classes, first_parameter
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stage, Stages, stages
+
+__all__ = ["MomentumAuxiliary"]
 
 
 class MomentumAuxiliary(Rule):

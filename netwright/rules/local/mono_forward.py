@@ -5,11 +5,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import Readout, count_classes, first_parameter, mean_of_tokens, widths
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, stages
+
+__all__ = ["MonoForward"]
 
 
 class MonoForward(Rule):

@@ -5,12 +5,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.inputs import MIXING
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.readout import first_parameter, mean_of_tokens, widths
 from netwright.rules.rule import Rule, check_labels, checked
 from netwright.stages import Stage, Stages, stages
+
+__all__ = ["TargetProjection"]
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 DISTANCES: dict[str, Distance] = {"squared": lambda a, t: (a - t).square(),
