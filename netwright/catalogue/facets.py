@@ -24,6 +24,8 @@ KINDS = {
     "objective": "a loss or a metric",
     "measure": "tells what a network costs, or how it behaves",
     "model": "a whole network, or what grows one",
+    "execution": "another way to run a network",
+    "companion": "goes with another method",
     "formal": "learning as mathematics: learners, lenses, circuits",
 }
 PLACES = ("activation", "attention", "convolution", "embedding", "experts", "feedforward", "head",

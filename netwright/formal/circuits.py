@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
+
 __all__ = ["PolynomialCircuit", "Semiring", "Wire", "evaluator", "modular", "saturating",
            "sum_of_products"]
 
@@ -97,6 +99,7 @@ class _Gate:
     level: int
 
 
+@method("formal", papers=["001-108"])
 class PolynomialCircuit(nn.Module):
     """A circuit of sums and products over a semiring, with parameters and a reverse derivative.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from netwright.catalogue.facets import method
 from netwright.measure._allocations import Ledger, Saved, peaks, size
 from netwright.measure._batch import check_batch
 from netwright.measure._untouched import untouched
@@ -43,6 +44,7 @@ class Cost:
     peak_by_kind: Mapping[str, int]
 
 
+@method("measure")
 def cost(rule_or_model: nn.Module | Stages, batch: tuple[Any, Any], *,
          loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
          repeats: int = 10, warmup: int = 2) -> Cost:

@@ -16,6 +16,8 @@ from netwright.runtime.random_state import same_random_state
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+from netwright.catalogue.facets import method
+
 __all__ = ["Memory", "memory"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -93,6 +95,7 @@ class Memory:
         return self.table()
 
 
+@method("measure")
 def memory(make: Callable[[int], nn.Module], depths: Sequence[int], batch: tuple[Any, Any], *,
            rules: Mapping[str, Callable[..., nn.Module]] | None = None,
            loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy, seed: int = 0) -> Memory:

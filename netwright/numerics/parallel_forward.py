@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.runtime.modes import evaluating
 from netwright.stages import Stage, Stages, stages
@@ -19,6 +20,7 @@ Method = Literal["jacobi", "gauss_seidel", "hybrid"]
 METHODS = ("jacobi", "gauss_seidel", "hybrid")
 
 
+@method("execution", papers=["003-015"])
 @torch.no_grad()
 def parallel_forward(network: nn.Module | Stages, x: Any, *, example: Any = None,
                      method: Method = "jacobi", blocks: int = 1, residual: bool = False,
@@ -84,6 +86,7 @@ def parallel_forward(network: nn.Module | Stages, x: Any, *, example: Any = None
     return h, steps
 
 
+@method("execution", papers=["003-015"])
 @torch.no_grad()
 def parallel_recurrence(cell: Callable[[Tensor, Any], Any], x: Tensor, start: Any, *,
                         method: Method = "jacobi", blocks: int = 1, residual: bool = False,
@@ -124,6 +127,7 @@ def parallel_recurrence(cell: Callable[[Tensor, Any], Any], x: Tensor, start: An
     return (states if single else tuple(states.split(sizes, -1))), steps
 
 
+@method("execution", papers=["003-015"])
 @torch.no_grad()
 def fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, *, tolerance: float = 0.0,
                 max_iterations: int) -> tuple[Tensor, int]:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from netwright.catalogue.facets import method
+
 __all__ = ["auxiliary_scale"]
 
 _scale: list[float | Tensor] = [1.0]
@@ -25,6 +27,7 @@ def with_auxiliary(signal: Tensor, loss: Tensor) -> Tensor:
     return taught
 
 
+@method("objective")
 @contextmanager
 def auxiliary_scale(factor: float | Tensor) -> Iterator[None]:
     """Scale the losses that blocks add by themselves in the backward passes within.

@@ -3,9 +3,12 @@ import math
 import torch
 from torch import Tensor
 
+from netwright.catalogue.facets import method
+
 __all__ = ["accuracy"]
 
 
+@method("objective")
 @torch.no_grad()
 def accuracy(scores: Tensor, y: Tensor) -> float:
     """Return the share of the targets whose class scores highest; targets of -100 do not count.

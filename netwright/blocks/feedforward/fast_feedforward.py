@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
 from netwright.blocks.feedforward.feed_forward import Activation, FeedForward, activation_module
+from netwright.catalogue.facets import method
 from netwright.objectives.added_loss import with_auxiliary
 
 __all__ = ["FastFeedforward"]
@@ -27,6 +28,7 @@ class TreeUsage(NamedTuple):
     balance_loss: Tensor
 
 
+@method("block", papers=["003-023", "003-034"])
 class FastFeedforward(nn.Module):
     """A wide feed-forward block that is a tree: in use each input runs one small leaf of it.
 

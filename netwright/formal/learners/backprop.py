@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from netwright.catalogue.facets import method
 from netwright.formal.learners.category import Learner
 from netwright.formal.learners.lens import ParaLens
 from netwright.formal.learners.pullback import functional, pullback, shaped_as
@@ -39,6 +40,7 @@ cross_entropy_error = Error(lambda x, y: torch.softmax(x, -1) - y,
 """e = -sum y log softmax(x) over the last axis, summed over the others; y holds probabilities."""
 
 
+@method("companion", papers=["003-062"])
 def learner(module: nn.Module, *, error: Error = squared_error, rate: float = 0.1,
             request_error: Error | None = None) -> Learner:
     """Return the learner that descends the gradient of `module` for an error and a step size.

@@ -1,11 +1,13 @@
 from typing import Any
 
+from netwright.catalogue.facets import method
 from netwright.formal.learners.category import Learner
 from netwright.formal.learners.lens import Lens, ParaLens
 
 __all__ = ["SymmetricLens", "learner_to_symmetric", "lens_to_learner"]
 
 
+@method("companion", papers=["002-111"])
 def lens_to_learner(lens: Lens) -> Learner:
     """Return the learner of an asymmetric lens: it has nothing to learn, and requests are puts.
 
@@ -74,6 +76,7 @@ class SymmetricLens:
                              Lens(lambda heads: other.right.get(heads[1]), put_right))
 
 
+@method("companion", papers=["002-111"])
 def learner_to_symmetric(learner: Learner) -> SymmetricLens:
     """Return the symmetric lens of a learner; its heads are (parameters, input).
 

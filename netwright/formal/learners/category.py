@@ -1,11 +1,13 @@
 from collections.abc import Callable
 from typing import Any
 
+from netwright.catalogue.facets import method
 from netwright.formal.learners.lens import ParaLens
 
 __all__ = ["Learner", "identity"]
 
 
+@method("formal", papers=["003-062"])
 class Learner:
     """A function that learns: what it does, how it changes, and what it asks of its input.
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.func import jvp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from netwright.catalogue.facets import method
 from netwright.formal.learners.lens import pair
 
 __all__ = ["Stateful", "d_stateful", "delayed_trace", "pointwise"]
@@ -75,6 +76,7 @@ def pointwise(function: Callable[[Any], Any]) -> Stateful:
     return Stateful((), lambda state, a: (state, function(a)))
 
 
+@method("companion", papers=["001-161"])
 def delayed_trace(f: Callable[[Any, Any], tuple[Any, Any]] | Stateful, state: Any) -> Stateful:
     """Return `f` with its second output fed back as its second input, one time later.
 
@@ -109,6 +111,7 @@ def delayed_trace(f: Callable[[Any, Any], tuple[Any, Any]] | Stateful, state: An
     return Stateful(state, step)
 
 
+@method("companion", papers=["001-161"])
 def d_stateful(f: Stateful) -> Stateful:
     """Return the derivative of a computation: it takes (a, da), sequences, and returns db.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from netwright.catalogue.facets import method
 from netwright.formal.learners.category import Learner
 from netwright.formal.learners.lens import pair
 
@@ -82,6 +83,7 @@ class Game:
         return Game(play, coplay, respond)
 
 
+@method("companion", papers=["002-149"])
 def as_game(learner: Learner) -> Game:
     """Return the open game whose players set a learner's parameters.
 

@@ -2,6 +2,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from netwright.catalogue.facets import method
+
 __all__ = ["Lens", "ParaLens"]
 
 
@@ -58,6 +60,7 @@ class Lens:
         return Lens(get, run=run)
 
 
+@method("formal", papers=["003-145"])
 class ParaLens:
     """A lens with parameters: what a layer is, a loss, and a whole network.
 

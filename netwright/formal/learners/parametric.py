@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as losses
 from torch.utils._pytree import tree_map
 
+from netwright.catalogue.facets import method
 from netwright.formal.learners.category import Learner
 from netwright.formal.learners.lens import Lens, ParaLens, pair
 from netwright.formal.learners.optimisers import Optimiser, ascent
@@ -89,6 +90,7 @@ boolean_rate = Lens(lambda value: (), lambda value, _: value)
 """What ends a Boolean circuit: the loss itself goes back."""
 
 
+@method("companion", papers=["003-145"])
 def supervised(params: Any, model: ParaLens, *, loss: ParaLens, rate: Lens,
                optimiser: Optimiser | None = None) -> Learner:
     """Return the learner that a model, a loss, a rate and an optimiser make when composed.

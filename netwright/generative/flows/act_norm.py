@@ -4,12 +4,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 from netwright.reversing.engine import Step, Update
 
 __all__ = ["ActNorm"]
 
 
+@method("generative")
 class ActNorm(Transform):
     """Shift and scale each channel, at first so that the first batch has mean 0 and deviation 1.
 

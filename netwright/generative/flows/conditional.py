@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, leaky_relu
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Flow, Transform
 from netwright.reversing.engine import Regroup, Step, Update
 
 __all__ = ["ConditionalAffineCoupling", "ConditionalFlow"]
 
 
+@method("generative", papers=["003-079"])
 class ConditionalAffineCoupling(Transform):
     """Scale and shift each half of an image's channels by the other half and by a condition.
 
@@ -140,6 +142,7 @@ class _Net(nn.Module):
         return y * self.gate(y)
 
 
+@method("generative", papers=["003-079"])
 class ConditionalFlow(Flow):
     """The density of images that belong to other images, and samples of it: pan-sharpening.
 

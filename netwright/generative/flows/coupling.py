@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 from netwright.reversing.engine import Regroup, Step, Update
 
@@ -11,6 +12,7 @@ __all__ = ["AdditiveCouplingTransform", "AffineCouplingTransform", "Permute",
            "SplineCouplingTransform"]
 
 
+@method("generative")
 class Permute(Transform):
     """Put the entries of a dimension in another order.
 
@@ -90,6 +92,7 @@ class _Coupling(Transform):
         return [torch.cat(streams[:2], 1), streams[2]]
 
 
+@method("generative")
 class AdditiveCouplingTransform(_Coupling):
     """Add to one half of a sample what a network makes of the other half.
 
@@ -118,6 +121,7 @@ class AdditiveCouplingTransform(_Coupling):
         return _Additive("net", self.net, (read,), (write, 2), args)
 
 
+@method("generative")
 class AffineCouplingTransform(_Coupling):
     """Scale and shift one half of a sample by what a network makes of the other half.
 
@@ -158,6 +162,7 @@ class AffineCouplingTransform(_Coupling):
         return affine
 
 
+@method("generative")
 class SplineCouplingTransform(_Coupling):
     """Bend one half of a sample by monotonic splines whose knots a network makes of the other.
 

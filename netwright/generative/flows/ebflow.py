@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
 from netwright.generative.flows.flow import Flow, Transform
 from netwright.generative.flows.linear import LinearTransform
@@ -16,6 +17,7 @@ __all__ = ["EBFlow", "SmoothLeakyReLU", "score_matching_loss"]
 KINDS = ("exact", "sliced", "finite-difference", "denoising")
 
 
+@method("generative", papers=["003-139"])
 class SmoothLeakyReLU(Transform):
     """Bend every entry: a leaky ReLU without a kink, so that it has a second derivative.
 
@@ -65,6 +67,7 @@ class SmoothLeakyReLU(Transform):
         return self.slope + (1 - self.slope) * torch.sigmoid(x)
 
 
+@method("generative", papers=["003-139"])
 class EBFlow(Flow):
     """A flow seen as an energy, so that training needs no determinant of its linear layers.
 
@@ -119,6 +122,7 @@ class EBFlow(Flow):
         return -sum(volumes, like.new_zeros(()))
 
 
+@method("companion", papers=["003-139"])
 def score_matching_loss(flow: EBFlow | nn.Module, x: Tensor,
                         kind: Literal["exact", "sliced", "finite-difference", "denoising"]
                         = "sliced", *, noise: float = 0.1, generator: Generator | None = None,

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_map_only
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.generative.flows.flow import Flow, Transform
 from netwright.generative.flows.odeint import odeint
@@ -14,6 +15,7 @@ from netwright.reversing.engine import Regroup, Step, Stored
 __all__ = ["FFJORD"]
 
 
+@method("generative", papers=["001-008"])
 class FFJORD(Flow, Transform):
     """A density that flows: samples move by an equation whose slope is any network.
 

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from netwright.catalogue.facets import method
 from netwright.reversing.engine import Step, Update, chained, forth, run, undo
 
 __all__ = ["Flow", "Transform"]
 
 
+@method("generative")
 class Transform(nn.Module):
     """An invertible map of samples that knows how it changes volumes.
 
@@ -71,6 +73,7 @@ class _Map(Update):
         return [transform.inverse(y[0], *self.args), y[1]]
 
 
+@method("generative")
 class Flow(nn.Module):
     """A density: a simple one, seen through transforms that can be undone.
 

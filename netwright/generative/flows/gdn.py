@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import softplus
 
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
 from netwright.generative.flows.flow import Flow, Transform
 
@@ -15,6 +16,7 @@ __all__ = ["GDN", "gaussianize_layerwise"]
 STEEPEST = 0.98  # what max_j alpha_ij epsilon_i stays below
 
 
+@method("generative", papers=["002-139"])
 class GDN(Transform):
     """Divide each entry by a pooled activity of all entries: generalised divisive normalisation.
 
@@ -118,6 +120,7 @@ class GDN(Transform):
                              f"channels={self.channels}, got {tuple(x.shape)}")
 
 
+@method("companion", papers=["002-139"])
 def gaussianize_layerwise(layers: Iterable[Transform | Sequence[Transform]], data: Tensor, *,
                           steps: int = 1000, batch: int = 256,
                           optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

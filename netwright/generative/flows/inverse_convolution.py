@@ -2,6 +2,7 @@ from typing import Any
 
 from torch import Generator, nn
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.corner import CORNERS, Convolve, starting_weight
 from netwright.generative.flows.flow import Transform
 from netwright.reversing.engine import Step
@@ -9,6 +10,7 @@ from netwright.reversing.engine import Step
 __all__ = ["InvConv2d"]
 
 
+@method("generative", papers=["001-047"])
 class InvConv2d(Transform):
     """Undo a convolution on the way to the base, so that a sample needs convolutions only.
 

@@ -2,6 +2,7 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.corner import Convolve, starting_weight
 from netwright.generative.flows.flow import Transform
 from netwright.reversing.engine import Step
@@ -11,6 +12,7 @@ __all__ = ["InvertibleConv3x3"]
 PADS = {"top-left": "TL", "top-right": "TR", "bottom-left": "BL", "bottom-right": "BR"}
 
 
+@method("generative", papers=["001-038"])
 class InvertibleConv3x3(Transform):
     """Convolve an image padded at one corner, which has an inverse and an exact determinant.
 

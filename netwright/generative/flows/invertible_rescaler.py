@@ -7,6 +7,7 @@ from torch.nn.functional import interpolate
 
 from netwright.blocks.reversible.coupling import AffineCoupling
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
 from netwright.generative.flows.image_coupling import coupling_net
 from netwright.reversing.engine import Regroup, Step, Stored, Update, run
 
@@ -15,6 +16,7 @@ __all__ = ["InvertibleRescaler"]
 Size = tuple[int, int]
 
 
+@method("generative", papers=["002-011"])
 class InvertibleRescaler(nn.Module):
     """Make an image small so that it can be made large again, at any scale of either axis.
 

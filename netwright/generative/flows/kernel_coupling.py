@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.coupling import AffineCouplingTransform
 from netwright.generative.flows.flow import Transform
 from netwright.reversing.engine import Step
@@ -19,6 +20,7 @@ KERNELS: dict[str, Callable[[Tensor], Tensor]] = {  # of r^2 = sum_i ((x_i - u_i
 }
 
 
+@method("generative", papers=["002-108"])
 class KernelCoupling(Transform):
     """Scale and shift one half of a sample by a sum of kernels on the other half.
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.coupling import AffineCouplingTransform
 from netwright.generative.flows.flow import Flow, Transform
 from netwright.reversing.engine import Regroup, Step, Update, run
@@ -12,6 +13,7 @@ from netwright.reversing.engine import Regroup, Step, Update, run
 __all__ = ["LabelFlow", "weak_constraint_loss"]
 
 
+@method("generative", papers=["003-157"])
 class LabelFlow(Flow):
     """A density of the labels that a sample may have, given the sample.
 
@@ -77,6 +79,7 @@ class LabelFlow(Flow):
         return torch.stack(labels).mean(0)
 
 
+@method("companion", papers=["003-157"])
 def weak_constraint_loss(flow: LabelFlow, x: Tensor, signals: Tensor, bounds: Tensor, *,
                          weight: float = 10.0, generator: Generator | None = None) -> Tensor:
     """Return how unlikely the labels are that a flow draws, and how far from what is permitted.

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Flow, Transform
 from netwright.reversing.engine import Regroup, Step, Update
 
@@ -14,6 +15,7 @@ __all__ = ["GaugeTransform", "U1Action", "autocorrelation_time", "field_loss", "
 Action = Callable[[Tensor], Tensor]
 
 
+@method("generative")
 class U1Action(nn.Module):
     """The action of the two-dimensional U(1) lattice gauge theory.
 
@@ -103,6 +105,7 @@ def hmc(action: Action, x: Tensor, *, draws: int, steps: int, step_size: float,
     return _hmc(action, x, lambda z: z, draws, steps, step_size, generator)
 
 
+@method("companion", papers=["001-104"])
 def flow_hmc(flow: Transform | Flow, action: Action, x: Tensor, *, draws: int, steps: int,
              step_size: float, generator: Generator | None = None) -> Chain:
     """Draw from exp(-S) by hybrid Monte Carlo in the space that a flow maps from.
@@ -188,6 +191,7 @@ def autocorrelation_time(series: Tensor) -> float:
     return float(times[int(window.int().argmax()) if bool(window.any()) else -1])
 
 
+@method("generative")
 class GaugeTransform(Transform):
     """Move every other link of one direction along the force of its two plaquettes.
 

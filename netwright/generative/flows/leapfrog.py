@@ -7,12 +7,14 @@ from torch import Generator, Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
 from netwright.generative.flows.lattice import Action, Chain
 from netwright.reversing.engine import Regroup, Step, Update
 
 __all__ = ["LeapfrogLayer", "LeapfrogSampler"]
 
 
+@method("generative", papers=["002-099"])
 class LeapfrogLayer(ReversibleBlock):
     """A leapfrog step that is scaled, shifted and bent by networks, and can be undone.
 
@@ -199,6 +201,7 @@ def _log_slope(x: Tensor, s: Tensor) -> Tensor:
     return s - torch.log(half.cos().square() + (2 * s).exp() * half.sin().square())
 
 
+@method("generative", papers=["002-099"])
 class LeapfrogSampler(nn.Module):
     """A Markov chain whose proposals are leapfrog layers, run forward or backward by chance.
 

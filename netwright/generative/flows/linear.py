@@ -3,11 +3,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 
 __all__ = ["LinearTransform"]
 
 
+@method("generative", papers=["002-139"])
 class LinearTransform(Transform):
     """Multiply a sample by an invertible matrix, and add a bias.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
+from netwright.catalogue.facets import method
 from netwright.errors import MissingExtra, UnknownName
 from netwright.reversing.engine import Add, Update, run
 
@@ -16,6 +17,7 @@ State = Tensor | Sequence[Tensor]
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+@method("generative", papers=["001-013"])
 class ReversibleHeun(ReversibleBlock):
     """Solve dy/dt = f(t, y) by a method whose every step can be undone.
 
@@ -84,6 +86,7 @@ class ReversibleHeun(ReversibleBlock):
         return found
 
 
+@method("companion", papers=["001-013"])
 def odeint(f: nn.Module, y0: State, ts: Tensor, *, solver: str = "reversible_heun",
            backward: str | None = None, steps: int = 1, rtol: float = 1e-7, atol: float = 1e-9,
            options: dict[str, Any] | None = None) -> Any:

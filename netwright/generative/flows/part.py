@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 from netwright.generative.flows.squeeze import Squeeze
 from netwright.reversing.engine import Regroup, Step, Stored, chained
@@ -11,6 +12,7 @@ from netwright.reversing.engine import Regroup, Step, Stored, chained
 __all__ = ["Part", "multi_scale"]
 
 
+@method("generative")
 class Part(Transform):
     """Run transforms on the first channels of a sample, and leave the others as they are.
 

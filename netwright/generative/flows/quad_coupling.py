@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 from netwright.generative.flows.image_coupling import coupling_net
 from netwright.reversing.engine import Regroup, Step, Update
@@ -11,6 +12,7 @@ from netwright.reversing.engine import Regroup, Step, Update
 __all__ = ["QuadCoupling"]
 
 
+@method("generative", papers=["001-038"])
 class QuadCoupling(Transform):
     """Scale and shift each quarter of an image's channels by what is made of the quarters before.
 

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.functional import normalize, softplus
 from torch.utils._pytree import tree_leaves
 
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
 from netwright.generative.flows.flow import Transform
 from netwright.reversing.engine import Step, Update
@@ -21,6 +22,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 STEEP = (nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish)
 
 
+@method("generative", papers=["001-072"])
 class LipSwish(nn.Module):
     """Swish, scaled so that its slope is nowhere above 1.
 
@@ -47,6 +49,7 @@ class LipSwish(nn.Module):
         return x * torch.sigmoid(x * softplus(self.beta).to(x.dtype)) / 1.1
 
 
+@method("companion", papers=["001-072"])
 def spectral_norm(net: nn.Module, lipschitz: float = 0.98, *,
                   size: int | Sequence[int] | None = None, tolerance: float = 1e-4) -> nn.Module:
     """Return a copy of `net` whose linear and convolutional layers stretch at most by `lipschitz`.
@@ -100,6 +103,7 @@ def spectral_norm(net: nn.Module, lipschitz: float = 0.98, *,
     return net
 
 
+@method("generative", papers=["001-072"])
 class ResidualTransform(Transform):
     """Add to a sample what a network makes of it that stretches less than 1.
 

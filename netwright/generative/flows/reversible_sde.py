@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
+from netwright.catalogue.facets import method
 from netwright.reversing.engine import Add, Update, run
 
 __all__ = ["ReversibleSDESolver"]
@@ -24,6 +25,7 @@ def linear_schedule(t: Tensor) -> tuple[Tensor, Tensor]:
     return (exponent / 2).exp(), (-torch.expm1(exponent)).sqrt()
 
 
+@method("generative", papers=["001-018"])
 class ReversibleSDESolver(ReversibleBlock):
     """Sample from a diffusion model by a stochastic equation, and undo that for given data.
 

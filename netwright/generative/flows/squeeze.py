@@ -2,12 +2,14 @@ from typing import Any
 
 from torch import Tensor
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 from netwright.reversing.engine import Regroup, Step
 
 __all__ = ["Squeeze"]
 
 
+@method("generative")
 class Squeeze(Transform):
     """Make channels of the pixels of each small square of an image.
 

@@ -5,6 +5,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.models.boosting._estimators import (
     Array,
     Grown,
@@ -72,6 +73,7 @@ class _BoostedUnits(Grown):
                              "0 is none")
 
 
+@method("model", papers=["004-020"])
 class BoostedUnitsRegressor(_BoostedUnits, GrownRegressor):
     """A network with one hidden layer, grown by a few units at a time on what is still wrong.
 
@@ -113,6 +115,7 @@ class BoostedUnitsRegressor(_BoostedUnits, GrownRegressor):
     """
 
 
+@method("model", papers=["004-020"])
 class BoostedUnitsClassifier(_BoostedUnits, GrownClassifier):
     """A network with one hidden layer, grown by a few units at a time on what is still wrong.
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.models.boosting._estimators import (
     Grown,
     GrownClassifier,
@@ -125,6 +126,7 @@ class _RandomFeatureBoosting(Grown):
                              "leave it at 'gradient' for classes")
 
 
+@method("model", papers=["003-072"])
 class RandomFeatureBoostingRegressor(_RandomFeatureBoosting, GrownRegressor):
     """A residual network of random features, grown greedily, block by block.
 
@@ -172,6 +174,7 @@ class RandomFeatureBoostingRegressor(_RandomFeatureBoosting, GrownRegressor):
     """
 
 
+@method("model", papers=["003-072"])
 class RandomFeatureBoostingClassifier(_RandomFeatureBoosting, GrownClassifier):
     """A residual network of random features, grown greedily, block by block.
 

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from netwright.catalogue.facets import method
 from netwright.reshape.experts._dense import dense_layers
 
 __all__ = ["multiplets"]
 
 
+@method("reshape", papers=["000-009"])
 @torch.inference_mode(False)
 def multiplets(model: nn.Module, train: Callable[[nn.Module, list[nn.Module]], Any],
                example: Any = None, *, stages: int = 2, square: bool = True) -> list[nn.Module]:

@@ -7,6 +7,7 @@ from torch import Generator, nn
 from torch.nn.functional import linear
 
 from netwright.blocks.experts import MixtureOfExperts, TopKRouter
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape.experts._dense import activation_of, as_block, dense_layers
 from netwright.reshape.feedforward import feedforward_weights, with_blocks
@@ -17,6 +18,7 @@ from netwright.stages.stage import apply
 __all__ = ["upcycle"]
 
 
+@method("reshape", papers=["000-003"])
 @torch.inference_mode(False)
 def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, n_experts: int = 8,
             k: int = 2, noise: float = 0.0, attention: Sequence[str] = (),

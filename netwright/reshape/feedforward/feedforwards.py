@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape.feedforward._watching import (
     Itself,
@@ -24,6 +25,7 @@ from netwright.stages.stage import apply
 __all__ = ["FeedForwardLayer", "feedforwards"]
 
 
+@method("reshape")
 @dataclass(frozen=True)
 class FeedForwardLayer:
     """Where a feed-forward layer is, and what it computes.
@@ -62,6 +64,7 @@ class FeedForwardLayer:
         return repr(self.name) if self.name else "the model"
 
 
+@method("reshape")
 @torch.inference_mode(False)
 def feedforwards(model: nn.Module, example: Any = None, *,
                  square: bool = True) -> list[FeedForwardLayer]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape.feedforward.exchanging import (
     FeedForwardWeights,
@@ -24,6 +25,7 @@ from netwright.stages.stage import apply
 __all__ = ["FeedForwardRun", "feedforward_runs", "fuse_feedforward"]
 
 
+@method("reshape")
 class FeedForwardRun(NamedTuple):
     """Feed-forward layers that follow one another on a stream, with nothing between them.
 
@@ -44,6 +46,7 @@ class _Branch:
     norm: str | None
 
 
+@method("reshape", papers=["003-177"])
 @torch.inference_mode(False)
 @torch.no_grad()
 def fuse_feedforward(model: nn.Module, example: Any, layers: Sequence[str] | None = None, *,
@@ -121,6 +124,7 @@ def fuse_feedforward(model: nn.Module, example: Any, layers: Sequence[str] | Non
     return result
 
 
+@method("reshape")
 @torch.inference_mode(False)
 @torch.no_grad()
 def feedforward_runs(model: nn.Module, example: Any) -> list[FeedForwardRun]:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.reshape.feedforward.exchanging import (
     FeedForwardWeights,
@@ -22,6 +23,7 @@ __all__ = ["share_feedforward"]
 STARTS = ("new", "first")
 
 
+@method("reshape", papers=["003-064"])
 @torch.inference_mode(False)
 @torch.no_grad()
 def share_feedforward(model: nn.Module, hidden: int | Literal["budget"] | None = None,

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse, NothingToReshape, UnknownName
 from netwright.reshape.pruning._residual import Silent, Trace, trace
 from netwright.reshape.residual._blocks import Block, Passed, example_of, respond, runs_of
@@ -23,6 +24,7 @@ __all__ = ["reversible"]
 How = Literal["coupling", "momentum"]
 
 
+@method("reshape", papers=["001-010"])
 @torch.inference_mode(False)
 def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
                gamma: float = 0.9, exact: bool | None = None) -> nn.Module:

@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.numerics.closed_form import boosted_map, linear_readout, loss
 from netwright.rules.readout import mean_of_tokens
@@ -21,6 +22,7 @@ __all__ = ["RandomFeatureBoosting"]
 Loss = Literal["cross_entropy", "squared"]
 
 
+@method("rule", papers=["003-072"])
 class RandomFeatureBoosting(Rule):
     """Train each residual stage's last layer in closed form, to lower the loss of a linear readout.
 

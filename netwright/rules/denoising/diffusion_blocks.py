@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.rules.denoising.label_denoiser import (
     FREQUENCIES,
@@ -23,6 +24,7 @@ __all__ = ["DiffusionBlocks"]
 WIDTH = 64  # of the vector that tells the noise level and the class
 
 
+@method("rule", papers=["003-037"])
 class DiffusionBlocks(Rule):
     """Train the blocks of a residual network apart, each as a denoiser of noise levels of its own.
 

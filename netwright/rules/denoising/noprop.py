@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.denoising.label_denoiser import (
     LabelDenoiser,
@@ -26,6 +27,7 @@ from netwright.stages import Stages, call
 __all__ = ["NoProp"]
 
 
+@method("rule", papers=["003-168"])
 class NoProp(Rule):
     """Train blocks that each denoise the label on their own; prediction runs them as a chain.
 

@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter, functional
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.denoising.label_denoiser import (
@@ -28,6 +29,7 @@ from netwright.stages import Stages, call
 __all__ = ["NoPropContinuous"]
 
 
+@method("rule", papers=["003-168"])
 class NoPropContinuous(Rule):
     """Train one block to denoise the label at any time; prediction follows its flow to the label.
 

@@ -4,6 +4,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.denoising.label_denoiser import (
     LabelDenoiser,
@@ -24,6 +25,7 @@ from netwright.stages import Stages, call
 __all__ = ["NoPropFlow"]
 
 
+@method("rule", papers=["003-168"])
 class NoPropFlow(Rule):
     """Train one block to point from noise to the label; prediction follows it there.
 

@@ -4,6 +4,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.formal.circuits import PolynomialCircuit
 from netwright.rules.rule import Rule, check_labels
@@ -13,6 +14,7 @@ from netwright.stages import Stages
 __all__ = ["ReverseDerivativeAscent"]
 
 
+@method("rule", papers=["001-034"])
 class ReverseDerivativeAscent(Rule):
     """Train the bits of a circuit themselves, by the reverse derivative of its error.
 

@@ -8,6 +8,7 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked, targets
@@ -28,6 +29,7 @@ ACTIVATIONS = frozenset({
     functional.threshold})
 
 
+@method("rule", papers=["001-164"])
 class DualPropagation(Rule):
     """Give each unit two states, whose mean is its activity and whose difference is its error.
 

@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright.catalogue.facets import method
 from netwright.rules.rule import Rule, check_labels, targets
 from netwright.stages import Stages
 
@@ -14,6 +15,7 @@ __all__ = ["EquilibriumPropagation"]
 HOLOMORPHIC = (nn.Sigmoid, nn.Tanh, nn.SiLU)
 
 
+@method("rule", papers=["002-006"])
 class EquilibriumPropagation(Rule):
     """Let a layered network settle freely and under complex nudges, then learn from how it moved.
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, check_labels, targets
 from netwright.runtime.modes import same_buffers
@@ -15,6 +16,7 @@ from netwright.stages import Stages, stages
 __all__ = ["InferenceLearning"]
 
 
+@method("rule", papers=["003-179"])
 class InferenceLearning(Rule):
     """Let the states settle where a step of the weights would leave them, and take that step.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.estimators._evolution import Evolution
 from netwright.rules.rule import Rule, checked
@@ -52,6 +53,7 @@ class Prompt(nn.Module):
         return torch.cat([before, places, rest], 1)
 
 
+@method("rule", papers=["003-154"])
 class BlackBoxPrompt(Rule):
     """Tune prompts at every layer of a frozen network by an evolution strategy, layer by layer.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, check_labels
 from netwright.runtime.modes import rehearsing, same_buffers
@@ -17,6 +18,7 @@ __all__ = ["LikelihoodRatio"]
 Control = Literal["baseline", "antithetic"] | None
 
 
+@method("rule", papers=["002-042"])
 class LikelihoodRatio(Rule):
     """Train every stage with noise on its output, times the loss that this noise led to.
 

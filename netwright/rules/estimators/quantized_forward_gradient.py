@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.runtime.modes import evaluating, rehearsing
@@ -20,6 +21,7 @@ _LAYERS: dict[Any, int] = {functional.linear: 0, functional.conv1d: 0, functiona
                            functional.conv3d: 0, torch.addmm: 1}
 
 
+@method("rule", papers=["003-149"])
 class QuantizedForwardGradient(Rule):
     """Train weights of 8 bits by forward passes alone, by which way of two the loss is lower.
 

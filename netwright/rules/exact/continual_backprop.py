@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, distributed, nn
 
 from netwright.anatomy.units import Units, hidden_units
+from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.runtime.distributed import world
@@ -15,6 +16,7 @@ from netwright.stages import Stages, call
 __all__ = ["ContinualBackprop"]
 
 
+@method("rule", papers=["001-136"])
 class ContinualBackprop(Rule):
     """Train with the exact gradient, and after every step renew a few units that do little.
 

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from torch.nn.functional import linear
 from torch.nn.parameter import is_lazy
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
@@ -21,6 +22,7 @@ __all__ = ["DynamicalLowRank"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+@method("rule", papers=["002-135"])
 class DynamicalLowRank(Rule):
     """Train the factors of low-rank weights along the exact gradient, and let their ranks adapt.
 

@@ -6,6 +6,7 @@ from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse, CannotStage
 from netwright.objectives.losses import cross_entropy
 from netwright.reversing.engine import Step, Stored, chained, run
@@ -17,6 +18,7 @@ from netwright.stages.stage import apply, tensor_of
 __all__ = ["Reversible"]
 
 
+@method("rule", papers=["001-010"])
 class Reversible(Rule):
     """Backpropagate through a network that reconstructs its activations instead of storing them.
 

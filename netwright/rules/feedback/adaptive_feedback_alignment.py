@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.autograd import forward_ad
 
+from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.inputs import (
     INSIDE,
@@ -30,6 +31,7 @@ from netwright.stages.stage import Context
 __all__ = ["AdaptiveFeedbackAlignment"]
 
 
+@method("rule", papers=["003-020"])
 class AdaptiveFeedbackAlignment(Rule):
     """Send the output error to every stage through the weights that lead there from the input.
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.inputs import (
@@ -31,6 +32,7 @@ from netwright.stages.stage import Context
 __all__ = ["Pepita"]
 
 
+@method("rule", papers=["003-020"])
 class Pepita(Rule):
     """Train every stage by how its output changes when the input is shifted by the output error.
 

@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
+from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.feedback_alignment import (
     find_layers,
@@ -21,6 +22,7 @@ from netwright.stages import Stages
 __all__ = ["ProductFeedback"]
 
 
+@method("rule", papers=["003-043"])
 class ProductFeedback(Rule):
     """Train with the product of two matrices, one fixed and one learned, carrying the error back.
 

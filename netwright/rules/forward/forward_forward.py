@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import softplus
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.forward._blocks import in_blocks
@@ -51,6 +52,7 @@ KEPT = 4
 Sum = tuple[Tensor | float, Tensor | float]
 
 
+@method("rule", papers=["000-016", "001-031", "001-110", "003-024", "004-029"])
 class ForwardForward(Rule):
     """Train every stage to tell real samples from false ones by the size of its own activity.
 

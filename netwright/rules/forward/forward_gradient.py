@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.auxiliary_heads import AuxiliaryHead, needed, signals
 from netwright.rules.forward._forward_mode import (
@@ -22,6 +23,7 @@ from netwright.stages import Stages, call, stages
 __all__ = ["ForwardGradient"]
 
 
+@method("rule", papers=["001-112", "003-044"])
 class ForwardGradient(Rule):
     """Train with the loss's slope in guessed directions, found without a backward pass.
 

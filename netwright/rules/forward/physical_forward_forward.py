@@ -5,6 +5,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cosine_similarity, one_hot, softplus
 from torch.nn.parameter import is_lazy
 
+from netwright.catalogue.facets import method
 from netwright.rules.forward._samples import check_written, image_of, overlaid
 from netwright.rules.readout import first_parameter
 from netwright.rules.rule import Rule
@@ -15,6 +16,7 @@ from netwright.stages._sequential import SequentialStage
 __all__ = ["PhysicalForwardForward"]
 
 
+@method("rule", papers=["000-034"])
 class PhysicalForwardForward(Rule):
     """Train the layers around opaque ones, through which nothing can be differentiated.
 

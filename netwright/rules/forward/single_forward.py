@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import normalize
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.forward._graphs import (
@@ -22,6 +23,7 @@ from netwright.stages import Stages, stages
 __all__ = ["SingleForward"]
 
 
+@method("rule", papers=["000-016"])
 class SingleForward(Rule):
     """Train each layer of a graph network to bring nodes near a virtual node of their class.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.rules.rule import Rule, check_labels, targets
 from netwright.stages import Stages
@@ -16,6 +17,7 @@ __all__ = ["DisinhibitoryHebb"]
 RATES = (nn.ReLU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU)
 
 
+@method("rule", papers=["003-067"])
 class DisinhibitoryHebb(Rule):
     """Train a circuit by a Hebbian rule whose sign is set by each unit's inhibition.
 

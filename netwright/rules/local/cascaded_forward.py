@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import Readout, count_classes, first_parameter, mean_of_tokens, widths
 from netwright.rules.rule import Rule, checked
@@ -14,6 +15,7 @@ from netwright.stages import Stages, stages
 __all__ = ["CascadedForward"]
 
 
+@method("rule", papers=["004-029"])
 class CascadedForward(Rule):
     """Leave the hidden stages as they are, and train a class guess on the output of each.
 

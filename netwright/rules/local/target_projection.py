@@ -4,6 +4,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.inputs import MIXING
@@ -20,6 +21,7 @@ DISTANCES: dict[str, Distance] = {"squared": lambda a, t: (a - t).square(),
                                   "direct": lambda a, t: -a * t}
 
 
+@method("rule", papers=["004-005"])
 class TargetProjection(Rule):
     """Train every hidden stage towards a fixed random projection of the label.
 
