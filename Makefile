@@ -16,6 +16,7 @@ demo: .venv/demo
 
 test: .venv/test
 	$(BIN)/ruff check .
+	$(BIN)/python tools/stubs.py
 	$(BIN)/mypy
 	$(BIN)/deptry netwright
 	$(BIN)/deptry tests benchmarks docs conftest.py --ignore DEP002,DEP004

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from netwright.blocks.experts import MixtureOfExperts
 from netwright.blocks.feedforward import FeedForward
-from netwright.evidence.evidence import machine
 from netwright.reshape import mix_lora, moefy
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "expert_surgery.json"
 DIM, HIDDEN, TOKENS, TURNS = 512, 2048, 1024, 15

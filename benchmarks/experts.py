@@ -27,7 +27,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from netwright.blocks.experts import GLUExperts, MixtureOfExperts
 from netwright.blocks.feedforward import GLU
-from netwright.evidence.evidence import machine
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "experts.json"
 N, K, DIM, HIDDEN, TOKENS, TURNS = 8, 2, 512, 1024, 4096, int(os.environ.get("TURNS", "11"))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from netwright.blocks.feedforward import FastFeedforward, FeedForward
-from netwright.evidence.evidence import machine
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "fast_feedforward.json"
 DIM, AGREED = 768, (32, 7)

@@ -40,7 +40,6 @@ from netwright.blocks.feedforward import (
 )
 from netwright.blocks.kan import AFKANFeedForward, KANFeedForward, RationalFeedForward
 from netwright.data import Split
-from netwright.evidence.evidence import machine
 from netwright.evidence.small_models import (
     images,
     language_model,
@@ -49,8 +48,9 @@ from netwright.evidence.small_models import (
     text,
     train,
 )
-from netwright.losses import cross_entropy
 from netwright.measure import cost
+from netwright.objectives.losses import cross_entropy
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "feedforward_blocks.json"
 STEPS, SEEDS, TURNS, BATCH, PLAIN = 300, 3, 15, 16, "plain, GELU"

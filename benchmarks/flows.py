@@ -16,14 +16,14 @@ import torch
 import zuko
 from torch import Tensor, nn
 
-from netwright.evidence.evidence import machine
-from netwright.flows import (
+from netwright.generative.flows import (
     AdditiveCouplingTransform,
     AffineCouplingTransform,
     Flow,
     SplineCouplingTransform,
 )
 from netwright.measure import cost
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "flows.json"
 SIZE, HALF, HIDDEN, BATCH, TURNS = 16, 8, 64, 1024, 15

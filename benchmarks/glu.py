@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from netwright.blocks.feedforward import GLU
-from netwright.evidence.evidence import machine
 from netwright.measure import cost
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "glu.json"
 DIM, HIDDEN, TOKENS, TURNS, BOUND = 512, 1024, 4096, 21, 1.05

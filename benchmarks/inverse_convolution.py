@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from netwright.evidence.evidence import machine
 from netwright.evidence.flows.convolution_flows import dense_matrix
-from netwright.flows.corner import inverse_convolution, starting_weight
+from netwright.generative.flows.corner import inverse_convolution, starting_weight
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "inverse_convolution.json"
 SIDES, CHANNELS, BATCH, KERNEL = (8, 16, 24, 32, 48, 64), 4, 16, 3

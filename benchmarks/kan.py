@@ -23,7 +23,7 @@ from torch.nn.functional import linear, silu
 
 from netwright.blocks import kan
 from netwright.blocks.kan import KANFeedForward, RationalFeedForward
-from netwright.evidence.evidence import machine
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "kan.json"
 DIMS, ROWS, TURNS, BOUND = (64, 128, 256, 512), 1024, 9, 3.0

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from netwright.evidence.evidence import machine
-from netwright.flows import odeint
+from netwright.generative.flows import odeint
 from netwright.measure import cost
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "ode.json"
 LIMIT = 1.4

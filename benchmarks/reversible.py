@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from netwright.blocks.reversible import AdditiveCoupling, ReversibleSequential
-from netwright.evidence.evidence import machine
 from netwright.measure import cost
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "reversible.json"
 DEPTHS, TURNS = (8, 16, 32, 64), 7

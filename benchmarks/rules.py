@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from netwright import rules
-from netwright.evidence.evidence import machine
 from netwright.measure import cost
 from netwright.models import mlp
 from netwright.rules import Rule
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "rules.json"
 # What trains no classifiers of vectors: prompts, denoisers, circuits, graphs, recurrent networks.

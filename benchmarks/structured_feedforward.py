@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from netwright.blocks.feedforward import FeedForward, StructuredFeedForward, premerge
 from netwright.blocks.feedforward.structured_linear import Kind
-from netwright.evidence.evidence import machine
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 KINDS: tuple[Kind, ...] = ("lowrank", "blockdense", "blockshuffle")

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netwright.evidence.evidence import machine
 from netwright.measure import cost
 from netwright.models import cnn, mlp
 from netwright.rules import Backprop, DirectFeedbackAlignment, FeedbackAlignment, Rule
+from netwright.runtime.machine import machine
 
 BATCH, STEPS = 128, 10
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {

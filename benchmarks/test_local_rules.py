@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from netwright.data import Split, digits, mnist
-from netwright.evidence.evidence import machine
 from netwright.measure import cost
 from netwright.models import cnn, mlp
 from netwright.rules import Backprop, ForwardForward, MonoForward, Rule
+from netwright.runtime.machine import machine
 
 BATCH, EPOCHS, PER_TURN, HIDDEN = 128, 5, 20, (500, 500)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from netwright import rules
-from netwright.evidence.evidence import machine
 from netwright.measure import Cost, cost
 from netwright.rules import Rule
+from netwright.runtime.machine import machine
 
 BATCH, WIDTH, CLASSES, SHALLOW, DEEP = 256, 64, 10, 8, 32
 # What trains no classifiers of vectors: prompts, denoisers, circuits, graphs, recurrent networks.

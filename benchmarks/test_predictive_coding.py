@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from netwright.data import Split, digits, mnist
-from netwright.evidence.evidence import machine
 from netwright.rules import Backprop, PredictiveCoding, Rule
+from netwright.runtime.machine import machine
 
 BATCH, ROUNDS, PER_ROUND, TESTED = 128, 10, 10, 1000
 FULL, LEAN = "pcn-torch 1.1.0", "pcn-torch 1.1.0, lean"

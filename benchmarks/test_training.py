@@ -18,9 +18,9 @@ from torch.nn.functional import cross_entropy
 
 import netwright as nw
 from netwright.data import Batches, digits
-from netwright.evidence.evidence import machine
 from netwright.models import cnn
 from netwright.rules import Backprop
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 LIMITS = {"MLP 64-256-256-10": 1.03, "CNN": 1.01}

@@ -12,7 +12,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from netwright import evidence, papers
-from netwright.results import Comparison, Row
+from netwright.compare.results import Comparison, Row
 
 HERE = Path(__file__).parent
 MARK = "<!-- measured comparison -->"

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from netwright import rules
+from netwright.compare.results import Comparison, Row
 from netwright.report import PALETTE
-from netwright.results import Comparison, Row
 
 STAGES = 4
 # Each group, in the order of the page, and what its picture says.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright.data import digits
-from netwright.learners import cross_entropy_error, learner, squared_error
+from netwright.formal.learners import cross_entropy_error, learner, squared_error
 
 TARGET = Path(__file__).parent / "learners" / "one-step.svg"
 INK, FORWARD, BACK = "#333333", "#4051b5", "#c2410c"

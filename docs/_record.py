@@ -16,9 +16,9 @@ import torch
 
 import netwright as nw
 from netwright import report
-from netwright.changes import changes
-from netwright.compare import CHANGES
-from netwright.results import Comparison, Row
+from netwright.compare.compare import CHANGES
+from netwright.compare.recipe import changes
+from netwright.compare.results import Comparison, Row
 from netwright.tasks import task as find_task
 
 HERE = Path(__file__).parent

@@ -1,37 +1,39 @@
 """netwright: change how a PyTorch network is built, trained and run, and measure each change."""
 
-import importlib
-from typing import Any
+from netwright.runtime.faces import face
+from netwright.runtime.version import __version__ as __version__
 
-from netwright import (
-    blocks,
-    circuits,
-    data,
-    errors,
-    evidence,
-    flows,
-    learners,
-    measure,
-    optim,
-    papers,
-    reshape,
-    rules,
+face(
+    __name__,
+    rooms={
+        "blocks": "netwright.blocks",
+        "boosting": "netwright.models.boosting",
+        "circuits": "netwright.formal.circuits",
+        "data": "netwright.data",
+        "errors": "netwright.errors",
+        "evidence": "netwright.evidence",
+        "flows": "netwright.generative.flows",
+        "generative": "netwright.generative",
+        "learners": "netwright.formal.learners",
+        "measure": "netwright.measure",
+        "models": "netwright.models",
+        "objectives": "netwright.objectives",
+        "optim": "netwright.optim",
+        "papers": "netwright.catalogue.papers",
+        "reshape": "netwright.reshape",
+        "rules": "netwright.rules",
+    },
+    names={
+        "History": "netwright.training",
+        "Stages": "netwright.stages",
+        "Task": "netwright.tasks",
+        "compare": "netwright.compare",
+        "fit": "netwright.training",
+        "fixed_point": "netwright.numerics",
+        "parallel_forward": "netwright.numerics",
+        "parallel_recurrence": "netwright.numerics",
+        "method": "netwright.catalogue",
+        "recorded": "netwright.compare",
+        "stages": "netwright.stages",
+    },
 )
-from netwright.compare import compare, recorded
-from netwright.history import History
-from netwright.parallel_forward import fixed_point, parallel_forward, parallel_recurrence
-from netwright.stages import Stages, stages
-from netwright.tasks import Task
-from netwright.training import fit
-
-__all__ = ["History", "Stages", "Task", "blocks", "boosting", "circuits", "compare", "data",
-           "errors", "evidence", "fit", "fixed_point", "flows", "learners", "measure", "optim",
-           "papers", "parallel_forward", "parallel_recurrence", "recorded", "reshape", "rules",
-           "stages"]
-__version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> Any:
-    if name == "boosting":  # imports scikit-learn, which takes a second
-        return importlib.import_module("netwright.boosting")
-    raise AttributeError(f"module 'netwright' has no attribute {name!r}")

@@ -141,8 +141,8 @@ def fit(
     import torch
 
     from netwright import fit as run
-    from netwright.changes import changes
-    from netwright.ready import check_ready
+    from netwright.compare.recipe import changes
+    from netwright.tasks.ready import check_ready
     found = _task(task)
     rate = found.learning_rate if learning_rate is None else learning_rate
     if not 0 < rate < float("inf"):
@@ -273,7 +273,7 @@ def papers(
     as_json: Json = False,
 ) -> None:
     """Search the catalogue of papers."""
-    from netwright.papers import FAMILIES, find
+    from netwright.catalogue.papers import FAMILIES, find
     found = find(" ".join(words or []), family=family, missing=missing)
     if as_json:
         import json
@@ -302,7 +302,7 @@ def _describe(entry: Any) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from netwright.papers import FAMILIES
+    from netwright.catalogue.papers import FAMILIES
     lines = {"family": FAMILIES[entry.family], "does": entry.gist, "claims": entry.claim,
              "experiment": entry.experiment, "names": ", ".join(entry.names) or "none yet",
              "evidence": ", ".join(entry.evidence) or "none yet"}

@@ -43,7 +43,7 @@ def wheel(tmp_path_factory):
 @pytest.mark.check
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"netwright/py.typed", "netwright/papers/catalogue.jsonl"} <= set(names)
+    assert {"netwright/py.typed", "netwright/catalogue/catalogue.jsonl"} <= set(names)
     assert any(name.startswith("netwright/evidence/results/") for name in names)
     assert {name.split("/")[0] for name in names} <= {
         "netwright", f"netwright-{nw.__version__}.dist-info"}

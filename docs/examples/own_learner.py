@@ -7,7 +7,7 @@ rows to what the network behind it asks for. Neither knows how the other learns.
 import torch
 from torch import Tensor, nn
 
-from netwright.learners import Learner, learner
+from netwright.formal.learners import Learner, learner
 
 WORDS = ["good", "great", "fine", "bad", "awful", "poor"]
 

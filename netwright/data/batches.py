@@ -5,6 +5,8 @@ import numpy
 import torch
 from torch import Generator, Tensor, distributed
 
+__all__ = ["Batches"]
+
 
 class Batches:
     """Batches of tensors in memory, in an order that the seed and the epoch alone decide.

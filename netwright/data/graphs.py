@@ -10,6 +10,8 @@ from torch import Tensor
 from netwright.data._folder import locate
 from netwright.errors import MissingData
 
+__all__ = ["Graph", "citeseer", "cora", "karate"]
+
 
 class Graph(NamedTuple):
     """A graph whose nodes are classified, with the nodes of each part as masks.

@@ -11,6 +11,8 @@ from torch import Tensor
 from netwright.data._folder import locate
 from netwright.errors import MissingData
 
+__all__ = ["Split", "cifar10", "digits", "mnist"]
+
 
 class Split(NamedTuple):
     """Inputs and targets for training, and those held out."""

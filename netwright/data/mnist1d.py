@@ -4,6 +4,8 @@ from numpy.random import Generator, default_rng
 
 from netwright.data.images import Split
 
+__all__ = ["mnist1d"]
+
 # Facts of the data set: the ten strokes as Greydanus and Kobak published them.
 STROKES = numpy.array([
     [5, 6, 6.5, 6.75, 7, 7, 7, 7, 6.75, 6.5, 6, 5],

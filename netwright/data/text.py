@@ -5,6 +5,8 @@ from netwright.data._folder import locate
 from netwright.data.images import Split
 from netwright.errors import MissingData
 
+__all__ = ["CHARACTERS", "characters", "pydoc_text", "tinyshakespeare"]
+
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # a new line, then printable ASCII
 
 

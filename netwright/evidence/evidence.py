@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import pkgutil
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +12,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy
-import torch
-
 from netwright.errors import UnknownName
+from netwright.runtime.machine import machine
 
 Scale = Literal["desk", "full"]
 Verdict = Literal["shown", "partly shown", "not shown"]
@@ -117,14 +114,6 @@ def recorded(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """Return the committed results by name."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(results.glob("*.json"))}
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"device": device, "processor": platform.machine(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "python": platform.python_version(),
-            "torch": torch.__version__, "numpy": numpy.__version__}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

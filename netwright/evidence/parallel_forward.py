@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from netwright.data import Batches, digits
 from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
 from netwright.models import gpt
-from netwright.parallel_forward import Method, fixed_point, parallel_forward, parallel_recurrence
+from netwright.numerics.parallel_forward import (
+    Method,
+    fixed_point,
+    parallel_forward,
+    parallel_recurrence,
+)
 from netwright.rules import Backprop
 from netwright.stages import stages
 from netwright.training import fit

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from netwright.data import CHARACTERS, Split, characters, cifar10, tinyshakespeare
-from netwright.losses import cross_entropy
 from netwright.models import gpt, patch_transformer
+from netwright.objectives.losses import cross_entropy
 
 MakeFeedForward = Callable[[int, int], nn.Module]
 

@@ -4,15 +4,19 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from netwright.catalogue.facets import method
 from netwright.errors import CannotStage
-from netwright.losses import cross_entropy
 from netwright.measure._batch import check_batch
 from netwright.measure._untouched import untouched
-from netwright.modes import training
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule
+from netwright.runtime.modes import training
 from netwright.stages import call, stages
 
+__all__ = ["alignment"]
 
+
+@method("measure")
 def alignment(rule: Rule, batch: tuple[Any, Tensor]) -> dict[str, float]:
     """Return, for each stage, the cosine between the rule's update and the exact gradient.
 

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from netwright.losses import cross_entropy
+from netwright.catalogue.facets import method
+from netwright.measure._allocations import Ledger, Saved, peaks, size
 from netwright.measure._batch import check_batch
-from netwright.measure._memory import Ledger, Saved, peaks, size
 from netwright.measure._untouched import untouched
-from netwright.modes import evaluating, training
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule
+from netwright.runtime.modes import evaluating, training
 from netwright.stages import Stages, call
+
+__all__ = ["Cost", "cost"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Cost:
     peak_by_kind: Mapping[str, int]
 
 
+@method("measure")
 def cost(rule_or_model: nn.Module | Stages, batch: tuple[Any, Any], *,
          loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
          repeats: int = 10, warmup: int = 2) -> Cost:

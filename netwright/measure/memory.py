@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from netwright.losses import cross_entropy
 from netwright.measure._batch import check_batch
 from netwright.measure.cost import cost
-from netwright.modes import same_random_state
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.rule import Rule
+from netwright.runtime.random_state import same_random_state
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+from netwright.catalogue.facets import method
+
+__all__ = ["Memory", "memory"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -91,6 +95,7 @@ class Memory:
         return self.table()
 
 
+@method("measure")
 def memory(make: Callable[[int], nn.Module], depths: Sequence[int], batch: tuple[Any, Any], *,
            rules: Mapping[str, Callable[..., nn.Module]] | None = None,
            loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy, seed: int = 0) -> Memory:

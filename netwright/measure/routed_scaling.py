@@ -5,6 +5,10 @@ from typing import Any
 
 import numpy
 
+from netwright.catalogue.facets import method
+
+__all__ = ["RoutedScaling", "effective_params", "fit_routed_scaling"]
+
 
 @dataclass(frozen=True)
 class RoutedScaling:
@@ -31,6 +35,7 @@ class RoutedScaling:
         return math.exp(self.a * u + self.b * v + self.c * u * v + self.d)
 
 
+@method("measure", papers=["001-134"])
 def fit_routed_scaling(n: Sequence[float], experts: Sequence[float], loss: Sequence[float], *,
                        interaction: bool = True, saturating: bool = False) -> RoutedScaling:
     """Fit the law by which size and number of experts together lower a language model's loss.
@@ -102,6 +107,7 @@ def fit_routed_scaling(n: Sequence[float], experts: Sequence[float], loss: Seque
                          float(numpy.sqrt(numpy.mean(missed ** 2))))
 
 
+@method("measure", papers=["001-134"])
 def effective_params(n: float, experts: float, law: RoutedScaling) -> float:
     """Return the size of the dense network that has the loss of this one with experts.
 

@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy
 
+from netwright.catalogue.facets import method
+
+__all__ = ["ScalingFit", "scaling_fit"]
+
 Point = tuple[float, float]
 
 
@@ -80,6 +84,7 @@ class ScalingFit:
                 if gap(a) * gap(b) < 0]
 
 
+@method("measure", papers=["003-212"])
 def scaling_fit(runs: Sequence[tuple[Sequence[float], Sequence[float]]], *,
                 irreducible: bool = False, samples: int = 200, seed: int = 0) -> ScalingFit:
     """Fit a power law to the least loss that any of `runs` reached with so much compute.

@@ -1,9 +1,5 @@
 """Small whole networks to try changes on."""
 
-from netwright.models.cnn import cnn
-from netwright.models.gcn import gcn
-from netwright.models.gpt import gpt
-from netwright.models.mlp import mlp
-from netwright.models.patch_transformer import patch_transformer
+from netwright.runtime.faces import face
 
-__all__ = ["cnn", "gcn", "gpt", "mlp", "patch_transformer"]
+face(__name__)

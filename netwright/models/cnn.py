@@ -2,7 +2,12 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from netwright.catalogue.facets import method
 
+__all__ = ["cnn"]
+
+
+@method("model")
 def cnn(channels: int, size: Sequence[int], classes: int, *, widths: Sequence[int] = (16, 32),
         kernel: int = 3, activation: Callable[[], nn.Module] = nn.ReLU,
         norm: bool = False) -> nn.Sequential:

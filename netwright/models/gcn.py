@@ -1,8 +1,12 @@
 from torch import nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import MissingExtra
 
+__all__ = ["gcn"]
 
+
+@method("model")
 def gcn(features: int, classes: int, *, width: int = 16, depth: int = 2,
         dropout: float = 0.5) -> nn.Module:
     """Return PyTorch Geometric's graph convolutional network.

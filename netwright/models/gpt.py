@@ -4,7 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from netwright.catalogue.facets import method
 
+__all__ = ["gpt"]
+
+
+@method("model")
 def gpt(characters: int, context: int, *, width: int = 64, depth: int = 2,
         heads: int = 4,
         feedforward: Callable[[int, int], nn.Module] | None = None) -> nn.Sequential:

@@ -2,7 +2,12 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from netwright.catalogue.facets import method
 
+__all__ = ["mlp"]
+
+
+@method("model")
 def mlp(inputs: int, classes: int, *, hidden: Sequence[int] = (256, 256),
         activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
     """Return a multi-layer perceptron that flattens what it is given.

@@ -3,9 +3,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.models.gpt import Block
 
+__all__ = ["patch_transformer"]
 
+
+@method("model")
 def patch_transformer(channels: int, size: Sequence[int], classes: int, *, patch: int = 4,
                       width: int = 64, depth: int = 4, heads: int = 4,
                       feedforward: Callable[[int, int], nn.Module] | None = None) -> nn.Sequential:

@@ -7,12 +7,16 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
+
+__all__ = ["BlockProximalDescent", "stationarity_gap"]
 
 Project = Callable[[Tensor], Tensor]
 Constraint = Literal["none", "nonnegative", "simplex"] | Project
 
 
+@method("optimizer", papers=["003-125"])
 class BlockProximalDescent(Optimizer):
     """Minimise over one parameter after another, each held to where it was by a squared distance.
 
@@ -129,6 +133,7 @@ class BlockProximalDescent(Optimizer):
             here, slope = there, after
 
 
+@method("companion", papers=["003-125"])
 def stationarity_gap(closure: Callable[[], Tensor], params: Iterable[Tensor], *,
                      constraint: Constraint | Mapping[Tensor, Constraint] = "none") -> float:
     """Return how much the loss could still fall to first order within a distance of 1.

@@ -7,7 +7,10 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
+
+__all__ = ["GreedyBlockDescent"]
 
 Select = Literal["random", "cyclic", "gauss_southwell", "gauss_southwell_lipschitz",
                  "gauss_southwell_diagonal", "gauss_southwell_quadratic"]
@@ -15,6 +18,7 @@ Update = Literal["gradient", "matrix", "newton"]
 BOUNDED = ("gauss_southwell_diagonal", "gauss_southwell_quadratic")
 
 
+@method("optimizer", papers=["003-041"])
 class GreedyBlockDescent(Optimizer):
     """Step on the one block of coordinates that promises the most, as the rule reckons it.
 

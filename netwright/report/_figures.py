@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from netwright.results import Comparison, Row
+from netwright.compare.results import Comparison, Row
 
 PALETTE = (("#0b66c3", "#6db3ff"), ("#d1560b", "#ff9d5c"), ("#0a8554", "#4fd39b"),
            ("#a8328f", "#f08bd9"), ("#8a6d00", "#e3c33f"), ("#c22f3d", "#ff8590"),

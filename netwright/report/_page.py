@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from string import Template
 from typing import Any
 
+from netwright.compare.results import Comparison, Row
 from netwright.report._figures import (
     FIGURES,
     PALETTE,
@@ -32,7 +33,6 @@ from netwright.report._figures import (
     without_nan,
     write_text,
 )
-from netwright.results import Comparison, Row
 
 
 def html(comparison: Comparison, path: str | Path) -> Path:

@@ -6,6 +6,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from netwright.compare.results import Comparison, Row
 from netwright.report._figures import (
     FIGURES,
     PALETTE,
@@ -24,7 +25,6 @@ from netwright.report._figures import (
     value_of,
     write_text,
 )
-from netwright.results import Comparison, Row
 
 
 def picture(comparison: Comparison, path: str | Path, task: str | None = None) -> Path:

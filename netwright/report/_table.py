@@ -4,6 +4,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from netwright.compare.results import Comparison
 from netwright.report._figures import (
     FIGURES,
     best_of,
@@ -13,7 +14,6 @@ from netwright.report._figures import (
     score_text,
     value_of,
 )
-from netwright.results import Comparison
 
 
 def table(comparison: Comparison) -> Table:
@@ -21,7 +21,7 @@ def table(comparison: Comparison) -> Table:
 
     Sizes are in powers of 1024. What failed has its reason below the table.
 
-    >>> from netwright.results import Row
+    >>> from netwright.compare.results import Row
     >>> table(Comparison([Row("digits", "Backprop", scores=[0.95, 0.97])])).row_count
     2
     """

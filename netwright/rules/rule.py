@@ -6,9 +6,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating
+from netwright.objectives.losses import cross_entropy
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, call
+
+__all__ = ["Rule"]
 
 
 class Rule(nn.Module):

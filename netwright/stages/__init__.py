@@ -1,6 +1,5 @@
 """A network as a chain of stages."""
 
-from netwright.stages.find import stages
-from netwright.stages.stage import Stage, Stages, call
+from netwright.runtime.faces import face
 
-__all__ = ["Stage", "Stages", "call", "stages"]
+face(__name__)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from netwright.errors import CannotStage
-from netwright.modes import rehearsing
+from netwright.runtime.modes import rehearsing
 from netwright.stages._bind import bound
 from netwright.stages.stage import Context, Stage, Stages
 

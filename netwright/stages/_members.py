@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from netwright.errors import CannotStage
-from netwright.modes import random_state, rehearsing, set_random_state
+from netwright.runtime.modes import rehearsing
+from netwright.runtime.random_state import random_state, set_random_state
 from netwright.stages._structure import Path, at, found, replace, tensors
 from netwright.stages._transformers import fresh, is_cache
 from netwright.stages._watch import Call, link, version

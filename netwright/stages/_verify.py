@@ -7,14 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from netwright.errors import CannotStage
-from netwright.modes import (
-    RandomState,
-    evaluating,
-    random_state,
-    rehearsing,
-    set_random_state,
-    training,
-)
+from netwright.runtime.modes import evaluating, rehearsing, training
+from netwright.runtime.random_state import RandomState, random_state, set_random_state
 from netwright.stages._structure import tensors
 from netwright.stages._watch import Call, watching
 from netwright.stages.stage import Stages, call

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from netwright.errors import CannotStage, UnknownName
-from netwright.modes import evaluating, rehearsing
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages._chains import (
     Candidate,
     candidates,
@@ -26,6 +26,8 @@ from netwright.stages._transformers import example_for, is_pretrained, options_f
 from netwright.stages._verify import check_example, difference, parameters_reached
 from netwright.stages._watch import Call, watch
 from netwright.stages.stage import Stages
+
+__all__ = ["stages"]
 
 _TRIES = 6
 

@@ -6,7 +6,9 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from netwright.errors import CannotStage
-from netwright.modes import evaluating, rehearsing
+from netwright.runtime.modes import evaluating, rehearsing
+
+__all__ = ["Stage", "Stages", "call"]
 
 
 def call(model: nn.Module, x: Any) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Generator, nn
 from torch.nn import functional
 
 from netwright.errors import UnknownName
-from netwright.rules.auxiliary import AuxiliaryHead, Signal, blocks_of, signals
+from netwright.rules.auxiliary_heads import AuxiliaryHead, Signal, blocks_of, signals
 from netwright.stages import stages
 
 

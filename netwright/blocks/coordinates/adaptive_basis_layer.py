@@ -5,8 +5,12 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import layer_norm
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
+from netwright.catalogue.facets import method
+
+__all__ = ["AdaptiveBasisLayer"]
 
 
+@method("block", papers=["003-132"])
 class AdaptiveBasisLayer(nn.Module):
     """Describe a curve by its products with a few functions that are learnt with the network.
 

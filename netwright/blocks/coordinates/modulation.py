@@ -4,8 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from netwright.blocks.coordinates.grids import check_coordinates, interpolate
+from netwright.catalogue.facets import method
+
+__all__ = ["CoordinateAwareModulation"]
 
 
+@method("block", papers=["003-196"])
 class CoordinateAwareModulation(nn.Module):
     """Scale and shift hidden features by values that grids hold at each coordinate.
 

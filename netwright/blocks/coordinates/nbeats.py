@@ -5,11 +5,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
+
+__all__ = ["NBeats"]
 
 Stack = Literal["generic", "trend", "seasonality"] | tuple[Tensor, Tensor]
 
 
+@method("block", papers=["003-081"])
 class NBeats(nn.Module):
     """Forecast a series by blocks that each explain a part of it and pass on what is left.
 

@@ -5,11 +5,15 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.blocks.coordinates.grids import check_coordinates, interpolate, neighbours
+from netwright.catalogue.facets import method
+
+__all__ = ["SAPE", "FourierFeatures"]
 
 _POOLS: dict[int, Callable[..., Tensor]] = {
     1: nn.functional.avg_pool1d, 2: nn.functional.avg_pool2d, 3: nn.functional.avg_pool3d}
 
 
+@method("block", papers=["003-174"])
 class FourierFeatures(nn.Module):
     """Sines and cosines of a coordinate along random directions, from slow to fast.
 
@@ -59,6 +63,7 @@ class FourierFeatures(nn.Module):
         return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).to(x.dtype)
 
 
+@method("block", papers=["003-174"])
 class SAPE(nn.Module):
     """Unmask an encoding's features from slow to fast, in each place as long as the error remains.
 

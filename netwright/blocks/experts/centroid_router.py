@@ -2,8 +2,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.blocks.experts.routing import Routing
+from netwright.catalogue.facets import method
+
+__all__ = ["CentroidRouter"]
 
 
+@method("block", papers=["002-138"])
 class CentroidRouter(nn.Module):
     """Send each input to the expert whose centroid is nearest.
 

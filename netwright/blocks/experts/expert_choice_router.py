@@ -2,8 +2,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.blocks.experts.routing import Routing, check_choice, router_logits
+from netwright.catalogue.facets import method
+
+__all__ = ["ExpertChoiceRouter"]
 
 
+@method("block")
 class ExpertChoiceRouter(nn.Module):
     """Let each expert choose its tokens: the load is even, and tokens differ in their experts.
 

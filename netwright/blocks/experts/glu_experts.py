@@ -12,6 +12,9 @@ from netwright.blocks.feedforward.feed_forward import (
     FeedForward,
     activation_module,
 )
+from netwright.catalogue.facets import method
+
+__all__ = ["GLUExperts"]
 
 _aten = torch.ops.aten
 # By an activation's type: its slope times `grad`, of its input and its output.
@@ -25,6 +28,7 @@ _SLOPES: dict[type[nn.Module], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 
+@method("block", papers=["003-001"])
 class GLUExperts(nn.Module):
     """Gated feed-forward experts whose weights lie in one tensor for each layer.
 

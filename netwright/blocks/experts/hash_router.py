@@ -7,8 +7,12 @@ from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from netwright.blocks.experts.routing import Routing, check_choice
+from netwright.catalogue.facets import method
+
+__all__ = ["HashRouter", "feed_token_ids"]
 
 
+@method("block", papers=["003-147"])
 class HashRouter(nn.Module):
     """Send each token to the expert that a fixed table names for its id.
 
@@ -79,6 +83,7 @@ class HashRouter(nn.Module):
         return Routing(experts[:, None], x.new_ones(len(x), 1))
 
 
+@method("companion", papers=["003-147"])
 def feed_token_ids(network: nn.Module, source: str = "") -> RemovableHandle:
     """Let all hash routers of `network` see the ids that it is called with.
 

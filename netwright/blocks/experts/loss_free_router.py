@@ -4,8 +4,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.blocks.experts.routing import Routing, check_choice, router_logits
+from netwright.catalogue.facets import method
+
+__all__ = ["LossFreeRouter"]
 
 
+@method("block", papers=["002-130"])
 class LossFreeRouter(nn.Module):
     """Send tokens to the experts with the best biased scores; the bias evens their load.
 

@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from netwright.blocks.auxiliary import with_auxiliary
 from netwright.blocks.experts.glu_experts import GLUExperts, bank_of
 from netwright.blocks.experts.routing import Routing, TopKRouter
+from netwright.catalogue.facets import method
+from netwright.objectives.added_loss import with_auxiliary
+
+__all__ = ["MixtureOfExperts", "Usage"]
 
 
 class Usage(NamedTuple):
@@ -29,6 +32,7 @@ class Usage(NamedTuple):
     z_loss: Tensor
 
 
+@method("block", papers=["003-001"])
 class MixtureOfExperts(nn.Module):
     """Run each token through the few experts that a router chooses for it.
 

@@ -7,8 +7,13 @@ from torch import Generator, Tensor, nn
 
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.experts.routing import Routing, check_choice, router_logits
+from netwright.catalogue.facets import method
+
+__all__ = ["ConstantExpert", "CopyExpert", "PathwayRouter", "ZeroExpert", "link_gates",
+           "moe_plus_plus"]
 
 
+@method("block")
 class ZeroExpert(nn.Module):
     """Return zeros: the token is left as it is by a residual network's block.
 
@@ -28,6 +33,7 @@ class ZeroExpert(nn.Module):
         return torch.zeros_like(x)
 
 
+@method("block")
 class CopyExpert(nn.Module):
     """Return the token itself.
 
@@ -47,6 +53,7 @@ class CopyExpert(nn.Module):
         return x
 
 
+@method("block", papers=["000-010"])
 class ConstantExpert(nn.Module):
     """Replace the token by a learnt vector, in part.
 
@@ -78,6 +85,7 @@ class ConstantExpert(nn.Module):
         return shares[..., :1] * x + shares[..., 1:] * self.constant
 
 
+@method("block", papers=["000-010"])
 class PathwayRouter(nn.Module):
     """A top-k router that also reads the logits of the layer before: gating residuals.
 
@@ -145,6 +153,7 @@ class PathwayRouter(nn.Module):
         return {**self.__dict__, "_logits": None}
 
 
+@method("companion", papers=["000-010"])
 def link_gates(network: nn.Module) -> nn.Module:
     """Let each `PathwayRouter` of `network` read the one before it, in their order; return it.
 
@@ -170,6 +179,7 @@ def link_gates(network: nn.Module) -> nn.Module:
     return network
 
 
+@method("companion", papers=["000-010"])
 def moe_plus_plus(dim: int, experts: Sequence[nn.Module] | Callable[[], nn.Module],
                   n_experts: int | None = None, *, zero: int = 1, copy: int = 1, constant: int = 2,
                   k: int = 2, share: float = 0.75, capacity: float | None = None,

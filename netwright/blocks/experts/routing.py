@@ -4,6 +4,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
+from netwright.catalogue.facets import method
+
+__all__ = ["Routing", "TopKRouter"]
+
 
 class Routing(NamedTuple):
     """Which experts each token uses, and by how much: what a router returns.
@@ -43,6 +47,7 @@ def check_choice(n_experts: int, k: int) -> None:
                          "use an expert twice")
 
 
+@method("block", papers=["003-001"])
 class TopKRouter(nn.Module):
     """Send each token to the k experts with the largest logits of a linear layer.
 

@@ -5,9 +5,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.feedforward.feed_forward import FeedForward
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 
+__all__ = ["SelfAttention", "Sublayer", "par_pattern", "sublayers"]
 
+
+@method("block")
 class SelfAttention(nn.Module):
     """Attention of tokens over one another, with as many heads as you like.
 
@@ -46,6 +50,7 @@ class SelfAttention(nn.Module):
         return y
 
 
+@method("block")
 class Sublayer(nn.Module):
     """Add to the signal what a module makes of a normalised copy.
 
@@ -74,6 +79,7 @@ class Sublayer(nn.Module):
         return y
 
 
+@method("companion", papers=["003-014", "003-045"])
 def sublayers(pattern: str, dim: int,
               kinds: Mapping[str, Callable[[int], nn.Module]] | None = None, *, heads: int = 4,
               hidden: int | None = None, n_experts: int = 8, k: int = 2,
@@ -121,6 +127,7 @@ def sublayers(pattern: str, dim: int,
     return nn.Sequential(*(Sublayer(dim, make[letter](dim)) for letter in pattern))
 
 
+@method("companion", papers=["003-014"])
 def par_pattern(length: int, attention: int | None = None) -> str:
     """Return a pattern with little attention, all of it in the first two thirds.
 

@@ -3,8 +3,12 @@ from torch import Tensor, nn
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.experts.sublayers import SelfAttention
 from netwright.blocks.feedforward.feed_forward import FeedForward
+from netwright.catalogue.facets import method
+
+__all__ = ["WideNet"]
 
 
+@method("block", papers=["000-006"])
 class WideNet(nn.Module):
     """Run one transformer block with experts again and again, with norms of its own each time.
 

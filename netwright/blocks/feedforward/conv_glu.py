@@ -5,10 +5,14 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
+from netwright.catalogue.facets import method
+
+__all__ = ["ConvGLU"]
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
+@method("block", papers=["004-006"])
 class ConvGLU(nn.Module):
     """A gated feed-forward block whose gate also sees a token's neighbours in the grid.
 

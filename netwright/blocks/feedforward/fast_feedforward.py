@@ -4,8 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-from netwright.blocks.auxiliary import with_auxiliary
 from netwright.blocks.feedforward.feed_forward import Activation, FeedForward, activation_module
+from netwright.catalogue.facets import method
+from netwright.objectives.added_loss import with_auxiliary
+
+__all__ = ["FastFeedforward"]
 
 TOGETHER = 6  # levels whose nodes all decide in one product, which is quicker than picking theirs
 FEW = 8  # rows for which copying their leaves' weights is quicker than going leaf by leaf
@@ -25,6 +28,7 @@ class TreeUsage(NamedTuple):
     balance_loss: Tensor
 
 
+@method("block", papers=["003-023", "003-034"])
 class FastFeedforward(nn.Module):
     """A wide feed-forward block that is a tree: in use each input runs one small leaf of it.
 

@@ -4,7 +4,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
+
+__all__ = ["GLU", "FeedForward"]
 
 Activation = Literal["relu", "gelu", "silu", "tanh", "sigmoid", "relu6", "identity"] | Callable[
     [], nn.Module]
@@ -31,6 +34,7 @@ def activation_module(activation: Activation) -> nn.Module:
     return _ACTIVATIONS[activation]()
 
 
+@method("block", papers=["003-002"])
 class FeedForward(nn.Sequential):
     """A feed-forward block of 1 to n linear layers with an activation between them.
 
@@ -84,6 +88,7 @@ class FeedForward(nn.Sequential):
         return super().__getitem__(index)
 
 
+@method("block", papers=["003-047"])
 class GLU(nn.Module):
     """A gated feed-forward block: one linear branch is multiplied by an activation of another.
 

@@ -3,7 +3,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
 
+__all__ = ["GatedPerceptron"]
+
+
+@method("block", papers=["003-118"])
 class GatedPerceptron(nn.Module):
     """A linear layer that also sees the product of its inputs.
 

@@ -4,9 +4,13 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 
+__all__ = ["LehmerMultiplet"]
 
+
+@method("block", papers=["003-040"])
 class LehmerMultiplet(nn.Module):
     """Neurons that take means instead of sums: several means with the same weights.
 

@@ -4,8 +4,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
+from netwright.catalogue.facets import method
+
+__all__ = ["Neuron", "Step"]
 
 
+@method("block")
 class Step(nn.Module):
     """1 where z >= 0, else 0: what McCulloch's and Pitts' neuron does.
 
@@ -19,6 +23,7 @@ class Step(nn.Module):
         return (z >= 0).to(z.dtype)
 
 
+@method("block", papers=["003-036"])
 class Neuron(nn.Sequential):
     """A neuron: a weighted sum of its inputs, a threshold and an activation.
 

@@ -5,11 +5,15 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
+
+__all__ = ["PermutedKroneckerLinear", "channels_for", "effective_width"]
 
 Permutation = Literal["none", "transpose", "random"] | tuple[Tensor, Tensor]
 
 
+@method("block", papers=["003-194"])
 class PermutedKroneckerLinear(nn.Module):
     """A wide linear layer that uses one small matrix many times, between two permutations.
 
@@ -104,6 +108,7 @@ class PermutedKroneckerLinear(nn.Module):
                 f"out_features={self.out_features}, bias={self.bias is not None}")
 
 
+@method("companion", papers=["003-194"])
 def effective_width(tokens: int, channels: int) -> int:
     """Return the width of the sparse MLP that a Mixer of that size is: S C.
 
@@ -120,6 +125,7 @@ def effective_width(tokens: int, channels: int) -> int:
     return tokens * channels
 
 
+@method("companion", papers=["003-194"])
 def channels_for(connections: int, tokens: int) -> int:
     """Return how many channels a Mixer has at so many connections of its mixing layers.
 

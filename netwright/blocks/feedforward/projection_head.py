@@ -2,8 +2,12 @@ import torch
 from torch import Tensor, nn
 
 from netwright.blocks.feedforward.feed_forward import GLU, Activation, FeedForward
+from netwright.catalogue.facets import method
+
+__all__ = ["ProjectionHead", "maxsim"]
 
 
+@method("block", papers=["004-002"])
 class ProjectionHead(nn.Module):
     """What makes a token's vector for late interaction of an encoder's output.
 
@@ -69,6 +73,7 @@ class ProjectionHead(nn.Module):
         return nn.functional.normalize(y, dim=-1) if self.normalize else y
 
 
+@method("companion", papers=["004-002"])
 def maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor | None = None,
            document_mask: Tensor | None = None) -> Tensor:
     """Return the score of each document for each query: what its tokens find best, added up.

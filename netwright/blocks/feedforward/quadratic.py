@@ -5,9 +5,13 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
 
+__all__ = ["QuadraticFeedForward", "QuadraticLinear", "relinear_groups"]
 
+
+@method("block", papers=["001-102"])
 class QuadraticLinear(nn.Module):
     """A layer of quadratic neurons: a product of two linear functions, and squares.
 
@@ -70,6 +74,7 @@ class QuadraticLinear(nn.Module):
         return f"{self.inputs}, {self.outputs}"
 
 
+@method("block", papers=["001-102"])
 class QuadraticFeedForward(nn.Sequential):
     """A feed-forward block of two quadratic layers with an activation between them.
 
@@ -106,6 +111,7 @@ class QuadraticFeedForward(nn.Sequential):
                          QuadraticLinear(hidden, out))
 
 
+@method("companion", papers=["001-102"])
 def relinear_groups(model: nn.Module, lr: float,
                     gamma: float | tuple[float, float]) -> list[dict[str, Any]]:
     """Return an optimizer's groups, in which what is quadratic learns `gamma` times as fast.

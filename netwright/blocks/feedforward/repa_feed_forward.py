@@ -2,8 +2,12 @@ import torch
 from torch import Tensor, nn
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
+from netwright.catalogue.facets import method
+
+__all__ = ["RePaFeedForward"]
 
 
+@method("block", papers=["004-039"])
 class RePaFeedForward(nn.Module):
     """A feed-forward block most of whose hidden units have no activation, so that they can go.
 

@@ -6,7 +6,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear, relu
 
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
+
+__all__ = ["SNNK", "RandomFeatures", "Sine", "bundle", "solve_ridge"]
 
 Spectrum = tuple[Sequence[float], Sequence[complex]]
 Function = Literal["sin", "cos", "relu"] | Spectrum
@@ -14,6 +17,7 @@ Function = Literal["sin", "cos", "relu"] | Spectrum
 _SPECTRA: dict[str, Spectrum] = {"sin": ([1.0], [-1j]), "cos": ([1.0], [1.0])}
 
 
+@method("block")
 class Sine(nn.Module):
     """The sine, as an activation.
 
@@ -26,6 +30,7 @@ class Sine(nn.Module):
         return x.sin()
 
 
+@method("block", papers=["000-022"])
 class RandomFeatures(nn.Module):
     """Fixed random features of inputs and of weights, whose product is a layer on average.
 
@@ -137,6 +142,7 @@ class RandomFeatures(nn.Module):
                              f"got {tuple(x.shape)}")
 
 
+@method("block", papers=["000-022"])
 class SNNK(nn.Module):
     """A layer s(W x + b) by random features: what is trained meets the input in one dot product.
 
@@ -187,6 +193,7 @@ class SNNK(nn.Module):
         return linear(self.features(x), self.weight)
 
 
+@method("companion", papers=["000-022"])
 @torch.no_grad()
 def bundle(mlp: nn.Sequential, n_features: int, example: Tensor | None = None, *,
            generator: Generator | None = None) -> nn.Sequential:
@@ -246,6 +253,7 @@ def bundle(mlp: nn.Sequential, n_features: int, example: Tensor | None = None, *
     return nn.Sequential(*parts, last).train(mlp.training)
 
 
+@method("companion", papers=["000-022"])
 @torch.no_grad()
 def solve_ridge(network: nn.Sequential, x: Tensor, y: Tensor, penalty: float = 1e-3) -> (
         nn.Sequential):

@@ -5,8 +5,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from netwright.blocks.feedforward.structured_linear import StructuredLinear, replaced
+from netwright.catalogue.facets import method
+
+__all__ = ["SelfGuided", "guide", "unguide"]
 
 
+@method("block", papers=["003-004"])
 class SelfGuided(nn.Module):
     """Train a structured layer with a dense matrix beside it, which fades until it is gone.
 
@@ -77,6 +81,7 @@ class SelfGuided(nn.Module):
         return f"steps={self.steps}, passes={self.passes}"
 
 
+@method("companion", papers=["003-004"])
 def guide(model: nn.Module, steps: int) -> nn.Module:
     """Return a copy in which each structured layer is trained with a dense matrix that fades.
 
@@ -98,6 +103,7 @@ def guide(model: nn.Module, steps: int) -> nn.Module:
                     lambda layer: SelfGuided(layer, steps).train(layer.training))
 
 
+@method("companion", papers=["003-004"])
 def unguide(model: nn.Module) -> nn.Module:
     """Return a copy with the structured layers alone, which computes the same.
 

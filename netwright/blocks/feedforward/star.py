@@ -1,8 +1,12 @@
 from torch import Tensor, nn
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
+from netwright.catalogue.facets import method
+
+__all__ = ["Star", "StarBlock"]
 
 
+@method("block", papers=["001-045"])
 class Star(nn.Module):
     """A feed-forward block of the star operation: two linear branches, multiplied.
 
@@ -51,6 +55,7 @@ class Star(nn.Module):
         return y
 
 
+@method("block", papers=["001-045"])
 class StarBlock(nn.Module):
     """A block of StarNet: the star operation between two convolutions of each channel alone.
 

@@ -2,8 +2,12 @@ from torch import Generator, nn
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.blocks.feedforward.structured_linear import Kind, StructuredLinear
+from netwright.catalogue.facets import method
+
+__all__ = ["LowRankFeedForward", "StructuredFeedForward"]
 
 
+@method("block", papers=["003-004"])
 class StructuredFeedForward(nn.Sequential):
     """A feed-forward block of two layers whose matrices are products of smaller or sparser ones.
 
@@ -56,6 +60,7 @@ class StructuredFeedForward(nn.Sequential):
         super().__init__(*parts, layer(hidden, out, feature_major=False))
 
 
+@method("block", papers=["003-009"])
 class LowRankFeedForward(StructuredFeedForward):
     """A feed-forward block of two layers, each a product of two dense matrices of inner size rank.
 

@@ -7,12 +7,16 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
+
+__all__ = ["StructuredLinear", "premerge"]
 
 Kind = Literal["lowrank", "blockdense", "blockshuffle"]
 KINDS = ("lowrank", "blockdense", "blockshuffle")
 
 
+@method("block", papers=["003-004"])
 class StructuredLinear(nn.Module):
     """A linear layer whose matrix is a product of two smaller or sparser ones.
 
@@ -152,6 +156,7 @@ class Premerged(nn.Module):
         return y
 
 
+@method("companion", papers=["003-004"])
 @torch.no_grad()
 def premerge(model: nn.Module, rows: int | None = None) -> nn.Module:
     """Return a copy for inference in which each structured layer's factors are multiplied out.

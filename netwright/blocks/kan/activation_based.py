@@ -7,7 +7,10 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import conv1d, linear
 
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
+
+__all__ = ["AFKANFeedForward", "AFKANLinear"]
 
 Reduce = Literal["global", "spatial", "linear", "none"]
 _COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -22,6 +25,7 @@ _COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 _REDUCTIONS = ("global", "spatial", "linear", "none")
 
 
+@method("block", papers=["003-121"])
 class AFKANLinear(nn.Module):
     """A Kolmogorov-Arnold layer whose functions are combinations of two shifted activations.
 
@@ -131,6 +135,7 @@ class AFKANLinear(nn.Module):
         return f.sum(1) * (scores / self.temperature.clamp(min=1)).softmax(1)
 
 
+@method("block", papers=["003-121"])
 class AFKANFeedForward(nn.Sequential):
     """A feed-forward block of two activation-based Kolmogorov-Arnold layers.
 

@@ -5,8 +5,12 @@ from typing import Literal
 from torch import Generator, Tensor, nn
 
 from netwright.blocks.kan.selectable import SelectableKANLinear
+from netwright.catalogue.facets import method
+
+__all__ = ["KANAutoencoder"]
 
 
+@method("block", papers=["003-176"])
 class KANAutoencoder(nn.Module):
     """An autoencoder of Kolmogorov-Arnold layers: a narrow code of x, and x again.
 

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu, silu
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
+
+__all__ = ["GroupRational", "RationalFeedForward"]
 
 Backward = Literal["blocked", "autograd"]
 _TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -17,6 +20,7 @@ _RANGE = 4.0  # where the first coefficients fit their function
 _BLOCK = 2 ** 16  # entries of a block on a processor, which stay in its cache
 
 
+@method("block", papers=["004-052"])
 class GroupRational(nn.Module):
     """An activation that is learnt: a quotient of two polynomials for each group of channels.
 
@@ -113,6 +117,7 @@ class GroupRational(nn.Module):
         return max(1, (_BLOCK if x.device.type == "cpu" else 2 ** 24) // self.dim)
 
 
+@method("block", papers=["004-052"])
 class RationalFeedForward(nn.Module):
     """The feed-forward block of the Kolmogorov-Arnold transformer: two rational layers.
 

@@ -8,12 +8,16 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
 from netwright.blocks.kan.bases import BASES, counts, features
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
+
+__all__ = ["KANFeedForward", "PrunedKANLinear", "SelectableKANLinear"]
 
 Select = Literal["soft", "hard", "sum"]
 _PLAIN = [name for name, basis in BASES.items() if basis.plain]
 
 
+@method("block", papers=["003-098"])
 class SelectableKANLinear(nn.Module):
     """A Kolmogorov-Arnold layer whose outputs choose the family of functions on their edges.
 
@@ -197,6 +201,7 @@ class SelectableKANLinear(nn.Module):
                                                      output_size=self.weight.shape[1])[..., None]
 
 
+@method("block", papers=["003-098"])
 class PrunedKANLinear(nn.Module):
     """What is left of a selectable layer when each output keeps the basis it has chosen.
 
@@ -245,6 +250,7 @@ class PrunedKANLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
+@method("block", papers=["003-098"])
 class KANFeedForward(nn.Sequential):
     """A feed-forward block of two Kolmogorov-Arnold layers.
 

@@ -6,11 +6,15 @@ from torch import Tensor, nn
 
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.feedforward.feed_forward import Activation
+from netwright.catalogue.facets import method
+
+__all__ = ["MLPMixer", "MixerBlock", "TokenMixing"]
 
 MakeTokenMixing = Callable[[int, int], nn.Module]  # of tokens and dim
 MakeFeedForward = Callable[[int, int], nn.Module]  # of dim and hidden
 
 
+@method("block")
 class TokenMixing(nn.Module):
     """Mix tokens with linear layers that every channel shares.
 
@@ -48,6 +52,7 @@ class TokenMixing(nn.Module):
         return y
 
 
+@method("block")
 class MixerBlock(nn.Module):
     """Mix tokens, then channels, each on a normalised copy of the signal.
 
@@ -96,6 +101,7 @@ class MixerBlock(nn.Module):
         return y
 
 
+@method("block")
 class MLPMixer(nn.Sequential):
     """An image classifier of patches whose blocks mix tokens and channels without attention.
 

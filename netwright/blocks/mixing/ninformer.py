@@ -4,8 +4,12 @@ from torch import Tensor, nn
 
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.mixing.mlp_mixer import MakeTokenMixing, MixerBlock
+from netwright.catalogue.facets import method
+
+__all__ = ["NiNBlock"]
 
 
+@method("block", papers=["003-076"])
 class NiNBlock(nn.Module):
     """Gate each token by what a mixer inside the block makes of all tokens, then mix channels.
 

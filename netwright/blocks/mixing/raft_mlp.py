@@ -5,8 +5,12 @@ from torch import Tensor, nn
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.feedforward.feed_forward import Activation
 from netwright.blocks.mixing.mlp_mixer import check_tokens
+from netwright.catalogue.facets import method
+
+__all__ = ["RaftBlock", "RaftTokenMixing"]
 
 
+@method("block", papers=["003-084"])
 class RaftTokenMixing(nn.Module):
     """Mix tokens down the columns of a grid, then along its rows, some channels with each other.
 
@@ -77,6 +81,7 @@ class RaftTokenMixing(nn.Module):
         return mixed.flatten(-4, -3).flatten(-2)
 
 
+@method("block", papers=["003-084"])
 class RaftBlock(nn.Module):
     """Mix tokens by `RaftTokenMixing`, then channels by a feed-forward block.
 

@@ -5,8 +5,12 @@ from torch import Tensor, nn
 
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.mixing.mlp_mixer import MLPMixer, TokenMixing
+from netwright.catalogue.facets import method
+
+__all__ = ["Affine", "ResMLP", "ResMLPBlock"]
 
 
+@method("block", papers=["003-003"])
 class Affine(nn.Module):
     """Scale and shift each channel: y = a * x + b, with a = 1 and b = 0 at first.
 
@@ -40,6 +44,7 @@ class Affine(nn.Module):
         return torch.addcmul(self.bias, self.weight, x)
 
 
+@method("block", papers=["003-003"])
 class ResMLPBlock(nn.Module):
     """A linear layer across patches, then a feed-forward block within each; no normalisation.
 
@@ -84,6 +89,7 @@ class ResMLPBlock(nn.Module):
         return torch.addcmul(x, self.channel_scale, self.feedforward(self.channel_affine(x)))
 
 
+@method("block", papers=["003-003"])
 class ResMLP(MLPMixer):
     """An image classifier of `ResMLPBlock`s: patches, blocks, an affine layer, their mean, classes.
 

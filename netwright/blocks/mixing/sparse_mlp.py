@@ -5,8 +5,12 @@ from torch import Generator, Tensor, nn
 from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.mixing.mlp_mixer import check_tokens
+from netwright.catalogue.facets import method
+
+__all__ = ["ImportanceRouter", "SparseMLPBlock"]
 
 
+@method("block", papers=["003-100"])
 class ImportanceRouter(TopKRouter):
     """Send each token to its k best experts, the most important tokens of the batch first.
 
@@ -48,6 +52,7 @@ class ImportanceRouter(TopKRouter):
         return routing._replace(experts=experts, weights=weights, tokens=tokens.repeat(self.k))
 
 
+@method("block", papers=["003-100"])
 class SparseMLPBlock(nn.Module):
     """Mix tokens by experts that each channel chooses, then channels by experts of each token.
 

@@ -5,10 +5,14 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
-from netwright.blocks.reversible.engine import Regroup, Step, Update, forth, undo
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Regroup, Step, Update, forth, undo
+
+__all__ = ["ReversibleBlock"]
 
 
+@method("block")
 class ReversibleBlock(nn.Module):
     """What a block is whose input can be reconstructed from its output.
 

@@ -5,10 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Update
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Add, Update
+
+__all__ = ["AdditiveCoupling", "AffineCoupling"]
 
 
+@method("block")
 class AdditiveCoupling(ReversibleBlock):
     """Add to each half of the input what a module makes of the other half.
 
@@ -49,6 +53,7 @@ class AdditiveCoupling(ReversibleBlock):
         return [Add("f", self.f, (1,), 0, args, options), Add("g", self.g, (0,), 1, args, options)]
 
 
+@method("block")
 class AffineCoupling(ReversibleBlock):
     """Scale and shift each half of the input by what a module makes of the other half.
 

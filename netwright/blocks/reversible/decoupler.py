@@ -8,13 +8,17 @@ from torch.nn.functional import layer_norm, mse_loss
 
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.downsample import InjectivePad, InvertibleDownsample
-from netwright.blocks.reversible.engine import Update
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Update
+
+__all__ = ["ReversibleDecoupler", "TransmissionPrompt"]
 
 LEAST_SCALE = 1e-3
 
 
+@method("block", papers=["001-003"])
 class ReversibleDecoupler(nn.Module):
     """Separate what shines through a pane from what it reflects, by an encoder that can be undone.
 
@@ -107,6 +111,7 @@ class ReversibleDecoupler(nn.Module):
         return image - self.transmission(levels), image - self.reflection(levels)
 
 
+@method("block", papers=["001-003"])
 class TransmissionPrompt(nn.Module):
     """Weigh channels by how much of each colour seems to shine through the pane.
 

@@ -4,10 +4,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netwright.blocks.reversible.engine import Regroup, Step
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Regroup, Step
+
+__all__ = ["InjectivePad", "InvertibleDownsample"]
 
 
+@method("block", papers=["001-010"])
 class InvertibleDownsample(nn.Module):
     """Make every patch of an image one position with more channels: nothing is lost, only moved.
 
@@ -88,6 +92,7 @@ class InvertibleDownsample(nn.Module):
         return factors
 
 
+@method("block")
 class InjectivePad(nn.Module):
     """Append channels of zeros, so that a reversible network may be wider than its input.
 

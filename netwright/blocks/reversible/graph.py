@@ -6,11 +6,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Update
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse, MissingExtra
+from netwright.reversing.engine import Add, Update
+
+__all__ = ["GroupedReversible", "ReversibleGIN"]
 
 
+@method("block", papers=["001-007"])
 class GroupedReversible(ReversibleBlock):
     """Add to each group of channels what a convolution makes of the group before it.
 
@@ -62,6 +66,7 @@ class GroupedReversible(ReversibleBlock):
                 for i, conv in enumerate(self.convs)]
 
 
+@method("block", papers=["001-007"])
 class ReversibleGIN(nn.Module):
     """A graph isomorphism network as deep as you like, in the memory of one layer.
 

@@ -7,10 +7,14 @@ from torch import Tensor, nn
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.dimensions import layers
 from netwright.blocks.reversible.downsample import InjectivePad, InvertibleDownsample
-from netwright.blocks.reversible.engine import Add, Regroup, Step, Update
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
+from netwright.reversing.engine import Add, Regroup, Step, Update
+
+__all__ = ["IRevNet", "IRevNetBlock"]
 
 
+@method("block")
 class IRevNetBlock(ReversibleBlock):
     """Add to one half of the channels what a bottleneck makes of the other, and swap the halves.
 
@@ -79,6 +83,7 @@ class IRevNetBlock(ReversibleBlock):
                 join]
 
 
+@method("block", papers=["001-010"])
 class IRevNet(nn.Sequential):
     """A classifier that discards nothing before its last layer: its features give the image back.
 

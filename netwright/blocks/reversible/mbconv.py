@@ -4,12 +4,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Update
+from netwright.catalogue.facets import method
+from netwright.reversing.engine import Add, Update
+
+__all__ = ["MBConv", "ReversibleMBConv"]
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+@method("block")
 class MBConv(nn.Sequential):
     """Expand the channels, convolve each by itself, and project them: an inverted bottleneck.
 
@@ -66,6 +70,7 @@ class MBConv(nn.Sequential):
         super().__init__(*layers, conv(wide, outputs, 1, bias=False), norm(outputs))
 
 
+@method("block", papers=["001-001"])
 class ReversibleMBConv(ReversibleBlock):
     """Add to each half of the channels an inverted bottleneck of the other half.
 

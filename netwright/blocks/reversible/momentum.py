@@ -5,10 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Update
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Add, Update
+
+__all__ = ["DropVelocity", "MomentumBlock", "StartVelocity"]
 
 
+@method("block")
 class MomentumBlock(ReversibleBlock):
     """Let a residual function push a velocity, and the velocity move the features.
 
@@ -69,6 +73,7 @@ class MomentumBlock(ReversibleBlock):
         return f"gamma={self.gamma}, dim={self.dim}, weight={self.weight:g}"
 
 
+@method("block")
 class StartVelocity(nn.Module):
     """Join a velocity to the features: nothing, or what a module makes of them.
 
@@ -103,6 +108,7 @@ class StartVelocity(nn.Module):
         return y.narrow(self.dim, 0, y.shape[self.dim] // 2).contiguous()
 
 
+@method("block")
 class DropVelocity(nn.Module):
     """Return the features without their velocity: an ordinary layer, which cannot be undone.
 

@@ -10,17 +10,21 @@ from torch.nn import Parameter
 from torch.optim import Adam, Optimizer
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Update
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse, Diverged
-from netwright.losses import cross_entropy
-from netwright.modes import training
+from netwright.objectives.losses import cross_entropy
+from netwright.reversing.engine import Add, Update
+from netwright.runtime.modes import training
+
+__all__ = ["MultiSplitReversible", "ReversibleSearch", "Zero", "darts_reversible"]
 
 Space = Mapping[str, Callable[[], nn.Module]]
 Data = Iterable[tuple[Any, Tensor]]
 MakeOptimizer = Callable[[list[Parameter]], Optimizer]
 
 
+@method("block", papers=["001-002"])
 class MultiSplitReversible(ReversibleBlock):
     """Add to each split of the input, in turn, a weighted mixture of operations on the others.
 
@@ -107,6 +111,7 @@ class MultiSplitReversible(ReversibleBlock):
         return [mixed for mixed in self.mixed if isinstance(mixed, _Mixed)]
 
 
+@method("block")
 class Zero(nn.Module):
     """Return zeros: the operation that leaves a split as it is.
 
@@ -144,6 +149,7 @@ class ReversibleSearch(NamedTuple):
         return nn.Sequential(deepcopy(entry), ReversibleSequential(*found), deepcopy(head))
 
 
+@method("companion", papers=["001-002"])
 def darts_reversible(space: Space, train: Data, validation: Data, *, entry: nn.Module,
                      head: nn.Module, splits: int = 2, depth: int = 4, shared: bool = True,
                      dim: int = -1, epochs: int = 10,

@@ -5,14 +5,18 @@ import torch
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Regroup, Step, Update
 from netwright.blocks.reversible.mbconv import BATCH_NORMS, MBConv
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Add, Regroup, Step, Update
+
+__all__ = ["RevBiFPN", "RevSilo"]
 
 MakeFusion = Callable[[int, int], nn.Module]
 
 
+@method("block", papers=["001-006"])
 class RevSilo(ReversibleBlock):
     """Let feature maps of several resolutions exchange what they hold, both ways, reversibly.
 
@@ -97,6 +101,7 @@ class RevSilo(ReversibleBlock):
         return streams
 
 
+@method("block", papers=["001-006"])
 class RevBiFPN(nn.Module):
     """Make a pyramid of feature maps that exchange what they hold, all of it reversible.
 

@@ -7,13 +7,17 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Stored, Update, chained, run
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Stored, Update, chained, run
+
+__all__ = ["ColumnLevel", "ColumnSupervision", "RevCol", "RevColumn"]
 
 MakeLevel = Callable[[int], nn.Module]
 
 
+@method("block")
 class RevColumn(ReversibleBlock):
     """Update every level of a feature hierarchy, from the lowest up, by what its neighbours hold.
 
@@ -96,6 +100,7 @@ class RevColumn(ReversibleBlock):
         return torch.stack([cast(_Scale, scale).least() for scale in self.scales]).amin()
 
 
+@method("block", papers=["001-004"])
 class RevCol(nn.Module):
     """Refine a feature hierarchy in columns, and store the last column alone.
 
@@ -223,6 +228,7 @@ class RevCol(nn.Module):
         return kept
 
 
+@method("block")
 class ColumnLevel(nn.Module):
     """Make a level of its neighbours as the paper's convolutional network does.
 
@@ -268,6 +274,7 @@ class ColumnLevel(nn.Module):
         return self.blocks(h if self.up is None else h + self.up(above))
 
 
+@method("block", papers=["001-004"])
 class ColumnSupervision(nn.Module):
     """Train a `RevCol` with heads at several columns, that early ones lose nothing of the input.
 

@@ -5,8 +5,12 @@ from torch import nn
 from netwright.blocks.reversible.coupling import AdditiveCoupling
 from netwright.blocks.reversible.dimensions import layers
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
+
+__all__ = ["RevNet"]
 
 
+@method("block")
 class RevNet(nn.Sequential):
     """A residual classifier of additive couplings, with ordinary layers where the image shrinks.
 

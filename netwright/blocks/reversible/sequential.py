@@ -7,10 +7,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Step, Stored, Whole, chained, run
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Step, Stored, Whole, chained, run
+
+__all__ = ["ReversibleSequential"]
 
 
+@method("block")
 class ReversibleSequential(nn.Sequential):
     """Run invertible modules one after another, without storing what passes between them.
 

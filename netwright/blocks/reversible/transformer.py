@@ -5,10 +5,14 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Update
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Add, Update
+
+__all__ = ["DoubleStreams", "MergeStreams", "ReversibleTransformerBlock"]
 
 
+@method("block")
 class ReversibleTransformerBlock(ReversibleBlock):
     """Add attention over one copy of the tokens to the other copy, and feed-forward back again.
 
@@ -71,6 +75,7 @@ class ReversibleTransformerBlock(ReversibleBlock):
                 Add("feed_forward", self.feed_forward, (0,), 1)]
 
 
+@method("block")
 class DoubleStreams(nn.Module):
     """Return two copies of `x` side by side, for the halves of reversible blocks.
 
@@ -93,6 +98,7 @@ class DoubleStreams(nn.Module):
         return torch.cat([x, x], self.dim)
 
 
+@method("block")
 class MergeStreams(nn.Module):
     """Return the mean of the two halves of `y`, after the last reversible block.
 

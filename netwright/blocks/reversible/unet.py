@@ -6,8 +6,12 @@ from torch import Tensor, nn
 
 from netwright.blocks.reversible.mbconv import CONVS, ReversibleMBConv
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
+
+__all__ = ["ReversibleUNet"]
 
 
+@method("block", papers=["001-001"])
 class ReversibleUNet(nn.Module):
     """Label every voxel, with reversible blocks at each resolution of a U-Net.
 

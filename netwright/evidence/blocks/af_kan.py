@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from netwright.blocks.kan import AFKANLinear, SelectableKANLinear
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 
 HIDDEN, LR, EPOCHS_SHOWN = 32, 1e-2, 10
 

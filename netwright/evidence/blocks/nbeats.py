@@ -14,7 +14,7 @@ from netwright.blocks.coordinates import NBeats
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
 from netwright.evidence.small_models import parameters, width_for
-from netwright.losses import mase, smape
+from netwright.objectives.losses import mase, smape
 
 NETWORKS = ("interpretable", "generic", "without backcasts", "MLP")
 

@@ -8,10 +8,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from netwright.blocks.reversible import ReversibleGIN
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.history import Epoch
 from netwright.measure import cost
-from netwright.modes import evaluating
+from netwright.runtime.modes import evaluating
 from netwright.training import fit
+from netwright.training.history import Epoch
 
 NODES, BOTS, EXTRA, DIM, DEEP = 600, 60, 2.0, 16, 6
 DEEPEST, LONGER, LOOKS = f"{DEEP} reversible blocks", 5, 20

@@ -9,9 +9,9 @@ from torch.nn.functional import cross_entropy as mean_cross_entropy
 from netwright.data import CHARACTERS, Split, characters, cifar10, tinyshakespeare
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.losses import cross_entropy
 from netwright.measure import memory
 from netwright.models import gpt
+from netwright.objectives.losses import cross_entropy
 from netwright.reshape import reversible
 
 DEPTHS = (4, 16, 64, 256)

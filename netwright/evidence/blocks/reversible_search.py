@@ -13,8 +13,8 @@ from netwright.blocks.reversible import (
 )
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.losses import cross_entropy
 from netwright.measure import cost
+from netwright.objectives.losses import cross_entropy
 
 SYMBOLS, LENGTH, WIDTH, SPLITS, DEPTH = 8, 24, 16, 2, 2
 FAR, NEAR = 6, 1  # chains of the near operation reach SPLITS * DEPTH = 4 symbols back

@@ -10,8 +10,8 @@ from netwright.data import CHARACTERS
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
 from netwright.evidence.small_models import Trained, parameters, text, train
-from netwright.losses import cross_entropy
 from netwright.models.gpt import Embed
+from netwright.objectives.losses import cross_entropy
 
 WIDTH, CONTEXT, SLACK = 48, 64, 0.02  # nats
 ALTERNATING = "sfsgsfsg"

@@ -8,10 +8,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.preprocessing import StandardScaler
 
-from netwright.boosting import BoostedUnitsClassifier, BoostedUnitsRegressor
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.boosting._tables import TABLES, table, tuned
 from netwright.evidence.evidence import Scale
+from netwright.models.boosting import BoostedUnitsClassifier, BoostedUnitsRegressor
 
 STEPS, UNITS = 40, 2
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)

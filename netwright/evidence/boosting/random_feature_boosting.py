@@ -9,10 +9,13 @@ from sklearn.metrics import accuracy_score, r2_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from netwright.boosting import RandomFeatureBoostingClassifier, RandomFeatureBoostingRegressor
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.boosting._tables import TABLES, table, tuned
 from netwright.evidence.evidence import Scale
+from netwright.models.boosting import (
+    RandomFeatureBoostingClassifier,
+    RandomFeatureBoostingRegressor,
+)
 
 WIDTH, FEATURES, EPOCHS, BATCH = 128, 256, 30, 128
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)

@@ -5,7 +5,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from netwright.circuits import (
+from netwright.data import Batches
+from netwright.evidence import Curve, Outcome, evidence
+from netwright.evidence.evidence import Scale
+from netwright.formal.circuits import (
     PolynomialCircuit,
     Semiring,
     Wire,
@@ -14,9 +17,6 @@ from netwright.circuits import (
     saturating,
     sum_of_products,
 )
-from netwright.data import Batches
-from netwright.evidence import Curve, Outcome, evidence
-from netwright.evidence.evidence import Scale
 from netwright.rules import ReverseDerivativeAscent
 
 SEMIRINGS = (modular(2), modular(3), modular(5), saturating(1), saturating(3))

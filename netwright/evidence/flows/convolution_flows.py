@@ -14,7 +14,7 @@ from netwright.data import digits
 from netwright.errors import CannotReverse
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.flows import (
+from netwright.generative.flows import (
     ActNorm,
     Flow,
     InvConv2d,
@@ -24,7 +24,11 @@ from netwright.flows import (
     image_coupling,
     multi_scale,
 )
-from netwright.flows.corner import corner_convolution, inverse_convolution, starting_weight
+from netwright.generative.flows.corner import (
+    corner_convolution,
+    inverse_convolution,
+    starting_weight,
+)
 
 LEVELS, BLOCKS, HIDDEN, BATCH, RATE = 17, 3, 32, 64, 2e-3
 SIMILAR = 0.03  # bits per dimension

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.flows import (
+from netwright.generative.flows import (
     AffineCouplingTransform,
     EBFlow,
     LinearTransform,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.flows import FFJORD
+from netwright.generative.flows import FFJORD
 
 POINTS, DRAWS = 32, 1000
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.flows import GDN, Flow, LinearTransform, gaussianize_layerwise
+from netwright.generative.flows import GDN, Flow, LinearTransform, gaussianize_layerwise
 
 BINS = 20
 DISTANCES = (1, 8)

@@ -7,7 +7,7 @@ from torch.nn.functional import interpolate
 from netwright.data import cifar10
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.flows import InvertibleRescaler, coupling_net
+from netwright.generative.flows import InvertibleRescaler, coupling_net
 
 SIDE, BLOCKS, HIDDEN, BATCH, RATE = 24, 2, 24, 8, 3e-3
 SIZES = {"1.5 x 1.5": (16, 16), "2 x 2": (12, 12), "2.4 x 2.4": (10, 10), "1.4 x 2.7": (17, 9),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.flows import AffineCouplingTransform, Flow, KernelCoupling, Permute
+from netwright.generative.flows import AffineCouplingTransform, Flow, KernelCoupling, Permute
 
 TRAIN, KEPT, EVERY = 80, 20, 10
 RATES = (5e-3, 2e-2)

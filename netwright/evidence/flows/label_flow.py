@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.flows import LabelFlow, weak_constraint_loss
+from netwright.generative.flows import LabelFlow, weak_constraint_loss
 
 NOISE = (0.25, 0.3, 0.35)
 EVERY = 40

@@ -4,7 +4,7 @@ import torch
 from torch import Generator, Tensor
 
 from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
-from netwright.flows import (
+from netwright.generative.flows import (
     Flow,
     LeapfrogSampler,
     U1Action,
@@ -17,7 +17,7 @@ from netwright.flows import (
     smooth_charge,
     topological_charge,
 )
-from netwright.flows.lattice import Chain
+from netwright.generative.flows.lattice import Chain
 
 SIZE, BETA, CHAINS, BURN_IN = 8, 4.0, 64, 50
 COLD = 400  # draws until chains that start without charge have all charges

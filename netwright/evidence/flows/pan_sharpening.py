@@ -6,7 +6,7 @@ from torch.nn.functional import avg_pool2d, interpolate, mse_loss
 
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.flows import ConditionalFlow
+from netwright.generative.flows import ConditionalFlow
 
 BANDS, SIDE, BLOCKS, HIDDEN, BATCH, RATE = 4, 8, 4, 16, 32, 3e-3
 SAMPLES = 16

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.flows import Flow, LipSwish, ResidualTransform
+from netwright.generative.flows import Flow, LipSwish, ResidualTransform
 
 BEST, SQUARE = math.log(32), math.log(64)  # the entropies of the board and of its square
 EVERY = 60

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.flows import ReversibleHeun, odeint
+from netwright.generative.flows import ReversibleHeun, odeint
 from netwright.measure import cost
 
 PIECE, STEPS, BATCH = 10, 4, 20

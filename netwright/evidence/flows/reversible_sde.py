@@ -3,8 +3,8 @@ from torch import Tensor
 
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.flows import ReversibleSDESolver
-from netwright.flows.reversible_sde import linear_schedule
+from netwright.generative.flows import ReversibleSDESolver
+from netwright.generative.flows.reversible_sde import linear_schedule
 
 SPREAD, EVALUATIONS = 0.2, (16, 32, 64, 128)
 ANGLES = torch.arange(8, dtype=torch.float64) * torch.pi / 4

@@ -9,7 +9,7 @@ from netwright.data import Batches, digits
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
 from netwright.evidence.learners._compare import difference, digits_lost
-from netwright.learners import Learner, cross_entropy_error, learner, squared_error
+from netwright.formal.learners import Learner, cross_entropy_error, learner, squared_error
 
 RATE, BATCH = 0.1, 32
 

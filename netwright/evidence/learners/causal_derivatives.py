@@ -10,8 +10,8 @@ from netwright.data import Batches, digits
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
 from netwright.evidence.learners._compare import difference
-from netwright.learners import Stateful, d_stateful, delayed_trace
-from netwright.measure._memory import Ledger, peaks
+from netwright.formal.learners import Stateful, d_stateful, delayed_trace
+from netwright.measure._allocations import Ledger, peaks
 
 HIDDEN = 12
 TIMES = (16, 32, 64, 128, 256)

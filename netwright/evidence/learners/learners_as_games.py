@@ -10,7 +10,7 @@ from netwright.data import Batches, digits
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
 from netwright.evidence.learners._compare import difference, digits_lost
-from netwright.learners import Game, Learner, as_game, learner
+from netwright.formal.learners import Game, Learner, as_game, learner
 
 RATE, BATCH = 0.2, 32
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from netwright.evidence import Outcome, evidence
 from netwright.evidence.evidence import Scale
 from netwright.evidence.learners._compare import difference
-from netwright.learners import Learner, Lens, learner, learner_to_symmetric, lens_to_learner
+from netwright.formal.learners import Learner, Lens, learner, learner_to_symmetric, lens_to_learner
 
 WIDTH = 6
 

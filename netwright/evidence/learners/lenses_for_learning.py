@@ -10,7 +10,7 @@ from netwright.data import Batches, digits
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
 from netwright.evidence.learners._compare import difference, digits_lost
-from netwright.learners import (
+from netwright.formal.learners import (
     ParaLens,
     boolean_rate,
     exclusive_or,

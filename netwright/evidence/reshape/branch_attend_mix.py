@@ -15,8 +15,8 @@ from netwright.data import CHARACTERS, Split, characters, pydoc_text, tinyshakes
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
 from netwright.evidence.small_models import held_out, parameters
-from netwright.losses import cross_entropy
 from netwright.models.gpt import Embed
+from netwright.objectives.losses import cross_entropy
 from netwright.reshape import upcycle
 
 CONTEXT, WIDTH, DEPTH = 48, 48, 2

@@ -9,7 +9,7 @@ from netwright.blocks.feedforward import FeedForward
 from netwright.data import digits
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.losses import contrast_within
+from netwright.objectives.losses import contrast_within
 from netwright.reshape import multiplets, upcycle
 
 STAGES, CLUSTERS, WIDTH = 2, 8, 32

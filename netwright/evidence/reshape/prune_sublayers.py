@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from netwright.data import characters, pydoc_text
 from netwright.evidence.evidence import Curve, Outcome, Scale, evidence
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.reshape import prune_sublayers
 from netwright.reshape.pruning import sublayers, without_sublayers
 from netwright.stages import call

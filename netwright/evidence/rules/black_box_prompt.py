@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import BlackBoxPrompt
 
 # Token numbers: 0 fills, 1 begins, then the tasks, the queries and the distractors.

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 from netwright.data import Batches, Split, cifar10, mnist
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import (
     Backprop,
     CounterCurrent,

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from netwright.data import CHARACTERS, characters, cora, mnist, tinyshakespeare
 from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
-from netwright.losses import cross_entropy
 from netwright.models import gcn, gpt, mlp
-from netwright.modes import evaluating
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, DirectFeedbackAlignment, Rule
+from netwright.runtime.modes import evaluating
 from netwright.stages import stages
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)

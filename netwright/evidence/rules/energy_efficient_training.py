@@ -11,8 +11,8 @@ from netwright.data import Batches, Split, cifar10, mnist
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
 from netwright.measure import cost
-from netwright.metrics import accuracy
 from netwright.models import mlp
+from netwright.objectives.metrics import accuracy
 from netwright.rules import Backprop, CascadedForward, ForwardForward, MonoForward, Rule
 from netwright.training import fit
 

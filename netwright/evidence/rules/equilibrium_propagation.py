@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 
 from netwright.data import Batches, Split, digits
 from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import EquilibriumPropagation
 from netwright.training import fit
 

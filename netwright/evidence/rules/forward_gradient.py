@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from netwright.data import Split, mnist
 from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
-from netwright.losses import cross_entropy
 from netwright.models import cnn, mlp
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, ForwardGradient, Rule
 
 RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

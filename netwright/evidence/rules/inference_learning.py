@@ -7,7 +7,7 @@ from torch.func import functional_call
 
 from netwright.data import Split, digits
 from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, InferenceLearning, Rule
 from netwright.stages import Stages, stages
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from netwright.data import Split, digits
 from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
-from netwright.losses import cross_entropy
 from netwright.models import cnn, mlp
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, LikelihoodRatio, Rule
 
 Make = Callable[[nn.Module], Rule]

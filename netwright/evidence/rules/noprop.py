@@ -10,8 +10,8 @@ from netwright.data import Batches, Split, mnist
 from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
 from netwright.measure import cost
 from netwright.models import mlp
-from netwright.modes import training
 from netwright.rules import Backprop, ForwardForward, MonoForward, NoProp, Rule
+from netwright.runtime.modes import training
 
 RATES = (1e-3, 3e-3)
 RULES: dict[str, Callable[[nn.Module], Rule]] = {

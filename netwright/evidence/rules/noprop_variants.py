@@ -9,7 +9,6 @@ from netwright.data import Batches, Split, mnist
 from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
 from netwright.measure import cost
 from netwright.models import mlp
-from netwright.modes import training
 from netwright.rules import (
     Backprop,
     ForwardForward,
@@ -18,6 +17,7 @@ from netwright.rules import (
     NoPropFlow,
     Rule,
 )
+from netwright.runtime.modes import training
 
 EXAMPLE = torch.zeros(2, 1, 28, 28)
 # Each rule's rate, the better of 1e-3 and 3e-3 in the evidence called noprop or in a first try.

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from netwright.circuits import PolynomialCircuit, evaluator, sum_of_products
 from netwright.data import Batches, digits
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale
+from netwright.formal.circuits import PolynomialCircuit, evaluator, sum_of_products
 from netwright.rules import ReverseDerivativeAscent
 from netwright.training import fit
 

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from netwright.data import CHARACTERS, Split, characters, tinyshakespeare
 from netwright.evidence.evidence import Curve, Outcome, Scale, evidence
-from netwright.losses import cross_entropy
 from netwright.measure import ScalingFit, cost, scaling_fit
 from netwright.models import gpt
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, DirectFeedbackAlignment, Rule
 
 Run = tuple[list[float], list[float]]  # steps, and the loss on the test part there

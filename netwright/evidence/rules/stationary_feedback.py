@@ -9,7 +9,7 @@ from torch.nn.functional import one_hot
 from netwright.data import CHARACTERS, Batches, characters, pydoc_text
 from netwright.evidence import Curve, Outcome, evidence
 from netwright.evidence.evidence import Scale, Verdict
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, Rule, StationaryFeedback
 from netwright.training import fit
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from netwright.evidence.evidence import Curve, Outcome, Scale, Verdict, evidence
-from netwright.losses import cross_entropy
 from netwright.measure import cost
 from netwright.models import gpt, mlp
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, TwoStageBackward
 from netwright.rules.exact.two_stage_backward import (
     Delayed,

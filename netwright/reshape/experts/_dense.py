@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from netwright.blocks.feedforward import GLU, FeedForward
 from netwright.errors import NothingToReshape
-from netwright.modes import evaluating, same_buffers, same_random_state
 from netwright.reshape.feedforward import FeedForwardLayer, FeedForwardWeights, feedforwards
+from netwright.runtime.modes import evaluating, same_buffers
+from netwright.runtime.random_state import same_random_state
 from netwright.stages.stage import apply
 
 _KNOWN = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.ReLU6)

@@ -6,12 +6,16 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape.experts._dense import activation_of, as_block, dense_layers
 from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights, with_blocks
 from netwright.reshape.feedforward._watching import is_linear, linear_sizes
 
+__all__ = ["mix_lora"]
 
+
+@method("reshape", papers=["003-187"])
 @torch.inference_mode(False)
 def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank: int = 8,
              k: int = 2, alpha: float | None = None, dropout: float = 0.0,

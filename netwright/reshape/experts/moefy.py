@@ -6,6 +6,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
 from netwright.blocks.experts import MixtureOfExperts, Routing
 from netwright.blocks.feedforward import GLU
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.reshape.experts._dense import (
     activation_of,
@@ -20,10 +21,13 @@ from netwright.reshape.feedforward import (
     with_blocks,
 )
 
+__all__ = ["moefy"]
+
 Split = Literal["cluster", "coactivation", "random"]
 Router = Literal["mlp", "similarity", "groundtruth"]
 
 
+@method("reshape", papers=["003-070"])
 @torch.inference_mode(False)
 def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Split = "cluster",
           router: Router = "mlp", k: int | None = None, square: bool = True, rows: int = 8192,

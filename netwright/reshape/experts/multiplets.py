@@ -5,9 +5,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from netwright.catalogue.facets import method
 from netwright.reshape.experts._dense import dense_layers
 
+__all__ = ["multiplets"]
 
+
+@method("reshape", papers=["000-009"])
 @torch.inference_mode(False)
 def multiplets(model: nn.Module, train: Callable[[nn.Module, list[nn.Module]], Any],
                example: Any = None, *, stages: int = 2, square: bool = True) -> list[nn.Module]:
@@ -17,8 +21,8 @@ def multiplets(model: nn.Module, train: Callable[[nn.Module, list[nn.Module]], A
 
     `train` changes the copy that it is given, of which only the feed-forward layers learn, to do
     better where those before it fail: for instance by a contrast among samples that they take for
-    alike (`netwright.losses.contrast_within`). Then `upcycle(multiplets(...))` makes one mixture of
-    experts of all, of which the routers are trained.
+    alike (`netwright.objectives.contrast_within`). Then `upcycle(multiplets(...))` makes one
+    mixture of experts of all, of which the routers are trained.
 
     What the paper leaves open: each copy begins as the model.
 

@@ -6,14 +6,18 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.blocks.experts.routing import router_logits
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
 from netwright.reshape.experts._dense import batches_of, rows_of
+
+__all__ = ["prune_experts"]
 
 Method = Literal["cluster_router", "usage", "random"]
 _COUNTS = ("n_experts", "num_experts", "num_local_experts")
 _CHOSEN = ("k", "top_k", "num_experts_per_tok")
 
 
+@method("reshape", papers=["003-005"])
 @torch.inference_mode(False)
 @torch.no_grad()
 def prune_experts(model: nn.Module, task_data: Any, keep: int, *,

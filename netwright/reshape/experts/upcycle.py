@@ -7,13 +7,18 @@ from torch import Generator, nn
 from torch.nn.functional import linear
 
 from netwright.blocks.experts import MixtureOfExperts, TopKRouter
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.modes import evaluating, same_buffers, same_random_state
 from netwright.reshape.experts._dense import activation_of, as_block, dense_layers
 from netwright.reshape.feedforward import feedforward_weights, with_blocks
+from netwright.runtime.modes import evaluating, same_buffers
+from netwright.runtime.random_state import same_random_state
 from netwright.stages.stage import apply
 
+__all__ = ["upcycle"]
 
+
+@method("reshape", papers=["000-003"])
 @torch.inference_mode(False)
 def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, n_experts: int = 8,
             k: int = 2, noise: float = 0.0, attention: Sequence[str] = (),

@@ -5,14 +5,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.modes import evaluating, rehearsing
 from netwright.reshape.feedforward.exchanging import feedforward_weights, write_feedforward
 from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
 from netwright.reshape.feedforward.swap_feedforward import batches_of, choose, unfused
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages.stage import apply
 
+__all__ = ["Bricks", "find_bricks", "keep_bricks"]
 
+
+@method("reshape")
 class Bricks(NamedTuple):
     """Groups of hidden units of a feed-forward layer: `units[i]` are the units of brick i."""
 
@@ -20,6 +24,7 @@ class Bricks(NamedTuple):
     units: tuple[Tensor, ...]
 
 
+@method("reshape", papers=["000-017"])
 @torch.inference_mode(False)
 @torch.no_grad()
 def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
@@ -77,6 +82,7 @@ def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
             for layer in chosen]
 
 
+@method("reshape", papers=["000-017"])
 @torch.inference_mode(False)
 @torch.no_grad()
 def keep_bricks(model: nn.Module, found: Sequence[Bricks],

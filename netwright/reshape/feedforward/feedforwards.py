@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.modes import evaluating, same_random_state
 from netwright.reshape.feedforward._watching import (
     Itself,
     Named,
@@ -18,9 +18,14 @@ from netwright.reshape.feedforward._watching import (
     linear_sizes,
     watch,
 )
+from netwright.runtime.modes import evaluating
+from netwright.runtime.random_state import same_random_state
 from netwright.stages.stage import apply
 
+__all__ = ["FeedForwardLayer", "feedforwards"]
 
+
+@method("reshape")
 @dataclass(frozen=True)
 class FeedForwardLayer:
     """Where a feed-forward layer is, and what it computes.
@@ -59,6 +64,7 @@ class FeedForwardLayer:
         return repr(self.name) if self.name else "the model"
 
 
+@method("reshape")
 @torch.inference_mode(False)
 def feedforwards(model: nn.Module, example: Any = None, *,
                  square: bool = True) -> list[FeedForwardLayer]:

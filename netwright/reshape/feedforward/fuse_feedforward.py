@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.modes import evaluating, rehearsing, same_random_state
 from netwright.reshape.feedforward.exchanging import (
     FeedForwardWeights,
     feedforward_weights,
@@ -18,9 +18,14 @@ from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedfor
 from netwright.reshape.feedforward.swap_feedforward import choose, unfused
 from netwright.reshape.pruning._residual import Sublayer, trace
 from netwright.reshape.pruning.prune_sublayers import without_sublayers
+from netwright.runtime.modes import evaluating, rehearsing
+from netwright.runtime.random_state import same_random_state
 from netwright.stages.stage import apply
 
+__all__ = ["FeedForwardRun", "feedforward_runs", "fuse_feedforward"]
 
+
+@method("reshape")
 class FeedForwardRun(NamedTuple):
     """Feed-forward layers that follow one another on a stream, with nothing between them.
 
@@ -41,6 +46,7 @@ class _Branch:
     norm: str | None
 
 
+@method("reshape", papers=["003-177"])
 @torch.inference_mode(False)
 @torch.no_grad()
 def fuse_feedforward(model: nn.Module, example: Any, layers: Sequence[str] | None = None, *,
@@ -118,6 +124,7 @@ def fuse_feedforward(model: nn.Module, example: Any, layers: Sequence[str] | Non
     return result
 
 
+@method("reshape")
 @torch.inference_mode(False)
 @torch.no_grad()
 def feedforward_runs(model: nn.Module, example: Any) -> list[FeedForwardRun]:

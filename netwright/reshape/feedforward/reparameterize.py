@@ -5,9 +5,13 @@ import torch
 from torch import nn
 
 from netwright.blocks.feedforward.repa_feed_forward import RePaFeedForward
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 
+__all__ = ["reparameterize"]
 
+
+@method("reshape", papers=["004-039"])
 @torch.no_grad()
 def reparameterize(model: nn.Module) -> nn.Module:
     """Return a copy in which what is linear is multiplied out, where that makes it smaller.

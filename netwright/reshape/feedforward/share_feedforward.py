@@ -5,8 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.modes import same_random_state
 from netwright.reshape.feedforward.exchanging import (
     FeedForwardWeights,
     feedforward_weights,
@@ -16,10 +16,14 @@ from netwright.reshape.feedforward.exchanging import (
 )
 from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
 from netwright.reshape.pruning._residual import Place, Silent, trace
+from netwright.runtime.random_state import same_random_state
+
+__all__ = ["share_feedforward"]
 
 STARTS = ("new", "first")
 
 
+@method("reshape", papers=["003-064"])
 @torch.inference_mode(False)
 @torch.no_grad()
 def share_feedforward(model: nn.Module, hidden: int | Literal["budget"] | None = None,

@@ -8,18 +8,22 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
+from netwright.catalogue.facets import method
 from netwright.errors import Diverged, UnknownName
-from netwright.modes import evaluating, rehearsing
-from netwright.progress import Bar
 from netwright.reshape.feedforward.exchanging import put_block, put_module
 from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
+from netwright.runtime.modes import evaluating, rehearsing
+from netwright.runtime.progress import Bar
 from netwright.stages.stage import apply
+
+__all__ = ["Swap", "swap_feedforward", "unswap_feedforward"]
 
 ROWS = 2048  # about as many vectors are in a step of the distillation
 
 Samples = list[tuple[Tensor, Tensor]]
 
 
+@method("reshape")
 class Swap(NamedTuple):
     """A feed-forward layer that was swapped, and how near its block came to it.
 
@@ -31,6 +35,7 @@ class Swap(NamedTuple):
     error: float | None
 
 
+@method("reshape")
 @torch.inference_mode(False)
 def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], example: Any = None,
                      *, calibration: Any = None, layers: Sequence[str] | None = None,
@@ -107,6 +112,7 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
     return result
 
 
+@method("reshape")
 @torch.inference_mode(False)
 def unswap_feedforward(swapped: nn.Module, model: nn.Module, *,
                        layers: Sequence[str] | None = None) -> nn.Module:

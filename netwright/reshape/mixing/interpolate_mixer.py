@@ -6,9 +6,13 @@ from torch.nn.functional import interpolate
 
 from netwright.blocks.mixing import MLPMixer
 from netwright.blocks.mixing.mlp_mixer import check_tokens
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 
+__all__ = ["interpolate_mixer"]
 
+
+@method("reshape", papers=["003-084"])
 def interpolate_mixer(model: nn.Module, size: int | Sequence[int]) -> nn.Module:
     """Return a copy of a mixer for images of another size, by bicubic interpolation of its tokens.
 

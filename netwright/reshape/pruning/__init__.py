@@ -1,5 +1,5 @@
 """Pruning, and what tells beforehand what could be pruned."""
 
-from netwright.reshape.pruning.prune_sublayers import sublayers, without_sublayers
+from netwright.runtime.faces import face
 
-__all__ = ["sublayers", "without_sublayers"]
+face(__name__)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from netwright.modes import evaluating
+from netwright.runtime.modes import evaluating
 from netwright.stages import call
 
 _SUM = {"add", "add_", "__add__", "__radd__", "__iadd__"}

@@ -6,14 +6,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
-from netwright.modes import evaluating, same_buffers, same_random_state
 from netwright.reshape.pruning._residual import Silent, Sublayer, Trace, trace
+from netwright.runtime.modes import evaluating, same_buffers
+from netwright.runtime.random_state import same_random_state
 from netwright.stages import call
+
+__all__ = ["prune_sublayers", "sublayers", "without_sublayers"]
 
 Distance = Literal["angular", "euclidean", "jensen-shannon"] | Callable[[Tensor, Tensor], Tensor]
 
 
+@method("reshape", papers=["000-012"])
 @torch.inference_mode(False)
 @torch.no_grad()
 def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
@@ -78,6 +83,7 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     return _finished(pruned, removed)
 
 
+@method("reshape")
 @torch.inference_mode(False)
 def sublayers(model: nn.Module, example: Any) -> list[str]:
     """Return the names of the sublayers that `prune_sublayers` could remove, first to last.
@@ -89,6 +95,7 @@ def sublayers(model: nn.Module, example: Any) -> list[str]:
     return [sublayer.name for sublayer in _found(model, example).sublayers]
 
 
+@method("reshape")
 @torch.inference_mode(False)
 def without_sublayers(model: nn.Module, example: Any, names: list[str]) -> nn.Module:
     """Return a copy without the sublayers called `names`, by a choice of one's own.

@@ -6,12 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.modes import evaluating, same_buffers, same_random_state
 from netwright.reshape.pruning._residual import trace
 from netwright.reshape.residual._blocks import Block, Passed, example_of, respond, runs_of
+from netwright.runtime.modes import evaluating, same_buffers
+from netwright.runtime.random_state import same_random_state
+
+__all__ = ["parallelize_residual"]
 
 
+@method("reshape", papers=["004-042"])
 @torch.inference_mode(False)
 def parallelize_residual(model: nn.Module, example: Any = None, *,
                          group: int | None = None) -> nn.Module:

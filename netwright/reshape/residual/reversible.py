@@ -9,17 +9,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright.blocks.reversible.block import ReversibleBlock
-from netwright.blocks.reversible.engine import Add, Update
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse, NothingToReshape, UnknownName
-from netwright.modes import evaluating, same_buffers, same_random_state
 from netwright.reshape.pruning._residual import Silent, Trace, trace
 from netwright.reshape.residual._blocks import Block, Passed, example_of, respond, runs_of
+from netwright.reversing.engine import Add, Update
+from netwright.runtime.modes import evaluating, same_buffers
+from netwright.runtime.random_state import same_random_state
 from netwright.stages._transformers import is_cache
+
+__all__ = ["reversible"]
 
 How = Literal["coupling", "momentum"]
 
 
+@method("reshape", papers=["001-010"])
 @torch.inference_mode(False)
 def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
                gamma: float = 0.9, exact: bool | None = None) -> nn.Module:

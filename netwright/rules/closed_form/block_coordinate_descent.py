@@ -7,16 +7,20 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.modes import evaluating
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, stages
 from netwright.stages.stage import Stage
+
+__all__ = ["BlockCoordinateDescent"]
 
 Splitting = Literal["three", "two"]
 Loss = Literal["squared", "hinge", "cross_entropy"]
 
 
+@method("rule", papers=["003-108"])
 class BlockCoordinateDescent(Rule):
     """Train by minimising over each layer's weights, inputs and outputs in turn, in closed form.
 

@@ -7,18 +7,22 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.fits import boosted_map, linear_readout, loss
-from netwright.modes import evaluating
+from netwright.numerics.closed_form import boosted_map, linear_readout, loss
 from netwright.rules.readout import mean_of_tokens
-from netwright.rules.residual import is_added
+from netwright.rules.residual_path import is_added
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, call, stages
 from netwright.stages.stage import Stage
+
+__all__ = ["RandomFeatureBoosting"]
 
 Loss = Literal["cross_entropy", "squared"]
 
 
+@method("rule", papers=["003-072"])
 class RandomFeatureBoosting(Rule):
     """Train each residual stage's last layer in closed form, to lower the loss of a linear readout.
 

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.modes import evaluating
 from netwright.rules.denoising.label_denoiser import (
     FREQUENCIES,
     above_zero,
@@ -16,11 +16,15 @@ from netwright.rules.denoising.label_denoiser import (
     waves,
 )
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, stages
+
+__all__ = ["DiffusionBlocks"]
 
 WIDTH = 64  # of the vector that tells the noise level and the class
 
 
+@method("rule", papers=["003-037"])
 class DiffusionBlocks(Rule):
     """Train the blocks of a residual network apart, each as a denoiser of noise levels of its own.
 

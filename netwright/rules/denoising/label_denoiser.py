@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.modes import evaluating
 from netwright.rules.rule import check_labels
+from netwright.runtime.modes import evaluating
 from netwright.stages import call
 
 FREQUENCIES = 8

@@ -6,8 +6,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.denoising.label_denoiser import (
     LabelDenoiser,
     above_zero,
@@ -21,9 +21,13 @@ from netwright.rules.denoising.label_denoiser import (
     normal,
 )
 from netwright.rules.rule import Rule
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, call
 
+__all__ = ["NoProp"]
 
+
+@method("rule", papers=["003-168"])
 class NoProp(Rule):
     """Train blocks that each denoise the label on their own; prediction runs them as a chain.
 

@@ -5,9 +5,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter, functional
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.denoising.label_denoiser import (
     LabelDenoiser,
     above_zero,
@@ -23,9 +23,13 @@ from netwright.rules.denoising.label_denoiser import (
     spread_times,
 )
 from netwright.rules.rule import Rule
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, call
 
+__all__ = ["NoPropContinuous"]
 
+
+@method("rule", papers=["003-168"])
 class NoPropContinuous(Rule):
     """Train one block to denoise the label at any time; prediction follows its flow to the label.
 

@@ -4,8 +4,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.denoising.label_denoiser import (
     LabelDenoiser,
     above_zero,
@@ -19,9 +19,13 @@ from netwright.rules.denoising.label_denoiser import (
     spread_times,
 )
 from netwright.rules.rule import Rule
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, call
 
+__all__ = ["NoPropFlow"]
 
+
+@method("rule", papers=["003-168"])
 class NoPropFlow(Rule):
     """Train one block to point from noise to the label; prediction follows it there.
 

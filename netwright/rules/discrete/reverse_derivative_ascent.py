@@ -4,13 +4,17 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.circuits import PolynomialCircuit
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.modes import evaluating
+from netwright.formal.circuits import PolynomialCircuit
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages
 
+__all__ = ["ReverseDerivativeAscent"]
 
+
+@method("rule", papers=["001-034"])
 class ReverseDerivativeAscent(Rule):
     """Train the bits of a circuit themselves, by the reverse derivative of its error.
 
@@ -37,7 +41,7 @@ class ReverseDerivativeAscent(Rule):
     Paper: Wilson, Zanasi, 2021, Reverse Derivative Ascent: A Categorical Approach to Learning
     Boolean Circuits.
 
-    >>> from netwright.circuits import evaluator
+    >>> from netwright.formal.circuits import evaluator
     >>> rule = ReverseDerivativeAscent(evaluator(2))
     >>> x, y = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]), torch.tensor([0, 1, 1, 0])
     >>> rule(x, y), rule(x, y), rule.predict(x).argmax(1)

@@ -8,11 +8,15 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
-from netwright.modes import random_state, same_buffers, same_random_state, set_random_state
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked, targets
+from netwright.runtime.modes import same_buffers
+from netwright.runtime.random_state import random_state, same_random_state, set_random_state
 from netwright.stages import Stages, call
+
+__all__ = ["DualPropagation"]
 
 # What units do with their input, each by itself. All else stands between units.
 ACTIVATIONS = frozenset({
@@ -25,6 +29,7 @@ ACTIVATIONS = frozenset({
     functional.threshold})
 
 
+@method("rule", papers=["001-164"])
 class DualPropagation(Rule):
     """Give each unit two states, whose mean is its activity and whose difference is its error.
 

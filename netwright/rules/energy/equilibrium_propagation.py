@@ -5,13 +5,17 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright.catalogue.facets import method
 from netwright.rules.rule import Rule, check_labels, targets
 from netwright.stages import Stages
+
+__all__ = ["EquilibriumPropagation"]
 
 # Complex-differentiable around the real line, which the contour needs.
 HOLOMORPHIC = (nn.Sigmoid, nn.Tanh, nn.SiLU)
 
 
+@method("rule", papers=["002-006"])
 class EquilibriumPropagation(Rule):
     """Let a layered network settle freely and under complex nudges, then learn from how it moved.
 

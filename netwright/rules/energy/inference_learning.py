@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.losses import cross_entropy
-from netwright.modes import (
-    random_state,
-    same_buffers,
-    same_random_state,
-    set_random_state,
-)
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, check_labels, targets
+from netwright.runtime.modes import same_buffers
+from netwright.runtime.random_state import random_state, same_random_state, set_random_state
 from netwright.stages import Stages, stages
 
+__all__ = ["InferenceLearning"]
 
+
+@method("rule", papers=["003-179"])
 class InferenceLearning(Rule):
     """Let the states settle where a step of the weights would leave them, and take that step.
 

@@ -6,12 +6,17 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.losses import cross_entropy
-from netwright.modes import same_buffers, same_random_state
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, check_labels, targets
+from netwright.runtime.modes import same_buffers
+from netwright.runtime.random_state import same_random_state
 from netwright.stages import Stages, stages
 
+__all__ = ["PredictiveCoding"]
 
+
+@method("rule", papers=["003-167"])
 class PredictiveCoding(Rule):
     """Let the states settle where the stages are least surprised, then learn from what is left.
 

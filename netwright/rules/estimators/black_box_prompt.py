@@ -6,11 +6,14 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating, rehearsing
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.estimators._evolution import Evolution
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import Stages, call, stages
+
+__all__ = ["BlackBoxPrompt"]
 
 
 class Prompt(nn.Module):
@@ -50,6 +53,7 @@ class Prompt(nn.Module):
         return torch.cat([before, places, rest], 1)
 
 
+@method("rule", papers=["003-154"])
 class BlackBoxPrompt(Rule):
     """Tune prompts at every layer of a frozen network by an evolution strategy, layer by layer.
 

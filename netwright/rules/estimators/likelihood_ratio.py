@@ -6,14 +6,19 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from netwright.losses import cross_entropy
-from netwright.modes import rehearsing, same_buffers, same_random_state
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import rehearsing, same_buffers
+from netwright.runtime.random_state import same_random_state
 from netwright.stages import Stage, Stages, stages
+
+__all__ = ["LikelihoodRatio"]
 
 Control = Literal["baseline", "antithetic"] | None
 
 
+@method("rule", papers=["002-042"])
 class LikelihoodRatio(Rule):
     """Train every stage with noise on its output, times the loss that this noise led to.
 

@@ -8,16 +8,20 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating, rehearsing
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import Stages, call
+
+__all__ = ["QuantizedForwardGradient"]
 
 # The layers that are computed in whole numbers, and where their input stands.
 _LAYERS: dict[Any, int] = {functional.linear: 0, functional.conv1d: 0, functional.conv2d: 0,
                            functional.conv3d: 0, torch.addmm: 1}
 
 
+@method("rule", papers=["003-149"])
 class QuantizedForwardGradient(Rule):
     """Train weights of 8 bits by forward passes alone, by which way of two the loss is lower.
 

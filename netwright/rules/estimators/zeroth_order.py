@@ -6,13 +6,17 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright.catalogue.facets import method
 from netwright.errors import CannotStage
-from netwright.losses import cross_entropy
-from netwright.modes import rehearsing
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.modes import rehearsing
 from netwright.stages import Stages, call, stages
 
+__all__ = ["ZerothOrder"]
 
+
+@method("rule", papers=["003-030"])
 class ZerothOrder(Rule):
     """Train with differences of the loss between shifted weights, by forward passes alone.
 

@@ -3,11 +3,15 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
-from netwright.losses import cross_entropy
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, call
 
+__all__ = ["Backprop"]
 
+
+@method("rule", needs=["labels"], variants={"plain": {}})
 class Backprop(Rule):
     """Train with the exact gradient of the loss, which every other rule is measured against.
 

@@ -6,13 +6,17 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, distributed, nn
 
-from netwright.losses import cross_entropy
-from netwright.processes import world
+from netwright.anatomy.units import Units, hidden_units
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.distributed import world
 from netwright.stages import Stages, call
-from netwright.units import Units, hidden_units
+
+__all__ = ["ContinualBackprop"]
 
 
+@method("rule", papers=["001-136"])
 class ContinualBackprop(Rule):
     """Train with the exact gradient, and after every step renew a few units that do little.
 
@@ -24,7 +28,7 @@ class ContinualBackprop(Rule):
     The new unit changes nothing until its outgoing weights have learned, and what the old one
     gave on average, moves into the bias of the layer that read it. Incoming weights are drawn
     uniformly with the variance that the layer's had at the start. Units are found by
-    `netwright.units.hidden_units`: also convolutions' channels, and a transformer's feed-forward
+    `netwright.anatomy.hidden_units`: also convolutions' channels, and a transformer's feed-forward
     units. Those that a layer norm or an attention mixes, and the outputs, are left alone, and so
     are those of a frozen layer. A batch norm's weights stay with the place.
 

@@ -9,15 +9,20 @@ from torch.nn import Parameter
 from torch.nn.functional import linear
 from torch.nn.parameter import is_lazy
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
-from netwright.modes import same_buffers, same_random_state
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.modes import same_buffers
+from netwright.runtime.random_state import same_random_state
 from netwright.stages import Stages, call
+
+__all__ = ["DynamicalLowRank"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+@method("rule", papers=["002-135"])
 class DynamicalLowRank(Rule):
     """Train the factors of low-rank weights along the exact gradient, and let their ranks adapt.
 

@@ -4,14 +4,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.exact.links import Link, run_linked
-from netwright.rules.residual import is_added
+from netwright.rules.residual_path import is_added
 from netwright.rules.rule import Rule
 from netwright.stages import Stages, stages
 
+__all__ = ["HighwayBackprop"]
 
+
+@method("rule", papers=["001-125"])
 class HighwayBackprop(Rule):
     """Train with a gradient that runs along the residual path first and through the blocks after.
 

@@ -26,7 +26,7 @@ def run_linked(net: Stages, loss: Callable[[Tensor, Tensor], Tensor], x: Any,
 
     >>> import torch
     >>> from torch import nn
-    >>> from netwright.losses import cross_entropy
+    >>> from netwright.objectives.losses import cross_entropy
     >>> from netwright.stages import stages
     >>> net = stages(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)))
     >>> links = run_linked(net, cross_entropy, torch.randn(2, 4), torch.tensor([0, 2]))

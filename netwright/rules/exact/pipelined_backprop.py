@@ -8,12 +8,16 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, call, stages
 
+__all__ = ["PipelinedBackprop"]
 
+
+@method("rule", papers=["003-048"])
 class PipelinedBackprop(Rule):
     """Train as a pipeline does that never waits: with gradients of weights that are steps old.
 

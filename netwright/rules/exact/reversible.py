@@ -5,16 +5,20 @@ from typing import Any, NamedTuple
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from netwright.blocks.reversible.engine import Step, Stored, chained, run
 from netwright.blocks.reversible.sequential import ReversibleSequential
+from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse, CannotStage
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
+from netwright.reversing.engine import Step, Stored, chained, run
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, stages
 from netwright.stages._sequential import SequentialStage
 from netwright.stages.stage import apply, tensor_of
 
+__all__ = ["Reversible"]
 
+
+@method("rule", papers=["001-010"])
 class Reversible(Rule):
     """Backpropagate through a network that reconstructs its activations instead of storing them.
 

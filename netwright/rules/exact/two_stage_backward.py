@@ -6,13 +6,17 @@ from torch import Generator, Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Parameter
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.exact.links import run_linked
 from netwright.rules.rule import Rule
 from netwright.stages import Stages, stages
 
+__all__ = ["TwoStageBackward"]
 
+
+@method("rule", papers=["003-164"])
 class TwoStageBackward(Rule):
     """Pass the gradient down through all stages first, and compute the weights' gradients after.
 

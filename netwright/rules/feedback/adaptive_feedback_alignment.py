@@ -5,14 +5,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.autograd import forward_ad
 
-from netwright.losses import cross_entropy
-from netwright.modes import (
-    evaluating,
-    random_state,
-    rehearsing,
-    same_buffers,
-    set_random_state,
-)
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.inputs import (
     INSIDE,
     check_axes,
@@ -29,10 +23,15 @@ from netwright.rules.feedback.inputs import (
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.forward._forward_mode import plain_kernels
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating, rehearsing, same_buffers
+from netwright.runtime.random_state import random_state, set_random_state
 from netwright.stages import Stages, stages
 from netwright.stages.stage import Context
 
+__all__ = ["AdaptiveFeedbackAlignment"]
 
+
+@method("rule", papers=["003-020"])
 class AdaptiveFeedbackAlignment(Rule):
     """Send the output error to every stage through the weights that lead there from the input.
 

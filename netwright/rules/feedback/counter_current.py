@@ -7,16 +7,20 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter, functional
 
-from netwright.losses import cross_entropy
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.matrices import draw
 from netwright.rules.readout import first_parameter, mean_of_tokens, widths
 from netwright.rules.rule import Rule, check_labels
 from netwright.stages import Stage, Stages, stages
 
+__all__ = ["CounterCurrent"]
+
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {
     1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
+@method("rule", papers=["001-089"])
 class CounterCurrent(Rule):
     """Train every hidden stage and a feedback network, fed with the targets, to meet each other.
 

@@ -5,13 +5,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.rule import Rule, check_labels, targets
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, stages
 
+__all__ = ["DirectFeedbackAlignment"]
 
+
+@method("rule", papers=["001-137", "002-102", "003-212"])
 class DirectFeedbackAlignment(Rule):
     """Train every stage with a random projection of the output error of its own.
 

@@ -8,12 +8,16 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.nn.parameter import Parameter, UninitializedParameter
 
-from netwright.losses import cross_entropy
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.rule import Rule, check_labels
 from netwright.stages import Stages, call
 
+__all__ = ["FeedbackAlignment"]
 
+
+@method("rule")
 class FeedbackAlignment(Rule):
     """Train with matrices of their own, instead of the weights, carrying the error backwards.
 

@@ -6,15 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
-from netwright.modes import (
-    evaluating,
-    random_state,
-    rehearsing,
-    same_buffers,
-    set_random_state,
-)
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.inputs import (
     INSIDE,
     check_axes,
@@ -30,10 +24,15 @@ from netwright.rules.feedback.inputs import (
 )
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating, rehearsing, same_buffers
+from netwright.runtime.random_state import random_state, set_random_state
 from netwright.stages import Stages, stages
 from netwright.stages.stage import Context
 
+__all__ = ["Pepita"]
 
+
+@method("rule", papers=["003-020"])
 class Pepita(Rule):
     """Train every stage by how its output changes when the input is shifted by the output error.
 

@@ -7,7 +7,8 @@ from torch import Generator, Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
-from netwright.losses import cross_entropy
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.feedback_alignment import (
     find_layers,
     forward_of,
@@ -18,7 +19,10 @@ from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.rule import Rule
 from netwright.stages import Stages
 
+__all__ = ["ProductFeedback"]
 
+
+@method("rule", papers=["003-043"])
 class ProductFeedback(Rule):
     """Train with the product of two matrices, one fixed and one learned, carrying the error back.
 

@@ -7,13 +7,17 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch.nn.utils.rnn import PackedSequence
 
-from netwright.losses import cross_entropy
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, call
+
+__all__ = ["StationaryFeedback"]
 
 RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
 
 
+@method("rule", papers=["003-183"])
 class StationaryFeedback(Rule):
     """Train recurrent layers with a gradient that a fixed diagonal matrix carries back in time.
 

@@ -11,25 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from netwright.modes import same_random_state
-
-RandomState = tuple[Tensor, list[Tensor]]
-
-
-def random_state() -> RandomState:
-    """Return PyTorch's global random states, of the CPU and of each accelerator in use."""
-    return (torch.get_rng_state(),
-            torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
-
-
-@contextmanager
-def replaying(state: RandomState) -> Iterator[None]:
-    """Draw in the body what was drawn after `state`; leave the global state as it was."""
-    with same_random_state():
-        torch.set_rng_state(state[0])
-        if state[1]:
-            torch.cuda.set_rng_state_all(state[1])
-        yield
+from netwright.runtime.random_state import RandomState, random_state, replaying
 
 
 @contextmanager

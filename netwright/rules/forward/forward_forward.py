@@ -6,9 +6,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import softplus
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating, random_state, rehearsing, set_random_state
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.forward._blocks import in_blocks
 from netwright.rules.forward._class_goodness import channels, class_goodness
 from netwright.rules.forward._graphs import (
@@ -38,7 +38,11 @@ from netwright.rules.readout import (
     widths,
 )
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating, rehearsing
+from netwright.runtime.random_state import random_state, set_random_state
 from netwright.stages import Stages, stages
+
+__all__ = ["ForwardForward"]
 
 # The most readouts whose inputs are kept until the scores that they add up to are known; the
 # inputs of more are computed a second time, so that memory does not grow with depth.
@@ -48,6 +52,7 @@ KEPT = 4
 Sum = tuple[Tensor | float, Tensor | float]
 
 
+@method("rule", papers=["000-016", "001-031", "001-110", "003-024", "004-029"])
 class ForwardForward(Rule):
     """Train every stage to tell real samples from false ones by the size of its own activity.
 

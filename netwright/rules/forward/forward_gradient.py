@@ -5,8 +5,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
-from netwright.losses import cross_entropy
-from netwright.rules.auxiliary import AuxiliaryHead, needed, signals
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
+from netwright.rules.auxiliary_heads import AuxiliaryHead, needed, signals
 from netwright.rules.forward._forward_mode import (
     DirectionalDerivative,
     RandomState,
@@ -19,7 +20,10 @@ from netwright.rules.readout import count_classes, first_parameter
 from netwright.rules.rule import Rule, check_labels
 from netwright.stages import Stages, call, stages
 
+__all__ = ["ForwardGradient"]
 
+
+@method("rule", papers=["001-112", "003-044"])
 class ForwardGradient(Rule):
     """Train with the loss's slope in guessed directions, found without a backward pass.
 

@@ -5,14 +5,18 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cosine_similarity, one_hot, softplus
 from torch.nn.parameter import is_lazy
 
-from netwright.modes import evaluating, rehearsing
+from netwright.catalogue.facets import method
 from netwright.rules.forward._samples import check_written, image_of, overlaid
 from netwright.rules.readout import first_parameter
 from netwright.rules.rule import Rule
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import Stages, stages
 from netwright.stages._sequential import SequentialStage
 
+__all__ = ["PhysicalForwardForward"]
 
+
+@method("rule", papers=["000-034"])
 class PhysicalForwardForward(Rule):
     """Train the layers around opaque ones, through which nothing can be differentiated.
 

@@ -5,9 +5,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import normalize
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating, rehearsing
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.forward._graphs import (
     check_network,
     graph_parts,
@@ -17,9 +17,13 @@ from netwright.rules.forward._graphs import (
 )
 from netwright.rules.readout import count_classes, first_parameter
 from netwright.rules.rule import Rule, check_labels
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import Stages, stages
 
+__all__ = ["SingleForward"]
 
+
+@method("rule", papers=["000-016"])
 class SingleForward(Rule):
     """Train each layer of a graph network to bring nodes near a virtual node of their class.
 

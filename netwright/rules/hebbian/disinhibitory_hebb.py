@@ -6,14 +6,18 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.rules.rule import Rule, check_labels, targets
 from netwright.stages import Stages
+
+__all__ = ["DisinhibitoryHebb"]
 
 # Rates that do not fall when the potential rises, and nowhere by more than it.
 RATES = (nn.ReLU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU)
 
 
+@method("rule", papers=["003-067"])
 class DisinhibitoryHebb(Rule):
     """Train a circuit by a Hebbian rule whose sign is set by each unit's inhibition.
 

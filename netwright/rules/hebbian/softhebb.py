@@ -6,15 +6,19 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from netwright.losses import cross_entropy
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, stages
 from netwright.stages.stage import Stage
+
+__all__ = ["SoftHebb"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
+@method("rule", papers=["003-130"])
 class SoftHebb(Rule):
     """Train hidden stages without labels: their units compete softly, and the input draws them on.
 

@@ -7,14 +7,18 @@ import torch
 from torch import Generator, Tensor, distributed, nn
 from torch.nn import functional
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating
-from netwright.processes import world
+from netwright.anatomy.units import Units, hidden_units
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked, targets
+from netwright.runtime.distributed import world
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, call
-from netwright.units import Units, hidden_units
+
+__all__ = ["BoostedUnits"]
 
 
+@method("rule", papers=["004-020"])
 class BoostedUnits(Rule):
     """Train the last hidden layer a few units at a time, each on what those before leave wrong.
 

@@ -5,13 +5,17 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import Readout, count_classes, first_parameter, mean_of_tokens, widths
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, stages
 
+__all__ = ["CascadedForward"]
 
+
+@method("rule", papers=["004-029"])
 class CascadedForward(Rule):
     """Leave the hidden stages as they are, and train a class guess on the output of each.
 

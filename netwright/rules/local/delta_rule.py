@@ -4,10 +4,14 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import one_hot
 
+from netwright.catalogue.facets import method
 from netwright.rules.rule import Rule, check_labels
 from netwright.stages import Stages
 
+__all__ = ["DeltaRule"]
 
+
+@method("rule", papers=["003-036"])
 class DeltaRule(Rule):
     """Train neurons by their error times their input: the delta rule.
 

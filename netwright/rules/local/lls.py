@@ -6,17 +6,21 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter, functional
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import count_classes, first_parameter, mean_of_tokens, widths
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, stages
+
+__all__ = ["LLS"]
 
 TINY = 1e-6
 POOLS: dict[int, Any] = {3: functional.adaptive_avg_pool1d, 4: functional.adaptive_avg_pool2d,
                          5: functional.adaptive_avg_pool3d}
 
 
+@method("rule", papers=["003-028"])
 class LLS(Rule):
     """Train every hidden stage to move in step with a fixed wave that stands for the class.
 

@@ -4,13 +4,17 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.losses import cross_entropy
-from netwright.rules.auxiliary import AuxiliaryHead, blocks_of, needed, signals
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
+from netwright.rules.auxiliary_heads import AuxiliaryHead, blocks_of, needed, signals
 from netwright.rules.readout import count_classes, first_parameter
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, stages
 
+__all__ = ["LocalLosses"]
 
+
+@method("rule", papers=["003-055"])
 class LocalLosses(Rule):
     """Train blocks of stages each by the loss of a small network of its own.
 

@@ -6,13 +6,17 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from netwright.losses import cross_entropy
-from netwright.rules.auxiliary import AuxiliaryHead, blocks_of, needed, signals
+from netwright.catalogue.facets import method
+from netwright.objectives.losses import cross_entropy
+from netwright.rules.auxiliary_heads import AuxiliaryHead, blocks_of, needed, signals
 from netwright.rules.readout import count_classes, first_parameter
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stage, Stages, stages
 
+__all__ = ["MomentumAuxiliary"]
 
+
+@method("rule", papers=["003-055"])
 class MomentumAuxiliary(Rule):
     """Train blocks of stages each through a moving average of the stage that follows.
 

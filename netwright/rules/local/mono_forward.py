@@ -4,14 +4,18 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
-from netwright.modes import evaluating
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import Readout, count_classes, first_parameter, mean_of_tokens, widths
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.modes import evaluating
 from netwright.stages import Stages, stages
 
+__all__ = ["MonoForward"]
 
+
+@method("rule", papers=["003-039", "004-029"])
 class MonoForward(Rule):
     """Train every stage by the class scores that a matrix of its own reads off its output.
 

@@ -4,13 +4,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.inputs import MIXING
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.readout import first_parameter, mean_of_tokens, widths
 from netwright.rules.rule import Rule, check_labels, checked
 from netwright.stages import Stage, Stages, stages
+
+__all__ = ["TargetProjection"]
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 DISTANCES: dict[str, Distance] = {"squared": lambda a, t: (a - t).square(),
@@ -18,6 +21,7 @@ DISTANCES: dict[str, Distance] = {"squared": lambda a, t: (a - t).square(),
                                   "direct": lambda a, t: -a * t}
 
 
+@method("rule", papers=["004-005"])
 class TargetProjection(Rule):
     """Train every hidden stage towards a fixed random projection of the label.
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from netwright.blocks.coordinates import NBeats
 from netwright.errors import UnknownName
-from netwright.losses import mase, smape
+from netwright.objectives.losses import mase, smape
 
 KINDS = ["trend", "seasonality", "generic"]
 

@@ -12,8 +12,8 @@ from netwright.blocks.reversible import (
     InvertibleDownsample,
     ReversibleSequential,
 )
-from netwright.blocks.reversible.engine import Regroup
 from netwright.errors import CannotReverse
+from netwright.reversing.engine import Regroup
 
 
 @pytest.mark.parametrize(("factor", "size"), [

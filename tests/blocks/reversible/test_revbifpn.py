@@ -7,7 +7,7 @@ from torch import nn
 from netwright.blocks.reversible import MBConv, RevBiFPN, ReversibleSequential, RevSilo
 from netwright.blocks.reversible.revbifpn import _folded, _unfolded
 from netwright.errors import CannotReverse
-from netwright.measure._memory import Saved
+from netwright.measure._allocations import Saved
 from netwright.rules import Reversible
 
 CHANNELS = (4, 6, 8)

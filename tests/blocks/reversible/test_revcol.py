@@ -14,7 +14,7 @@ from netwright.blocks.reversible import (
 )
 from netwright.data import digits
 from netwright.errors import CannotReverse
-from netwright.measure._memory import Saved
+from netwright.measure._allocations import Saved
 from netwright.rules import Backprop, Reversible
 
 CHANNELS = (4, 6, 8)

@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from netwright.blocks.reversible import AdditiveCoupling, AffineCoupling, ReversibleSequential
 from netwright.errors import CannotReverse
 from netwright.measure import cost
-from netwright.modes import random_state
+from netwright.runtime.random_state import random_state
 
 
 def dense(c, out=None):

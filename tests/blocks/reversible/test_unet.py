@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from netwright.blocks.reversible import ReversibleMBConv, ReversibleSequential, ReversibleUNet
 from netwright.errors import CannotReverse
-from netwright.measure._memory import Saved
+from netwright.measure._allocations import Saved
 from netwright.rules import Backprop, Reversible
 
 

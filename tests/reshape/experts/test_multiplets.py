@@ -6,7 +6,7 @@ from torch import nn
 
 from netwright.blocks.feedforward import FeedForward
 from netwright.errors import NothingToReshape
-from netwright.losses import contrast_within
+from netwright.objectives.losses import contrast_within
 from netwright.reshape import multiplets, upcycle
 
 

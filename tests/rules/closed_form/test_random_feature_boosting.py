@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 import netwright as nw
-from netwright.boosting import RandomFeatureBoostingClassifier
 from netwright.data import Batches, digits
 from netwright.errors import UnknownName
-from netwright.fits import linear_readout, loss
+from netwright.models.boosting import RandomFeatureBoostingClassifier
+from netwright.numerics.closed_form import linear_readout, loss
 from netwright.rules import RandomFeatureBoosting
 
 X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)).double()

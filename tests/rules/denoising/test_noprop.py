@@ -7,9 +7,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from netwright.data import digits
 from netwright.measure import cost
-from netwright.modes import training
 from netwright.rules import NoProp
 from netwright.rules.denoising.noprop import cosine_schedule, denoising_steps, prototypes
+from netwright.runtime.modes import training
 
 
 def mlp() -> nn.Sequential:

@@ -9,9 +9,9 @@ import netwright as nw
 from netwright.data import Batches, digits
 from netwright.errors import UnknownName
 from netwright.measure import cost
-from netwright.modes import training
 from netwright.rules import NoPropContinuous
 from netwright.rules.denoising.noprop_continuous import CosineSchedule, LearnedSchedule
+from netwright.runtime.modes import training
 
 
 def mlp() -> nn.Sequential:

@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy
 import netwright as nw
 from netwright.data import Batches, digits
 from netwright.measure import cost
-from netwright.modes import training
 from netwright.rules import NoPropFlow
+from netwright.runtime.modes import training
 
 
 def mlp() -> nn.Sequential:

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 import netwright as nw
-from netwright.circuits import (
+from netwright.data import Batches
+from netwright.errors import UnknownName
+from netwright.formal.circuits import (
     PolynomialCircuit,
     evaluator,
     modular,
     saturating,
     sum_of_products,
 )
-from netwright.data import Batches
-from netwright.errors import UnknownName
 from netwright.rules import ReverseDerivativeAscent
 
 XOR = torch.tensor([0, 1, 1, 0])

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from netwright.data import digits
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, DualPropagation
 
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])

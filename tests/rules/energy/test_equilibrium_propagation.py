@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from netwright.data import digits
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, EquilibriumPropagation
 
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])

@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity, mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
 from netwright.data import digits
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, PredictiveCoding
 
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])

@@ -5,10 +5,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright.data import digits
-from netwright.losses import cross_entropy
 from netwright.measure import cost
-from netwright.modes import evaluating
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, LikelihoodRatio
+from netwright.runtime.modes import evaluating
 
 
 def mlp() -> nn.Sequential:

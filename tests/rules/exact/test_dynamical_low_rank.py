@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 import netwright as nw
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, DynamicalLowRank
 
 X = torch.randn(12, 10, dtype=torch.float64, generator=Generator().manual_seed(0))

@@ -8,8 +8,8 @@ from torch.nn.functional import linear
 import netwright as nw
 from netwright.data import Batches, digits
 from netwright.errors import UnknownName
-from netwright.losses import cross_entropy
 from netwright.models import gpt, mlp
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, PipelinedBackprop
 from netwright.rules.exact.pipelined_backprop import scaled_to_batch
 

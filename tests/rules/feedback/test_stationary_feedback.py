@@ -7,8 +7,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import netwright as nw
 from netwright.data import Batches
-from netwright.losses import cross_entropy
 from netwright.models import mlp
+from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, StationaryFeedback
 from netwright.rules.feedback.stationary_feedback import carried
 

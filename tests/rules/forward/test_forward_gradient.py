@@ -8,8 +8,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from netwright.data import digits
 from netwright.measure import cost
-from netwright.modes import evaluating
 from netwright.rules import Backprop, ForwardGradient
+from netwright.runtime.modes import evaluating
 
 
 def mlp() -> nn.Sequential:

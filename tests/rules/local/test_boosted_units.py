@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import netwright as nw
 from netwright.data import Batches
-from netwright.fits import best_step
+from netwright.numerics.closed_form import best_step
 from netwright.rules import Backprop, BoostedUnits
 
 X = torch.randn(12, 5, generator=Generator().manual_seed(0))

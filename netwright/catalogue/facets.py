@@ -1,0 +1,148 @@
+"""What a method is for, said on the method itself; everything that lists methods reads it there."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+
+from torch import nn
+
+from netwright.errors import UnknownName
+from netwright.runtime.faces import declared, files
+
+__all__ = ["Facets", "Method", "facets", "method", "methods"]
+
+M = TypeVar("M")
+
+KINDS = {
+    "rule": "stands where loss.backward() stood",
+    "reshape": "takes a network and returns a changed one",
+    "block": "a module that networks are made of",
+    "generative": "a density or a sampler",
+    "optimizer": "steps on the parameters",
+    "objective": "a loss or a metric",
+    "measure": "tells what a network costs, or how it behaves",
+    "model": "a whole network, or what grows one",
+    "execution": "another way to run a network",
+    "companion": "goes with another method",
+    "formal": "learning as mathematics: learners, lenses, circuits",
+}
+PLACES = ("activation", "attention", "convolution", "embedding", "experts", "feedforward", "head",
+          "linear", "normalisation", "residual stream", "router", "time series", "token mixing",
+          "transform", "whole network")
+SAVES = ("communication", "data", "file size", "inference memory", "inference time", "labels",
+         "parameters", "training memory", "training time", "tuning")
+NEEDS = ("calibration data", "labels", "training", "a black box", "a graph", "a recurrent network",
+         "a residual network", "a transformer", "experts", "images", "several models",
+         "several processes", "tokens")
+
+
+@dataclass(frozen=True)
+class Facets:
+    """What a method says of itself.
+
+    `place` is where a block goes, or what a reshape changes, and `takes` are the arguments of a
+    block's constructor that the place supplies. `saves` and `needs` are words of `SAVES` and
+    `NEEDS`. `keeps_function` says whether outputs stay as they were, None where that makes no
+    sense. `search` holds what is tuned: (low, high) or a list of choices for an argument.
+    `variants` are the few sets of arguments that take another path through the code, by a label,
+    the first of them what a contract builds first; `network` builds a small network to try them
+    on where an ordinary one will not do.
+    """
+
+    kind: str
+    papers: tuple[str, ...] = ()
+    place: str = ""
+    takes: tuple[str, ...] = ()
+    saves: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    keeps_function: bool | None = None
+    search: Mapping[str, Any] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    network: Callable[[], nn.Module] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of netwright's: its name, as in `rules.MonoForward`, what it is, what it says."""
+
+    name: str
+    value: Any
+    facets: Facets
+
+
+def method(kind: str, *, papers: Sequence[str] = (), place: str = "", takes: Sequence[str] = (),
+           saves: Sequence[str] = (), needs: Sequence[str] = (),
+           keeps_function: bool | None = None, search: Mapping[str, Any] | None = None,
+           variants: Mapping[str, Mapping[str, Any]] | None = None,
+           network: Callable[[], nn.Module] | None = None) -> Callable[[M], M]:
+    """Say of a class or a function what it is for, see `Facets`; it is returned as it was.
+
+    Raises:
+        UnknownName: a word is none of those that are in use.
+
+    >>> @method("block", place="feedforward", takes=("dim", "hidden"), saves=["inference time"])
+    ... class Small(nn.Module):
+    ...     pass
+    >>> facets(Small).place
+    'feedforward'
+    """
+    for what, given, known in (
+            ("kind", [kind], KINDS), ("place", [place] if place else [], PLACES),
+            ("saving", saves, SAVES), ("need", needs, NEEDS)):
+        for word in given:
+            if word not in known:
+                raise UnknownName(what, word, known)
+    said = Facets(kind, tuple(papers), place, tuple(takes), tuple(saves), tuple(needs),
+                  keeps_function, search or {}, variants or {}, network)
+
+    def say(value: M) -> M:
+        value.facets = said  # type: ignore[attr-defined]
+        return value
+    return say
+
+
+def facets(value: Any) -> Facets | None:
+    """Return what a class or function says of itself, None where it says nothing.
+
+    What a class inherits from does not speak for it.
+    """
+    said = vars(value).get("facets") if hasattr(value, "__dict__") else None
+    return said if isinstance(said, Facets) else None
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """Return every method of netwright's by its name; finding them imports them all.
+
+    >>> methods()["rules.Backprop"].facets.kind
+    'rule'
+    """
+    found = {}
+    for module, path in files("netwright"):
+        names = declared(path)
+        if not names:
+            continue
+        loaded = importlib.import_module(module)
+        for name in names:
+            value = getattr(loaded, name)
+            said = facets(value)
+            if said is not None:
+                public = public_name(module, name)
+                found[public] = Method(public, value, said)
+    return dict(sorted(found.items()))
+
+
+def public_name(module: str, name: str) -> str:
+    """Return how a name of `module` is written after `nw.`.
+
+    >>> public_name("netwright.generative.flows.ffjord", "FFJORD")
+    'flows.FFJORD'
+    """
+    top = importlib.import_module("netwright")
+    rooms = {room: where for room, where in top._rooms.items()
+             if module == where or module.startswith(where + ".")}
+    if not rooms:
+        return name
+    return f"{max(rooms, key=lambda room: len(rooms[room]))}.{name}"

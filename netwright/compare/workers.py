@@ -1,0 +1,163 @@
+"""The processes that do a comparison's runs: this one, or several of its own."""
+
+import gc
+import json
+import os
+import pickle
+import pickletools
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from netwright import errors
+from netwright.compare.cells import Cell, Plan, cells_of, message_of, work
+from netwright.compare.display import Display
+from netwright.compare.trials import storage_at
+from netwright.errors import NetwrightError
+
+
+def here(cells: list[Cell], display: Display) -> None:
+    """Do the jobs in this process while a thread shows how they stand."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(1.0):
+            try:
+                display.show([cell.look().progress for cell in cells])
+            except NetwrightError:
+                break  # the work itself meets the same error, and raises it
+        cells[0].tune.storage.remove_session()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        work(cells)
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def elsewhere(cells: list[Cell], payload: bytes, workers: int, display: Display) -> None:
+    """Let other processes do the jobs, and show how they stand."""
+    with tempfile.TemporaryFile() as log:
+        crew = [_hire(payload, log) for _ in range(workers)]
+        deaths = 0
+        try:
+            while True:
+                looks = [cell.look() for cell in cells]
+                display.show([look.progress for look in looks])
+                if all(look.finished for look in looks):
+                    return
+                for i, process in enumerate(crew):
+                    if process.poll() is not None:
+                        deaths += 1
+                        _inquire(process, log, deaths)
+                        _dismiss(process)
+                        crew[i] = _hire(payload, log)
+                time.sleep(0.3)
+        finally:
+            for process in crew:
+                process.terminate()
+            for process in crew:
+                _dismiss(process)
+
+
+def payload_of(plan: Plan, url: Any, forgiven: list[tuple[int, int]]) -> bytes | None:
+    """Return the plan for other processes, None where they could not read it."""
+    if url is None:
+        return None
+    try:
+        data = pickle.dumps((plan, str(url), forgiven))
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return None
+    # What the main script defines cannot be imported by another process.
+    return None if any(arg == "__main__" for _, arg, _ in pickletools.genops(data)) else data
+
+
+def why_not(plan: Plan, url: Any) -> str:
+    """Return why `payload_of` gave None."""
+    if url is None:
+        return "a storage that is not a URL or a file cannot be shared"
+    alone = [(task.name, replace(plan, tasks=[task], changes=[])) for task in plan.tasks]
+    alone += [(change.label, replace(plan, tasks=[], changes=[change])) for change in plan.changes]
+    for name, part in alone:
+        if payload_of(part, url, []) is None:
+            return (f"{name!r} has a function that another process cannot import (a lambda, or "
+                    "one of the main script); put it into a module or a task file")
+    return "the plan cannot be sent to another process"
+
+
+def _hire(payload: bytes, log: Any) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+                   "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    serving = "from netwright.compare.workers import serve; serve()"
+    process = subprocess.Popen([sys.executable, "-c", serving], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=log, env=environment)
+    assert process.stdin is not None
+    # The pipe stays open: when this process dies the worker sees its end, and ends too.
+    try:
+        process.stdin.write(len(payload).to_bytes(8, "big") + payload)
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it died at once, which the next look at it tells
+    return process
+
+
+def _dismiss(process: "subprocess.Popen[bytes]") -> None:
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def _inquire(process: "subprocess.Popen[bytes]", log: Any, deaths: int) -> None:
+    """Raise what ended a worker, unless it was killed and another may take its place."""
+    assert process.stdout is not None
+    said = process.stdout.read()
+    if said:
+        report = json.loads(said)
+        kind = getattr(errors, report["error"], RuntimeError)
+        if kind is not errors.UnknownName:
+            raise kind(report["message"])
+        raise RuntimeError(report["message"])
+    if process.returncode == 0:
+        return
+    log.seek(0)
+    lines = log.read().decode(errors="replace").strip().splitlines()
+    if process.returncode > 0 or deaths > 10:
+        raise RuntimeError(f"a worker process ended with status {process.returncode}: "
+                           f"{lines[-1] if lines else 'it said nothing'}; "
+                           "workers=1 runs everything in this process")
+
+
+def serve() -> None:
+    """Do the jobs of the plan that comes on standard input; what a worker process runs."""
+    source, answer = sys.stdin.buffer, os.dup(1)
+    os.dup2(2, 1)  # what a task prints goes to the log
+    payload = source.read(int.from_bytes(source.read(8), "big"))
+
+    def end_with_parent() -> None:
+        source.read(1)
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    gc.freeze()  # the imported libraries stay: measuring memory need not search them each time
+    try:
+        plan, url, forgiven = pickle.loads(payload)
+        with storage_at(url) as storage:
+            work(cells_of(plan, storage, forgiven))
+        # The last look of the one who started this worker ends it.
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        traceback.print_exc()
+        os.write(answer, json.dumps({"error": type(error).__name__,
+                                     "message": message_of(error)}).encode())
+        sys.exit(1)

@@ -1,0 +1,5 @@
+"""Generative models: densities and samplers."""
+
+from netwright.runtime.faces import face
+
+face(__name__)

@@ -1,0 +1,5 @@
+"""Closed forms and fixed points."""
+
+from netwright.runtime.faces import face
+
+face(__name__)

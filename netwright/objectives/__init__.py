@@ -1,0 +1,5 @@
+"""Losses and metrics."""
+
+from netwright.runtime.faces import face
+
+face(__name__)

@@ -1,0 +1,107 @@
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from netwright.catalogue.facets import method
+
+__all__ = ["contrast_within", "cross_entropy", "mase", "smape"]
+
+
+@method("objective")
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy with the classes on the last axis; targets of -100 do not count.
+
+    loss = -mean_n log softmax(logits)[n, y[n]]
+
+    Shapes: logits (*, classes); y (*) of int64.
+
+    >>> import torch
+    >>> cross_entropy(torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long)).shape
+    torch.Size([])
+    """
+    if logits.ndim == 2 and y.ndim == 1:
+        return functional.cross_entropy(logits, y)
+    return functional.cross_entropy(logits.flatten(0, -2), y.flatten())
+
+
+@method("objective")
+def smape(forecast: Tensor, target: Tensor) -> Tensor:
+    """Mean symmetric absolute percentage error, between 0 and 200; where both are 0 it counts 0.
+
+    loss = 200 mean |y - f| / (|y| + |f|)
+
+    Shapes: forecast and target of one shape.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    >>> import torch
+    >>> smape(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0]))
+    tensor(50.)
+    """
+    _same_shape(forecast, target)
+    total = forecast.abs() + target.abs()
+    return 200 * ((target - forecast).abs() / total.where(total > 0, 1.0)).mean()
+
+
+@method("objective")
+def mase(forecast: Tensor, target: Tensor, history: Tensor, season: int = 1) -> Tensor:
+    """Mean absolute error over that of repeating the season before, measured on the history.
+
+    loss = mean |y - f| / mean_t |x_t - x_(t - season)|
+
+    A history whose seasons all repeat exactly has no scale; it counts by the dtype's smallest
+    normal number, so that any error is very large.
+
+    Shapes: forecast and target (*, horizon); history (*, length) with length > season.
+
+    Raises:
+        ValueError: the shapes differ, or the history is not longer than a season.
+
+    >>> import torch
+    >>> mase(torch.tensor([6.0]), torch.tensor([8.0]), history=torch.tensor([1.0, 2.0, 3.0]))
+    tensor(2.)
+    """
+    _same_shape(forecast, target)
+    if not 1 <= season < history.shape[-1]:
+        raise ValueError(f"season must be between 1 and {history.shape[-1] - 1}, one less than the "
+                         f"history has points, got {season}")
+    scale = (history[..., season:] - history[..., :-season]).abs().mean(-1, keepdim=True)
+    return ((target - forecast).abs() / scale.clamp(min=torch.finfo(scale.dtype).tiny)).mean()
+
+
+def _same_shape(forecast: Tensor, target: Tensor) -> None:
+    if forecast.shape != target.shape:
+        raise ValueError(f"forecast must have the target's shape {tuple(target.shape)}, got "
+                         f"{tuple(forecast.shape)}")
+
+
+@method("objective")
+def contrast_within(a: Tensor, b: Tensor, groups: Tensor | None = None,
+                    temperature: float = 0.1) -> Tensor:
+    """Mean cross-entropy of finding a row's partner among those of its own group.
+
+    loss = mean_i -log softmax_j(cos(a_i, b_j) / temperature)[i], over j with groups[j] = groups[i],
+    and the same with a and b exchanged.
+
+    A row that is alone in its group adds nothing. Without groups this is InfoNCE.
+
+    Shapes: a and b (rows, dim), partners in the same row; groups (rows,) of int64.
+
+    Raises:
+        ValueError: a, b and groups do not fit each other.
+
+    >>> import torch
+    >>> a, groups = torch.eye(4), torch.tensor([0, 0, 1, 2])
+    >>> contrast_within(a, a, groups) < contrast_within(a, a.flip(0), groups)
+    tensor(True)
+    """
+    if a.ndim != 2 or a.shape != b.shape or (groups is not None and groups.shape != a.shape[:1]):
+        raise ValueError("a and b must be (rows, dim) and groups (rows,), got "
+                         f"{tuple(a.shape)}, {tuple(b.shape)} and "
+                         f"{None if groups is None else tuple(groups.shape)}")
+    alike = functional.normalize(a, dim=-1) @ functional.normalize(b, dim=-1).T / temperature
+    if groups is not None:
+        alike = alike.masked_fill(groups[:, None] != groups, float("-inf"))
+    own = torch.arange(len(a), device=a.device)
+    return (functional.cross_entropy(alike, own) + functional.cross_entropy(alike.T, own)) / 2

@@ -1,0 +1,1 @@
+"""What everything stands on: modes, random state, processes, progress, digests, lazy faces."""

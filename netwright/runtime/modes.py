@@ -1,0 +1,71 @@
+"""Guards that put a network's mode, the random state and the buffers back as they were."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from netwright.runtime.random_state import same_random_state
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Hold every module of `network` in eval mode, then give each its own mode back.
+
+    >>> network = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    >>> with evaluating(network):
+    ...     network[1].training
+    False
+    >>> network[1].training
+    True
+    """
+    with _mode(network, training=False):
+        yield
+
+
+@contextmanager
+def training(network: nn.Module) -> Iterator[None]:
+    """Hold every module of `network` in train mode, then give each its own mode back."""
+    with _mode(network, training=True):
+        yield
+
+
+@contextmanager
+def _mode(network: nn.Module, *, training: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in network.modules()]
+    network.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextmanager
+def same_buffers(network: nn.Module) -> Iterator[None]:
+    """Undo what the body does to the buffers of `network`, such as running statistics."""
+    before = [(module, name, buffer, None if buffer is None else buffer.detach().clone())
+              for module in network.modules() for name, buffer in module._buffers.items()]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in before:
+            module._buffers[name] = buffer
+            if buffer is not None and value is not None:
+                # .data, so that a graph that has saved the buffer does not see a new version of it
+                buffer.data.copy_(value)
+
+
+@contextmanager
+def rehearsing(network: nn.Module) -> Iterator[None]:
+    """Let the body run `network` without a trace: no graph, no random draw, no changed buffer."""
+    cached = torch.is_autocast_cache_enabled()
+    # weights that autocast casts here are cast without a graph and must not be kept for later
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with (torch.inference_mode(False), torch.no_grad(), same_random_state(),
+              same_buffers(network)):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)

@@ -1,0 +1,71 @@
+"""Random states: PyTorch's global ones, which passes draw from, and every one that a run has."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import Generator, Tensor
+
+RandomState = tuple[Tensor, list[Tensor]]
+
+
+def random_state() -> RandomState:
+    """Return PyTorch's global random states: the CPU's and, once CUDA is in use, every device's."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), cuda
+
+
+def set_random_state(state: RandomState) -> None:
+    """Set PyTorch's global random states to what `random_state` returned."""
+    cpu, cuda = state
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Undo whatever the body draws from PyTorch's global random states.
+
+    >>> with same_random_state():
+    ...     first = torch.rand(3)
+    >>> torch.equal(first, torch.rand(3))
+    True
+    """
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+@contextmanager
+def replaying(state: RandomState) -> Iterator[None]:
+    """Draw in the body what was drawn after `state`; leave the global state as it was."""
+    with same_random_state():
+        set_random_state(state)
+        yield
+
+
+def every_random_state(generators: Sequence[Generator] = ()) -> dict[str, Any]:
+    """Return the random states of PyTorch, Python and numpy, and those of `generators`."""
+    _, keys, *rest = numpy.random.get_state(legacy=True)
+    return {"torch": torch.get_rng_state(), "python": random.getstate(),
+            "numpy": [torch.from_numpy(numpy.asarray(keys, "int64")), *rest],
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "generators": [generator.get_state() for generator in generators]}
+
+
+def set_every_random_state(state: Mapping[str, Any], generators: Sequence[Generator] = ()) -> None:
+    """Put back what `every_random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    keys, *rest = state["numpy"]
+    numpy.random.set_state(("MT19937", keys.numpy().astype("uint32"), *rest))
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    for generator, value in zip(generators, state["generators"], strict=True):
+        generator.set_state(value)

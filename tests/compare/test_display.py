@@ -1,0 +1,46 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from netwright.compare import display
+from netwright.compare.display import Display, Progress
+
+BEGUN = [Progress("digits", "Backprop", 2, 7, [3.0, 3.0], [("trial 2", 4, 15)]),
+         Progress("digits", "NoProp", 0, 7, [], [])]
+ENDED = [Progress("digits", "Backprop", 7, 7, [3.0] * 7, []),
+         Progress("digits", "NoProp", 7, 7, [], [], "needs labels")]
+
+
+@pytest.fixture
+def written(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", lambda stderr: Console(
+        file=file, force_terminal=True, width=100, color_system=None))
+    return file
+
+
+def test_a_terminal_shows_change_run_and_time_left(written):
+    with Display(True) as shown:
+        shown.show(BEGUN)
+        shown._live.refresh()
+        text = written.getvalue()
+        assert "digits · Backprop · trial 2, epoch 4 of 15" in text
+        assert "2 of 14 runs" in text
+        assert "about 0:36 left" in text
+        shown.show(ENDED)
+    text = written.getvalue()
+    assert "digits · Backprop: done" in text
+    assert "digits · NoProp: failed: needs labels" in text
+
+
+def test_nothing_is_shown_where_nothing_is_wanted(written):
+    with Display(False) as shown:
+        shown.show(BEGUN)
+        shown.note("a line")
+    assert written.getvalue() == ""
+
+
+def test_more_runs_at_once_take_less_time():
+    running = [("trial 2", 1, 9), ("trial 3", 1, 9)]
+    assert display.left([Progress("a", "b", 2, 7, [4.0, 6.0], running)]) == "about 0:12 left"
