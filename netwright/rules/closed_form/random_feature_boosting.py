@@ -22,7 +22,9 @@ __all__ = ["RandomFeatureBoosting"]
 Loss = Literal["cross_entropy", "squared"]
 
 
-@method("rule", papers=["003-072"])
+@method("rule", papers=["003-072"],
+        variants={"plain": {}, "squared loss": {"output_loss": "squared"},
+                  "kept samples": {"keep": 6}})
 class RandomFeatureBoosting(Rule):
     """Train each residual stage's last layer in closed form, to lower the loss of a linear readout.
 

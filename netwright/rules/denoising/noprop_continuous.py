@@ -29,7 +29,9 @@ from netwright.stages import Stages, call
 __all__ = ["NoPropContinuous"]
 
 
-@method("rule", papers=["003-168"])
+@method("rule", papers=["003-168"],
+        variants={"plain": {},
+                  "cosine": {"schedule": "cosine", "embedding": "one-hot", "solver": "euler"}})
 class NoPropContinuous(Rule):
     """Train one block to denoise the label at any time; prediction follows its flow to the label.
 

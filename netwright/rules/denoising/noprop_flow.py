@@ -25,7 +25,8 @@ from netwright.stages import Stages, call
 __all__ = ["NoPropFlow"]
 
 
-@method("rule", papers=["003-168"])
+@method("rule", papers=["003-168"],
+        variants={"plain": {}, "learned embedding": {"embedding": "learned"}})
 class NoPropFlow(Rule):
     """Train one block to point from noise to the label; prediction follows it there.
 

@@ -53,7 +53,7 @@ class Prompt(nn.Module):
         return torch.cat([before, places, rest], 1)
 
 
-@method("rule", papers=["003-154"])
+@method("rule", papers=["003-154"], variants={"small": {"dimension": 4, "population": 4}})
 class BlackBoxPrompt(Rule):
     """Tune prompts at every layer of a frozen network by an evolution strategy, layer by layer.
 

@@ -18,7 +18,10 @@ __all__ = ["LikelihoodRatio"]
 Control = Literal["baseline", "antithetic"] | None
 
 
-@method("rule", papers=["002-042"])
+@method("rule", papers=["002-042"],
+        variants={"four copies": {"copies": 4},
+                  "antithetic": {"copies": 2, "control": "antithetic"},
+                  "no control": {"copies": 1, "control": None}})
 class LikelihoodRatio(Rule):
     """Train every stage with noise on its output, times the loss that this noise led to.
 

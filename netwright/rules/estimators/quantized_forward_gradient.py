@@ -21,7 +21,9 @@ _LAYERS: dict[Any, int] = {functional.linear: 0, functional.conv1d: 0, functiona
                            functional.conv3d: 0, torch.addmm: 1}
 
 
-@method("rule", papers=["003-149"])
+@method("rule", papers=["003-149"],
+        variants={"plain": {}, "half the weights": {"share": 0.5},
+                  "whole layers": {"momentum": 0.0, "kernelwise": False}})
 class QuantizedForwardGradient(Rule):
     """Train weights of 8 bits by forward passes alone, by which way of two the loss is lower.
 

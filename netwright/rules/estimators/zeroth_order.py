@@ -16,7 +16,9 @@ from netwright.stages import Stages, call, stages
 __all__ = ["ZerothOrder"]
 
 
-@method("rule", papers=["003-030"])
+@method("rule", papers=["003-030"],
+        variants={"plain": {}, "forward difference": {"difference": "forward", "directions": 3},
+                  "in place": {"in_place": True, "rate": 0.1}})
 class ZerothOrder(Rule):
     """Train with differences of the loss between shifted weights, by forward passes alone.
 

@@ -22,7 +22,8 @@ __all__ = ["DynamicalLowRank"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-@method("rule", papers=["002-135"])
+@method("rule", papers=["002-135"],
+        variants={"plain": {}, "fixed rank": {"tolerance": None, "rank": 3}})
 class DynamicalLowRank(Rule):
     """Train the factors of low-rank weights along the exact gradient, and let their ranks adapt.
 

@@ -32,7 +32,9 @@ from netwright.stages.stage import Context
 __all__ = ["Pepita"]
 
 
-@method("rule", papers=["003-020"])
+@method("rule", papers=["003-020"],
+        variants={"plain": {}, "clean": {"presynaptic": "clean"}, "own": {"presynaptic": "own"},
+                  "mirrored": {"feedback": "mirror"}})
 class Pepita(Rule):
     """Train every stage by how its output changes when the input is shifted by the output error.
 

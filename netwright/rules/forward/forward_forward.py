@@ -52,7 +52,13 @@ KEPT = 4
 Sum = tuple[Tensor | float, Tensor | float]
 
 
-@method("rule", papers=["000-016", "001-031", "001-110", "003-024", "004-029"])
+@method("rule", papers=["000-016", "001-031", "001-110", "003-024", "004-029"],
+        variants={"plain": {}, "mean goodness": {"goodness": "mean"},
+                  "softmax": {"predict_by": "softmax"}, "collaborating": {"collaborate": True},
+                  "after earlier layers": {"collaborate": "earlier"},
+                  "by class": {"goodness": "by_class"}, "one block": {"blocks": 1},
+                  "by class in a block": {"goodness": "by_class", "blocks": ["0"],
+                                           "predict_by": "softmax"}})
 class ForwardForward(Rule):
     """Train every stage to tell real samples from false ones by the size of its own activity.
 

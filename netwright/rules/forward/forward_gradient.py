@@ -23,7 +23,10 @@ from netwright.stages import Stages, call, stages
 __all__ = ["ForwardGradient"]
 
 
-@method("rule", papers=["001-112", "003-044"])
+@method("rule", papers=["001-112", "003-044"],
+        variants={"plain": {}, "activities": {"perturb": "activities"},
+                  "three directions": {"directions": 3}, "guided": {"guess": "local_loss"},
+                  "guided activities": {"perturb": "activities", "guess": "local_loss"}})
 class ForwardGradient(Rule):
     """Train with the loss's slope in guessed directions, found without a backward pass.
 

@@ -18,7 +18,10 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-@method("rule", papers=["003-130"])
+@method("rule", papers=["003-130"],
+        variants={"plain": {},
+                  "Hebbian alone": {"anti_hebbian": False, "temperature": [0.5, 2.0]},
+                  "own initial weights": {"initial_norm": None}})
 class SoftHebb(Rule):
     """Train hidden stages without labels: their units compete softly, and the input draws them on.
 

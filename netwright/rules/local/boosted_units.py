@@ -18,7 +18,7 @@ from netwright.stages import Stages, call
 __all__ = ["BoostedUnits"]
 
 
-@method("rule", papers=["004-020"])
+@method("rule", papers=["004-020"], variants={"plain": {}, "groups": {"units": 5, "steps": 1}})
 class BoostedUnits(Rule):
     """Train the last hidden layer a few units at a time, each on what those before leave wrong.
 
@@ -61,6 +61,7 @@ class BoostedUnits(Rule):
     """
 
     together = True
+    remembers = True
     search: ClassVar = {"steps": [25, 100]}
 
     group: Tensor

@@ -20,7 +20,9 @@ POOLS: dict[int, Any] = {3: functional.adaptive_avg_pool1d, 4: functional.adapti
                          5: functional.adaptive_avg_pool3d}
 
 
-@method("rule", papers=["003-028"])
+@method("rule", papers=["003-028"],
+        variants={"plain": {}, "M": {"variant": "M"}, "MxM": {"variant": "MxM"},
+                  "square waves": {"basis": "square"}})
 class LLS(Rule):
     """Train every hidden stage to move in step with a fixed wave that stands for the class.
 

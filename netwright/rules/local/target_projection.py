@@ -21,7 +21,9 @@ DISTANCES: dict[str, Distance] = {"squared": lambda a, t: (a - t).square(),
                                   "direct": lambda a, t: -a * t}
 
 
-@method("rule", papers=["004-005"])
+@method("rule", papers=["004-005"],
+        variants={"plain": {}, "absolute": {"distance": "absolute"},
+                  "direct": {"distance": "direct"}})
 class TargetProjection(Rule):
     """Train every hidden stage towards a fixed random projection of the label.
 
