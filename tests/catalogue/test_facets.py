@@ -1,4 +1,5 @@
 import inspect
+from typing import ClassVar
 
 import pytest
 from torch import nn
@@ -55,7 +56,7 @@ def test_facets_are_not_inherited_but_what_is_tuned_is():
         pass
 
     class Own(Narrow):
-        search = {"rank": [8]}
+        search: ClassVar = {"rank": [8]}
 
     assert facets(Narrow).place == "linear"
     assert facets(Narrower) is None
