@@ -14,8 +14,14 @@ from netwright.stages import Stages
 __all__ = ["ReverseDerivativeAscent"]
 
 
-@method("rule", papers=["001-034"], network=lambda: evaluator(2, 3),
-        batch=lambda: _bits())
+@method(
+    "rule",
+    papers=["001-034"],
+    saves=["backpropagation", "derivatives"],
+    needs=["classes", "a circuit"],
+    network=lambda: evaluator(2, 3),
+    batch=lambda: _bits(),
+)
 class ReverseDerivativeAscent(Rule):
     """Train the bits of a circuit themselves, by the reverse derivative of its error.
 

@@ -17,7 +17,7 @@ from netwright.stages import Stages, call, stages
 __all__ = ["PipelinedBackprop"]
 
 
-@method("rule", papers=["003-048"],
+@method("rule", papers=["003-048"], needs=["labels", "a chain of stages"],
         variants={"plain": {}, "predicted": {"spike_compensation": False},
                   "difference": {"prediction": "difference"},
                   "stashed": {"spike_compensation": False, "prediction": None, "stash": True}})

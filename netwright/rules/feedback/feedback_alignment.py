@@ -17,7 +17,7 @@ from netwright.stages import Stages, call
 __all__ = ["FeedbackAlignment"]
 
 
-@method("rule",
+@method("rule", saves=["backpropagation"], needs=["labels"],
         variants={"plain": {}, "sign-symmetric": {"feedback": "sign_symmetric"},
                   "learned": {"feedback": "kolen_pollack"}})
 class FeedbackAlignment(Rule):

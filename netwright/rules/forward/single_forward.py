@@ -24,12 +24,18 @@ from netwright.stages import Stages, stages
 __all__ = ["SingleForward"]
 
 
-@method("rule", papers=["000-016"],
-        variants={"plain": {}, "summed": {"predict_by": "sum"},
-                  "top-down": {"top_down": True, "predict_by": "sum"},
-                  "no classifier": {"classifier": False, "num_classes": 3},
-                  "lengths kept": {"normalise": False}}, network=lambda: gcn(5, 3, dropout=0),
-        batch=lambda: _ring())
+@method(
+    "rule",
+    papers=["000-016"],
+    saves=["backpropagation", "training memory"],
+    needs=["classes", "a graph"],
+    variants={"plain": {}, "summed": {"predict_by": "sum"},
+              "top-down": {"top_down": True, "predict_by": "sum"},
+              "no classifier": {"classifier": False, "num_classes": 3},
+              "lengths kept": {"normalise": False}},
+    network=lambda: gcn(5, 3, dropout=0),
+    batch=lambda: _ring(),
+)
 class SingleForward(Rule):
     """Train each layer of a graph network to bring nodes near a virtual node of their class.
 
