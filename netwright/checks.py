@@ -15,7 +15,7 @@ from torch import Tensor
 from netwright.errors import UnknownName
 
 
-def count(least: int, *, advice: str = "", optional: bool = False, **numbers: Any) -> None:
+def count(least: int, /, *, advice: str = "", optional: bool = False, **numbers: Any) -> None:
     """Raise unless each is a whole number of at least `least`; True and False are none.
 
     >>> count(1, width=3)
@@ -33,7 +33,7 @@ def count(least: int, *, advice: str = "", optional: bool = False, **numbers: An
             _refuse(name, f"at least {least}", value, advice)
 
 
-def at_least(least: float, *, advice: str = "", optional: bool = False, **numbers: Any) -> None:
+def at_least(least: float, /, *, advice: str = "", optional: bool = False, **numbers: Any) -> None:
     """Raise unless each is a finite number of at least `least`."""
     for name, value in numbers.items():
         if optional and value is None:
@@ -42,7 +42,7 @@ def at_least(least: float, *, advice: str = "", optional: bool = False, **number
             _refuse(name, f"at least {least}", value, advice)
 
 
-def above(bound: float, *, advice: str = "", optional: bool = False, **numbers: Any) -> None:
+def above(bound: float, /, *, advice: str = "", optional: bool = False, **numbers: Any) -> None:
     """Raise unless each is a finite number above `bound`.
 
     >>> above(0, rate=float("nan"), advice="try 0.1")
@@ -57,7 +57,7 @@ def above(bound: float, *, advice: str = "", optional: bool = False, **numbers: 
             _refuse(name, f"above {bound}", value, advice)
 
 
-def between(low: float, high: float, *, ends: tuple[bool, bool] = (True, True),
+def between(low: float, high: float, /, *, ends: tuple[bool, bool] = (True, True),
             whole: bool = False, advice: str = "", optional: bool = False, **numbers: Any) -> None:
     """Raise unless each is a number from `low` to `high`, a whole one where `whole`.
 
@@ -78,7 +78,7 @@ def between(low: float, high: float, *, ends: tuple[bool, bool] = (True, True),
             _refuse(name, f"between {low} and {high}", value, advice)
 
 
-def one_of(known: Iterable[Any], *, optional: bool = False, **names: Any) -> None:
+def one_of(known: Iterable[Any], /, *, optional: bool = False, **names: Any) -> None:
     """Raise UnknownName, with the nearest, unless each is one of `known`.
 
     >>> one_of(["sum", "mean"], reduction="men")
