@@ -166,7 +166,7 @@ class Built:
             except Exception as error:  # whatever a constructor raises
                 return {"unnamed": f"{_called(module)}, which is not built again from its "
                                    f"arguments ({error})"}
-        if repr(again) != repr(module) or _shapes(again) != _shapes(module):
+        if str(again) != str(module) or _shapes(again) != _shapes(module):
             return {"unnamed": f"{_called(module)}, which was changed after it was built"}
         return said
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
@@ -202,8 +202,10 @@ def named(name: str) -> Reshape:
 
 def _origin(model: Any) -> dict[str, Any]:
     """Return what a model can be built again from: its class, and its config if it has one."""
-    kind, config = type(model), getattr(model, "config", None)
-    said = {"class": f"{kind.__module__}.{kind.__qualname__}", "config": None, "attention": None}
+    kind = type(model)
+    config: Any = getattr(model, "config", None)
+    said: dict[str, Any] = {"class": f"{kind.__module__}.{kind.__qualname__}", "config": None,
+                            "attention": None}
     if hasattr(config, "to_json_string") and hasattr(model, "save_pretrained"):
         said["config"] = json.loads(config.to_json_string(use_diff=False))
         said["attention"] = getattr(config, "_attn_implementation", None)

@@ -302,11 +302,12 @@ def _start(folder: Path, origin: Mapping[str, Any], network: nn.Module | None) -
 def _pretrained(origin: Mapping[str, Any], folder: Path) -> nn.Module:
     """Return a model of a class of transformers, by its config."""
     import transformers
-    kind = getattr(transformers, origin["class"].rpartition(".")[2], None)
+    kind: Any = getattr(transformers, origin["class"].rpartition(".")[2], None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"network must be given for {folder}: its {origin['class']} is no class "
                          "of transformers; build one and pass it as network=")
-    config = kind.config_class.from_dict(origin["config"])
+    config: Any = kind.config_class
+    config = config.from_dict(origin["config"])
     if origin["attention"] is not None:
         config._attn_implementation = origin["attention"]
     with same_random_state():
@@ -326,10 +327,12 @@ def _take_away(stored: "_Stored", base: Path, folder: Path) -> dict[str, Any]:
     taken: dict[str, list[Any]] = {}
     for tensors in (stored.weights, stored.buffers):
         for name, tensor in list(tensors.items()):
-            for flat, turned in ((tensor, False), (tensor.T, True))[:1 + (tensor.ndim == 2)]:
-                if name not in taken and _held(flat) in there:
-                    taken[name] = [there[_held(flat)], turned]
-                    del tensors[name]
+            ways = [tensor, tensor.T] if tensor.ndim == 2 else [tensor]
+            sources = [there.get(_held(way)) for way in ways]
+            if any(sources):
+                turned = sources[0] is None
+                taken[name] = [sources[turned], turned]
+                del tensors[name]
     return {"folder": os.path.relpath(base.resolve(), folder.resolve()),
             "sha256": _weights_digest(base), "taken": taken}
 
@@ -369,7 +372,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def _held(tensor: Tensor) -> tuple[str, torch.Size, str]:
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return str(tensor.dtype), tensor.shape, hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    return str(tensor.dtype), tensor.shape, hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def _weights_digest(folder: Path) -> str:
@@ -471,9 +474,10 @@ def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
     for name, first in tied.items():
         (path, _, own), (other, _, source) = name.rpartition("."), first.rpartition(".")
         here, there = model.get_submodule(path), model.get_submodule(other)
-        for ours, theirs in ((here._parameters, there._parameters), (here._buffers, there._buffers)):
-            if own in ours and source in theirs:
-                ours[own] = theirs[source]  # type: ignore[index, assignment]
+        if own in here._parameters and source in there._parameters:
+            here._parameters[own] = there._parameters[source]
+        elif own in here._buffers and source in there._buffers:
+            here._buffers[own] = there._buffers[source]
 
 
 # Files.
