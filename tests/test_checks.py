@@ -33,9 +33,9 @@ def test_a_bound_is_met_or_passed():
     assert checks.at_least(0, share=0) is None
     assert checks.at_least(0.5, share=Fraction(1, 2)) is None
     assert checks.above(0, rate=1e-300) is None
-    with pytest.raises(ValueError, match="^rate must be above 0, got 0$"):
+    with pytest.raises(ValueError, match=r"^rate must be above 0, got 0$"):
         checks.above(0, rate=0)
-    with pytest.raises(ValueError, match="^share must be at least 0.5, got 0.49$"):
+    with pytest.raises(ValueError, match=r"^share must be at least 0.5, got 0.49$"):
         checks.at_least(0.5, share=0.49)
 
 
@@ -43,7 +43,7 @@ def test_a_bound_is_met_or_passed():
 def test_no_bound_takes_what_is_no_finite_number(value):
     for check in (lambda: checks.at_least(0, rate=value), lambda: checks.above(0, rate=value),
                   lambda: checks.between(0, 3, rate=value)):
-        with pytest.raises(ValueError, match="^rate must be "):
+        with pytest.raises(ValueError, match=r"^rate must be "):
             check()
 
 
@@ -55,7 +55,7 @@ def test_between_takes_its_ends_where_it_is_told_to():
                         ((True, True), 1.1)):
         with pytest.raises(ValueError, match=f"^a must be between 0 and 1, got {value}$"):
             checks.between(0, 1, ends=ends, a=value)
-    with pytest.raises(ValueError, match="^a must be a whole number between 0 and 9, got 1.5$"):
+    with pytest.raises(ValueError, match=r"^a must be a whole number between 0 and 9, got 1.5$"):
         checks.between(0, 9, whole=True, a=1.5)
 
 
@@ -70,7 +70,7 @@ def test_none_passes_where_it_is_optional_and_advice_ends_the_message():
 def test_a_name_is_one_of_those_that_are_known():
     assert checks.one_of(["sum", "mean"], reduction="sum") is None
     assert checks.one_of(["sum"], optional=True, reduction=None) is None
-    with pytest.raises(UnknownName, match="no way of predicting is called 'men'; did you mean"):
+    with pytest.raises(UnknownName, match=r"no way of predicting is called 'men'; did you mean"):
         checks.one_of(["mean"], way_of_predicting="men")
 
 
@@ -84,7 +84,7 @@ def test_a_pair_is_a_tuple_or_a_list_of_two():
 
 def test_finite_looks_at_numbers_and_at_tensors():
     assert checks.finite(a=1.0, b=torch.ones(3)) is None
-    with pytest.raises(ValueError, match="^b must be finite, got 2 of 3 numbers that are not$"):
+    with pytest.raises(ValueError, match=r"^b must be finite, got 2 of 3 numbers that are not$"):
         checks.finite(b=torch.tensor([1.0, NAN, -INF]))
-    with pytest.raises(ValueError, match="^a must be a finite number, got inf$"):
+    with pytest.raises(ValueError, match=r"^a must be a finite number, got inf$"):
         checks.finite(a=INF)
