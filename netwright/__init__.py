@@ -26,6 +26,7 @@ face(
     },
     names={
         "History": "netwright.training",
+        "Recipe": "netwright.compare",
         "Stages": "netwright.stages",
         "Task": "netwright.tasks",
         "compare": "netwright.compare",
@@ -34,6 +35,7 @@ face(
         "parallel_forward": "netwright.numerics",
         "parallel_recurrence": "netwright.numerics",
         "method": "netwright.catalogue",
+        "recipe": "netwright.compare",
         "recorded": "netwright.compare",
         "stages": "netwright.stages",
     },

@@ -7,7 +7,8 @@ from optuna.distributions import FloatDistribution
 from torch import nn
 
 import netwright as nw
-from netwright.compare.recipe import Change, changes
+from netwright.compare.changes import Change, changes
+from netwright.compare.recipe import recipe
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, Rule
@@ -79,23 +80,29 @@ def test_what_a_partial_sets_is_not_tuned(own):
     assert (rule.got["strength"], rule.got["rounds"], rule.got["kind"]) == (1.0, 7, "b")
 
 
-def test_functions_of_network_example_and_task(own):
+def test_functions_get_what_they_name(own):
     seen = []
 
-    def positional(n, e, t):
-        seen.extend([e, t])
+    def first(n, example, task):
+        seen.extend([example, task])
         return Backprop(n)
 
-    def named(network, calibration, batch):
+    def second(network, calibration, batch):
         seen.extend([calibration, batch])
         return nn.Sequential(network, nn.Tanh())
-    for given in (positional, named, lambda network: network):
+    for given in (first, second, lambda network: network):
         change, = changes({"any": given})
         assert isinstance(change.build(own.network(), own, {}), Rule)
     assert seen[1] is own
     assert torch.equal(seen[0], own.first)
     assert seen[2].shape == (8, 6)
     assert torch.equal(seen[3][1], own.batch[1])
+
+
+def test_arguments_are_not_guessed_by_their_number(own):
+    change, = changes({"any": lambda network, e, t: network})
+    with pytest.raises(ValueError, match="needs e, t, which a comparison does not know"):
+        change.build(own.network(), own, {})
 
 
 def test_reshapes_come_before_the_rule(own):
@@ -142,9 +149,11 @@ def test_errors(own):
     for wrong in (linear(), 3, []):
         with pytest.raises(ValueError, match="a change must be a rule's name"):
             changes([wrong])
-    with pytest.raises(ValueError, match=r"must end with its one rule, got Backprop as step 1"):
-        Change("two", (Backprop, Backprop)).build(own.network(), own, {})
+    def build(*steps):
+        return Change("odd", recipe(list(steps))).build(own.network(), own, {})
+    with pytest.raises(ValueError, match=r"must end with its one rule, got Backprop from <lambda>"):
+        build(lambda network: Backprop(network), "Backprop")
     with pytest.raises(ValueError, match="must give a Rule or a network, got int from <lambda>"):
-        Change("int", (lambda network: 3,)).build(own.network(), own, {})
+        build(lambda network: 3)
     with pytest.raises(ValueError, match="needs strange, which a comparison does not know"):
-        Change("odd", (lambda network, strange: network,)).build(own.network(), own, {})
+        build(lambda network, strange: network)
