@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from netwright.catalogue.facets import facets
+from netwright.catalogue.facets import facets, searched
 from netwright.compare.places import put
 from netwright.compare.recipe import Recipe, Step, recipe
 from netwright.compare.supplies import offers, parameters, sizes, supplied
@@ -101,7 +101,7 @@ class Change:
         Where several steps tune an argument of one name, each is called by its step as well.
         """
         found = [entry for place, (_, step) in enumerate(self.recipe.steps())
-                 for entry in _searched(step, (place,))]
+                 for entry in _tuned(step, (place,))]
         names = [entry.name for entry in found]
         return [entry if names.count(entry.name) == 1 or entry.name == RATE else
                 replace(entry, key=f"{'.'.join(map(str, entry.place))}.{entry.name}")
@@ -114,7 +114,7 @@ class Change:
         if centre is not None:
             found[RATE] = distribution((centre / 10, centre * 10))
             for _, step in self.recipe.steps():
-                given = _search(step.what)
+                given = searched(step.what)
                 for name in (RATE, "lr") if step is self.recipe.optimizer else (RATE,):
                     if name in given:
                         found[RATE] = distribution(given[name])
@@ -228,26 +228,15 @@ def _optimizer(step: Step, given: Iterable[nn.Parameter], lr: float) -> Optimize
     return optimizer
 
 
-def _search(what: Any) -> Mapping[str, Any]:
-    """Return what a method says is tuned; a class of one's own may name it as `search`."""
-    for kind in what.__mro__ if isinstance(what, type) else [what]:
-        said, own = facets(kind), vars(kind).get("search") if hasattr(kind, "__dict__") else None
-        if isinstance(own, Mapping):
-            return own
-        if said is not None:
-            return said.search
-    return {}
-
-
-def _searched(step: Step, place: Place) -> list[Tuned]:
+def _tuned(step: Step, place: Place) -> list[Tuned]:
     known = parameters(step.what)
     found = [Tuned(name, place, name, distribution(values), known[name].default,
                    known[name].default is Parameter.empty)
-             for name, values in _search(step.what).items()
+             for name, values in searched(step.what).items()
              if name in known and name not in step.arguments]
     for name, value in step.arguments.items():
         if isinstance(value, Step):
-            found += _searched(value, (*place, name))
+            found += _tuned(value, (*place, name))
     return found
 
 

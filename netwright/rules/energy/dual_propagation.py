@@ -29,7 +29,13 @@ ACTIVATIONS = frozenset({
     functional.threshold})
 
 
-@method("rule", papers=["001-164"])
+@method(
+    "rule",
+    papers=["001-164"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "dyads": {"means": "dyads"}, "alpha": {"alpha": 1.0}},
+)
 class DualPropagation(Rule):
     """Give each unit two states, whose mean is its activity and whose difference is its error.
 

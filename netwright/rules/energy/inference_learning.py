@@ -16,7 +16,13 @@ from netwright.stages import Stages, stages
 __all__ = ["InferenceLearning"]
 
 
-@method("rule", papers=["003-179"])
+@method(
+    "rule",
+    papers=["003-179"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "few large steps": {"rate": 10.0, "steps": 4}},
+)
 class InferenceLearning(Rule):
     """Let the states settle where a step of the weights would leave them, and take that step.
 

@@ -16,7 +16,13 @@ from netwright.stages import Stages, stages
 __all__ = ["PredictiveCoding"]
 
 
-@method("rule", papers=["003-167"])
+@method(
+    "rule",
+    papers=["003-167"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "incremental": {"incremental": True}},
+)
 class PredictiveCoding(Rule):
     """Let the states settle where the stages are least surprised, then learn from what is left.
 
