@@ -14,7 +14,7 @@ from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.feedforward.feed_forward import FeedForward
 from netwright.catalogue.facets import facets
 from netwright.compare.recipe import Step
-from netwright.compare.supplies import parameters, sizes, supplied
+from netwright.compare.supplies import constant, parameters, sizes, supplied
 from netwright.errors import NothingToReshape
 from netwright.reshape.feedforward.exchanging import put_module
 from netwright.reshape.feedforward.swap_feedforward import swap_feedforward
@@ -258,8 +258,7 @@ def _replaced(network: nn.Module, step: Step,
 
 
 def _made(step: Step, offered: Mapping[str, Any]) -> nn.Module:
-    made: nn.Module = step.what(**supplied(
-        step, {name: lambda size=size: size for name, size in offered.items()}, skip=0))
+    made: nn.Module = step.what(**supplied(step, constant(offered), skip=0))
     return made
 
 

@@ -61,7 +61,7 @@ class Step:
             return {"function": f"{getattr(self.what, '__module__', '')}:"
                                 f"{getattr(self.what, '__qualname__', repr(self.what))}",
                     **({"arguments": _plain(self.arguments)} if self.arguments else {})}
-        return {"method": public,
+        return {"name": public,
                 **({"arguments": _plain(self.arguments)} if self.arguments else {})}
 
     def function(self) -> Callable[..., Any]:
@@ -103,7 +103,7 @@ class Recipe:
         """Return the recipe as plain data, the slots that hold something.
 
         >>> recipe("prune_sublayers(remove=2) + MonoForward").plain()["rule"]
-        {'method': 'rules.MonoForward'}
+        {'name': 'rules.MonoForward'}
         """
         found: dict[str, Any] = {}
         for slot, step in self.steps():
@@ -129,7 +129,7 @@ def recipe(given: Any) -> Recipe:
 
     >>> str(recipe("nw.blocks.GLU + rules.MonoForward"))
     'GLU + MonoForward'
-    >>> recipe({"rule": {"method": "rules.MonoForward"}}) == recipe("MonoForward")
+    >>> recipe({"rule": {"name": "rules.MonoForward"}}) == recipe("MonoForward")
     True
     """
     if isinstance(given, Recipe):
@@ -245,23 +245,23 @@ def _of_slots(given: Mapping[str, Any]) -> Recipe:
 
 
 def _of_data(data: Mapping[str, Any]) -> Step:
-    if "method" not in data or not {*data} <= {"method", "arguments"}:
+    if "name" not in data or not {*data} <= {"name", "arguments"}:
         shown = data.get("function")
         if shown is not None:
             raise ValueError(f"{shown} is a function of one's own, of which plain data holds only "
                              "the name; give the function itself, in Python")
-        raise ValueError("a step must be a mapping with 'method' and 'arguments', got one with "
+        raise ValueError("a step must be a mapping with 'name' and 'arguments', got one with "
                          f"{', '.join(map(repr, data)) or 'nothing'}")
-    if not isinstance(data["method"], str) or not isinstance(data.get("arguments", {}), Mapping):
-        raise ValueError("a step must have a name as its 'method' and a mapping as its "
+    if not isinstance(data["name"], str) or not isinstance(data.get("arguments", {}), Mapping):
+        raise ValueError("a step must have a string as its 'name' and a mapping as its "
                          f"'arguments', got {dict(data)}")
-    what = locate(data["method"], "change")
+    what = locate(data["name"], "change")
     return _checked(Step(what, {name: _value_of(value)
                                 for name, value in data.get("arguments", {}).items()}))
 
 
 def _value_of(value: Any) -> Any:
-    if isinstance(value, Mapping) and ("method" in value or "function" in value):
+    if isinstance(value, Mapping) and ("name" in value or "function" in value):
         return _of_data(value)
     if isinstance(value, Mapping):
         return {name: _value_of(entry) for name, entry in value.items()}

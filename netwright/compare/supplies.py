@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -43,8 +44,16 @@ def sizes(task: Task) -> dict[str, Callable[[], Any]]:
         known = {"inputs": math.prod(x.shape[1:])}
         if x.ndim > 2:
             known |= {"channels": x.shape[1], "size": tuple(x.shape[2:])}
-    return {"classes": lambda: task.classes,
-            **{name: lambda size=size: size for name, size in known.items()}}
+    return {"classes": lambda: task.classes, **constant(known)}
+
+
+def constant(values: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Return what offers each of `values` as it is."""
+    return {name: partial(_same, value) for name, value in values.items()}
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def supplied(step: Step, offered: Offers, *, skip: int = 1) -> dict[str, Any]:
