@@ -135,7 +135,8 @@ def test_the_best_settings_are_used():
     storage = InMemoryStorage()
     row, = trained([Backprop], storage=storage).rows
     study = next(s for s in storage.get_all_studies() if not s.study_name.endswith("/final"))
-    best = max(storage.get_all_trials(study._study_id), key=lambda trial: trial.value)
+    complete = storage.get_all_trials(study._study_id, states=[TrialState.COMPLETE])
+    best = max(complete, key=lambda trial: trial.value)
     assert row.hyperparameters == best.params
 
 
