@@ -40,6 +40,7 @@ def test_every_rule_has_a_page_in_the_menu_and_a_line_in_the_map(rule):
         assert f"**{part}" in text, f"{page.name} does not say: {part}"
 
 
+@pytest.mark.check
 def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("mkdocs")
     built = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict",

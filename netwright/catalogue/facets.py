@@ -47,8 +47,8 @@ class Facets:
     `NEEDS`. `keeps_function` says whether outputs stay as they were, None where that makes no
     sense. `search` holds what is tuned: (low, high) or a list of choices for an argument.
     `variants` are the few sets of arguments that take another path through the code, by a label,
-    the first of them what a contract builds first; `network` builds a small network to try them
-    on where an ordinary one will not do.
+    the first of them what a contract builds first. `network` builds a small network to try them
+    on, and `batch` draws what goes in, where ordinary ones will not do.
     """
 
     kind: str
@@ -61,6 +61,7 @@ class Facets:
     search: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     network: Callable[[], nn.Module] | None = None
+    batch: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def method(kind: str, *, papers: Sequence[str] = (), place: str = "", takes: Seq
            saves: Sequence[str] = (), needs: Sequence[str] = (),
            keeps_function: bool | None = None, search: Mapping[str, Any] | None = None,
            variants: Mapping[str, Mapping[str, Any]] | None = None,
-           network: Callable[[], nn.Module] | None = None) -> Callable[[M], M]:
+           network: Callable[[], nn.Module] | None = None,
+           batch: Callable[[], Any] | None = None) -> Callable[[M], M]:
     """Say of a class or a function what it is for, see `Facets`; it is returned as it was.
 
     Raises:
@@ -95,7 +97,7 @@ def method(kind: str, *, papers: Sequence[str] = (), place: str = "", takes: Seq
             if word not in known:
                 raise UnknownName(what, word, known)
     said = Facets(kind, tuple(papers), place, tuple(takes), tuple(saves), tuple(needs),
-                  keeps_function, search or {}, variants or {}, network)
+                  keeps_function, search or {}, variants or {}, network, batch)
 
     def say(value: M) -> M:
         value.facets = said  # type: ignore[attr-defined]
