@@ -39,22 +39,23 @@ def evidence_run(
     name: Annotated[str, typer.Argument(help="An experiment of `netwright evidence list`.")],
     scale: Annotated[str, typer.Option(help="desk (minutes on two cores) or full.")] = "desk",
     results: Annotated[Path | None, typer.Option(
-        help="The folder that the result is written to; the package's own by default.")] = None,
+        help="The folder of the results; beside the experiments by default.")] = None,
 ) -> None:
     """Run an experiment again and record what it finds."""
     from rich.console import Console
     from rich.table import Table
 
     from netwright import evidence
-    from netwright.evidence.evidence import RESULTS, Scale
+    from netwright.evidence.outcome import Scale
+    from netwright.evidence.results import results_folder
     scales: dict[str, Scale] = {"desk": "desk", "full": "full"}
     if scale not in scales:
         raise UnknownName("scale", scale, scales)
-    found = evidence.experiment(name)
-    check_folder("--results", results or RESULTS)
+    found, home = evidence.experiment(name), results_folder(results)
+    check_folder("--results", home)
     console = Console()
     with console.status(f"{found.claim}"):
-        report = evidence.run(name, scales[scale], results or RESULTS)
+        report = evidence.run(name, scales[scale], home)
     table = Table("measured", "mean", "deviation", "seeds", box=None, header_style="bold",
                   pad_edge=False)
     for figure, spread in report["summary"].items():
