@@ -52,7 +52,7 @@ def _curves(result: Mapping[str, Any]) -> str:
                       frameon=False, fontsize=9)
     else:
         columns[0].legend(list(lines.values()), list(lines), frameon=False, fontsize=9)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _line(axes: Axes, curve: Mapping[str, Any], colour: str) -> Line2D:
@@ -83,10 +83,11 @@ def _bars(result: Mapping[str, Any]) -> str:
     axes.barh([name for name, _ in summary], [spread["mean"] for _, spread in summary],
               xerr=[spread["deviation"] for _, spread in summary], color="#4051b5")
     axes.invert_yaxis()
-    return _svg(figure)
+    return svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """Return a figure as the text of an SVG that is the same in every build."""
     text = io.StringIO()
     figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None})
     return text.getvalue()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FOUND = Path(__file__).parent.parent / "benchmarks/results/feedforward_blocks.json"
+FOUND = Path(__file__).parents[2] / "benchmarks/results/feedforward_blocks.json"
 TASKS = {"characters": ("Character model of tinyshakespeare", "characters missed (%)"),
          "patches": ("Patch classifier of CIFAR-10", "images missed (%)")}
 MATCHES = {"parameters": "At equal parameters", "flops": "At equal arithmetic"}

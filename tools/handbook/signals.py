@@ -1,46 +1,43 @@
 """Draws the map of the rules: how the teaching signal travels, and what was measured."""
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from _pictures import _svg
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from netwright import rules
-from netwright.compare.results import Comparison, Row
+from handbook.measured import rows
+from handbook.pages import called, folders, page_of
+from handbook.pictures import svg
+from netwright.compare.results import Row
 from netwright.report import PALETTE
 
 STAGES = 4
-# Each group, in the order of the page, and what its picture says.
-GROUPS = {
-    "exact": "exact: back through every stage",
-    "feedback": "feedback: from the error, by other weights",
-    "local": "local: every stage has a loss of its own",
-    "forward": "forward: in the input, or along a direction",
-    "estimators": "estimators: one number for the whole network",
-    "energy": "energy: neighbours answer one another",
-    "hebbian": "hebbian: from what a stage sees itself",
-    "denoising": "denoising: each block mends a noisy label",
-    "closed_form": "closed form: each stage is solved for",
-}
 INK, SIGNAL = "#333333", PALETTE[1][0]
-TASKS = {"digits-mlp": "o", "digits-cnn": "D"}
+MARKS = "oDsv"
 
 
-def colour(group: str) -> str:
-    """Return a group's colour, in light."""
-    return PALETTE[list(GROUPS).index(group) % len(PALETTE)][0]
+def families() -> list[str]:
+    """Return the families of rules, by name."""
+    return folders()["rules"]
+
+
+def colour(family: str) -> str:
+    """Return a family's colour, in light."""
+    return PALETTE[families().index(family) % len(PALETTE)][0]
 
 
 def schemes() -> str:
-    """Return an SVG with a drawing for each group: what goes forwards, and how it is taught."""
+    """Return an SVG of what goes forwards in each family, and how it is taught, where drawn."""
     figure = Figure(figsize=(9, 6.3), layout="constrained")
-    for axes, (group, title) in zip(figure.subplots(3, 3).flat, GROUPS.items(), strict=True):
+    for axes, (group, draw) in zip(figure.subplots(3, 3).flat, _SIGNALS.items(), strict=True):
+        family = f"rules/{group}"
+        title, what = called(family)
         axes.set(xlim=(-0.75, STAGES + 0.35), ylim=(-1.25, 1.35))
         axes.set_axis_off()
-        axes.set_title(title, fontsize=8, color=colour(group), fontweight="bold")
+        axes.set_title(f"{title.lower()}: {what.rstrip('.')}", fontsize=8, color=colour(family),
+                       fontweight="bold")
         for i in range(STAGES):
             axes.add_patch(FancyBboxPatch((i - 0.22, -0.3), 0.44, 0.6, fc="#f2f2f2", ec=INK,
                                           boxstyle="round,pad=0.02"))
@@ -49,8 +46,8 @@ def schemes() -> str:
             axes.text(STAGES - 0.2, 0, "y", ha="center", va="center", color=SIGNAL)
             for i in range(-1, STAGES):
                 _arrow(axes, (i + (0.4 if i < 0 else 0.25), 0), (i + 0.75, 0), INK)
-        _SIGNALS[group](axes)
-    return _svg(figure)
+        draw(axes)
+    return svg(figure)
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], ink: str = SIGNAL,
@@ -124,20 +121,10 @@ _SIGNALS: dict[str, Callable[[Axes], None]] = {
     "closed_form": _closed_form}
 
 
-def group_of(rule: str) -> str:
-    """Return the group that a rule belongs to."""
-    return getattr(rules, rule).__module__.split(".")[2]
-
-
-def ordered(names: Iterable[str]) -> list[str]:
-    """Return rules by group, in the order of the map, and by name."""
-    return sorted(names, key=lambda name: (list(GROUPS).index(group_of(name)), name.lower()))
-
-
-def measured(found: Comparison) -> str:
+def measured() -> str:
     """Return an SVG of every rule's accuracy and cost: a line for each, a mark for each task."""
-    rows = {(row.task, row.change): row for row in found.rows if row.scores}
-    names = ordered({change for _, change in rows})
+    names = sorted({change for _, change in rows()}, key=lambda name: (_family(name), name.lower()))
+    marks = dict(zip(dict.fromkeys(task for task, _ in rows()), MARKS, strict=False))
     figure = Figure(figsize=(9, 1.1 + 0.24 * len(names)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     asked: list[tuple[str, Callable[[Row, Row], float]]] = [
@@ -145,10 +132,10 @@ def measured(found: Comparison) -> str:
         ("step time, times Backprop's", lambda row, base: row.step_time / base.step_time),
         ("peak memory, times Backprop's", lambda row, base: row.peak_bytes / base.peak_bytes)]
     for axes, (title, value) in zip(panels, asked, strict=True):
-        for (task, name), row in rows.items():
-            base = rows[task, "Backprop"]
-            axes.plot(value(row, base), names.index(name), TASKS[task], markersize=5,
-                      color=colour(group_of(name)), mfc=None if task == "digits-mlp" else "white")
+        for (task, name), row in rows().items():
+            base = rows()[task, "Backprop"]
+            axes.plot(value(row, base), names.index(name), marks[task], markersize=5,
+                      color=colour(_family(name)), mfc=None if marks[task] == MARKS[0] else "white")
         axes.set_title(title, fontsize=9)
         if title != "accuracy (%)":
             axes.set_xscale("log", base=2)
@@ -158,9 +145,13 @@ def measured(found: Comparison) -> str:
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     panels[0].set_yticks(range(len(names)), names, fontsize=8)
     for label, name in zip(panels[0].get_yticklabels(), names, strict=True):
-        label.set_color(colour(group_of(name)))
+        label.set_color(colour(_family(name)))
     panels[0].invert_yaxis()
-    handles = [panels[0].plot([], [], mark, color=INK, mfc=None if task == "digits-mlp" else
-                              "white", label=task)[0] for task, mark in TASKS.items()]
+    handles = [panels[0].plot([], [], mark, color=INK, mfc=None if marks[task] == MARKS[0] else
+                              "white", label=task)[0] for task, mark in marks.items()]
     figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
-    return _svg(figure)
+    return svg(figure)
+
+
+def _family(rule: str) -> str:
+    return page_of(f"rules.{rule}").uri.rpartition("/")[0]
