@@ -1,6 +1,6 @@
 """Draws one step of three composed learners on a batch of digits, with the numbers of the run.
 
-Run `python docs/_one_step.py` to draw it again.
+Run `python tools/one_step.py` to draw it again.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from netwright.data import digits
 from netwright.formal.learners import cross_entropy_error, learner, squared_error
 
-TARGET = Path(__file__).parent / "learners" / "one-step.svg"
+TARGET = Path(__file__).resolve().parents[1] / "docs/pictures/one-step.svg"
 INK, FORWARD, BACK = "#333333", "#4051b5", "#c2410c"
 
 

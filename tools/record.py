@@ -1,9 +1,10 @@
 """Records what the pages of the rules show: every rule on both digits tasks, or those named.
 
-    python docs/_record.py [RULE ...]
+    python tools/record.py [RULE ...]
 
-Runs that `runs/netwright.db` holds already are not made again. Where rules are named, the others
-stay as they are recorded, and the step times of the named are told by Backprop's in the same run.
+Runs that `runs/netwright.db` holds already are not made again. A rule that is for other networks
+than those of the digits gives a row that says so. Where rules are named, the others stay as they are
+recorded, and the step times of the named are told by Backprop's in the same run.
 """
 
 import statistics
@@ -16,18 +17,14 @@ import torch
 
 import netwright as nw
 from netwright import report
+from netwright.catalogue.facets import methods
 from netwright.compare.compare import CHANGES
 from netwright.compare.recipe import changes
 from netwright.compare.results import Comparison, Row
 from netwright.tasks import task as find_task
 
-HERE = Path(__file__).parent
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 TURNS, STEPS = 5, 30
-
-# What is for other networks than those of the digits, or trains no classifier.
-# RandomFeatureBoosting wants the whole set in a batch.
-APART = {"Rule", "BlackBoxPrompt", "DeltaRule", "DiffusionBlocks", "RandomFeatureBoosting",
-         "ReverseDerivativeAscent", "SingleForward", "StationaryFeedback"}
 
 
 def timed(rows: Sequence[Row]) -> list[Row]:
@@ -71,14 +68,15 @@ def added(old: Comparison, new: Comparison) -> Comparison:
 def main() -> None:
     """Run what has not been run, and write what the pages show."""
     named = sys.argv[1:]
-    found = nw.compare(changes=["Backprop", *named] if named else [
-        name for name in nw.rules.__all__ if name not in APART])
+    rules = [entry.name.removeprefix("rules.") for entry in methods().values()
+             if entry.facets.kind == "rule"]
+    found = nw.compare(changes=["Backprop", *named] if named else rules)
     found = Comparison(timed(found.rows), found.settings)
     if named:
-        found = added(Comparison.load(HERE / "comparison.json"), found)
-    found.save(HERE / "comparison.json")
+        found = added(Comparison.load(DOCS / "comparison.json"), found)
+    found.save(DOCS / "comparison.json")
     default = Comparison([row for row in found.rows if row.change in CHANGES], found.settings)
-    report.picture(default, HERE / "comparison.svg")
+    report.picture(default, DOCS / "comparison.svg")
 
 
 if __name__ == "__main__":

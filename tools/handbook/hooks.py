@@ -7,6 +7,7 @@ what was measured in the committed results.
 import re
 import sys
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tools` is no package
@@ -21,7 +22,8 @@ from handbook.method_page import method_page
 from handbook.pages import called, folders, link, pages
 from handbook.pictures import draw
 
-MARK = re.compile(r"<!-- (measured map|measured comparison|methods(?: [^>]*)?) -->")
+MARK = re.compile(r"^( *)<!-- (measured map|measured comparison|methods(?: [^>]*)?) -->$",
+                  re.MULTILINE)
 PICTURE = re.compile(r"^!\[[^]]*\]\((?:\.\./)*pictures/(\w+)\.svg\)$", re.MULTILINE)
 
 
@@ -66,7 +68,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     uri = page.file.src_uri
     if page.file.generated_by is None or uri.endswith("index.md"):
         markdown = PICTURE.sub(lambda shown: f"{shown[0]}\n\n{_verdict(shown[1], uri)}", markdown)
-    return MARK.sub(lambda mark: _made(mark[1], uri), markdown)
+    return MARK.sub(lambda mark: indent(_made(mark[2], uri), mark[1]), markdown)
 
 
 def _made(mark: str, uri: str) -> str:

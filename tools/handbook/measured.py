@@ -182,7 +182,7 @@ def evidence_page() -> str:
     """Return the page that lists every claim beside its verdict."""
     counts = {verdict: sum(result["verdict"] == verdict for result in results().values())
               for verdict in ORDER[:-1]}
-    parts = ["# Evidence", "",
+    parts = ["---", "hide: [toc]", "---", "", "# Evidence", "",
              "Each line is one experiment: the claim of a paper, what a run here said to it, and "
              f"the page that shows how. Of {len(results())} claims "
              f"{counts['shown']} showed in full at this scale, {counts['partly shown']} in part, "

@@ -7,7 +7,7 @@ from functools import cache
 from handbook.measured import cost_section, evidence_section
 from handbook.pages import ROOT, Page, cell, hand_written, link, pages
 from netwright import papers
-from netwright.catalogue.facets import KINDS
+from netwright.catalogue.facets import KINDS, searched
 
 
 def method_page(page: Page) -> str:
@@ -33,8 +33,8 @@ def facts(page: Page) -> list[str]:
         "Needs": ", ".join(_once(word for entry in said for word in entry.needs)),
         "Keeps the function": "" if len(keeps) != 1 else "yes" if True in keeps else "no",
         **{key[:1].upper() + key[1:]: cell(str(value)) for key, value in page.facts.items()},
-        "Tuned": ", ".join(_once(_searched(name, over) for entry in said
-                                 for name, over in entry.search.items())),
+        "Tuned": ", ".join(_once(_tuned(name, over) for entry in page.main
+                                 for name, over in searched(entry.value).items())),
         "Papers": "; ".join(cell(papers.paper(paper).title) for paper in
                             _once(paper for entry in said for paper in entry.papers)),
     }
@@ -42,7 +42,7 @@ def facts(page: Page) -> list[str]:
             *(f"| {key} | {value} |" for key, value in lines.items() if value)]
 
 
-def _searched(name: str, over: object) -> str:
+def _tuned(name: str, over: object) -> str:
     if isinstance(over, tuple) and len(over) == 2:
         return f"`{name}` from {over[0]:g} to {over[1]:g}"
     choices = over if isinstance(over, (list, tuple)) else [over]

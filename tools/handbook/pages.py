@@ -131,7 +131,8 @@ def said(name: str) -> str:
 
 def gist(value: Any) -> str:
     """Return the first sentence of a docstring on one line, for the cell of a table."""
-    doc = inspect.cleandoc(vars(value).get("__doc__") or "").partition("\n\n")[0]
+    own = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
+    doc = inspect.cleandoc(own or "").partition("\n\n")[0]
     return cell(doc.replace("\n", " ").partition(". ")[0].rstrip("."))
 
 

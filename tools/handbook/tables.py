@@ -16,10 +16,11 @@ from handbook.pages import (
     pages,
 )
 from netwright import papers
-from netwright.catalogue.facets import KINDS, Method, methods
+from netwright.catalogue.facets import KINDS, NEEDS, PLACES, SAVES, Method, methods
 
 METHODS = "methods/index.md"
-MOST = 8
+MOST = 6
+WIDE = "---\nhide: [toc]\n---\n\n"  # tables of many columns take the place of the list of headings
 _QUOTED = re.compile(r'(\w+)="([^"]*)"')
 
 
@@ -33,14 +34,17 @@ def methods_page() -> str:
     """Return the page of every method, which can be filtered."""
     every = entries()
     kinds = [kind for kind in KINDS if any(entry.facets.kind == kind for entry in every)]
-    return "\n".join([
+    return WIDE + "\n".join([
         "# Methods", "",
         f"{len(every)} methods of {len(kinds)} kinds. A method's name leads to its page, with its "
         "formula, an example, what it costs and what was measured of its paper's claim.", "",
         '<div class="filter" data-columns="kind place saves needs verdict"></div>', "",
         *table(every, METHODS, ["kind", "place", "saves", "needs", "verdict"]), "",
-        "**What the kinds are.** " + "; ".join(f"*{kind}*: {KINDS[kind]}" for kind in kinds) + ".",
-        "", "`netwright find` asks the same on the command line. A verdict is what an experiment "
+        *(f"**{heading}.** " + "; ".join(f"*{word}*: {meaning}" for word, meaning in words.items())
+          + ".\n" for heading, words in {
+              "Kinds": {kind: KINDS[kind] for kind in kinds}, "Places": PLACES,
+              "What is saved": SAVES, "What is needed": NEEDS}.items()),
+        "`netwright find` asks the same on the command line. A verdict is what an experiment "
         "here said to the paper's claim, at a small scale: see the [evidence]"
         f"({link(METHODS, 'measured/evidence.md')}).", ""])
 
@@ -116,22 +120,32 @@ def measured_map(uri: str) -> str:
 def asked(request: str, uri: str) -> str:
     """Return a list of the methods that a hand-written page asks for.
 
-    `saves="…"`, `needs="…"` and `kind="…"` are facets, `without="…"` a folder to leave out, and
-    `order="length"` puts the shortest files first.
+    `saves="…"`, `needs="…"`, `place="…"` and `kind="…"` are facets; `order="length"` puts the
+    shortest files first, where else each family has its turn, the best verdicts first.
     """
     wanted = dict(_QUOTED.findall(request))
     found = [entry for entry in entries() if _fits(entry, wanted)]
-    if wanted.get("order") == "length":
-        found.sort(key=_lines)
-    else:
-        found.sort(key=lambda entry: min(ORDER.index(word) for word in verdict(entry).split(", ")))
+    found = sorted(found, key=_lines) if wanted.get("order") == "length" else _of_each_kind(found)
     query = "&".join(f"{key}={value.replace(' ', '+')}" for key, value in wanted.items()
-                     if key in ("kind", "needs", "place", "saves"))
+                     if key != "order")
     listed = [f"- {named(entry, uri)}: {gist(entry.value)}"
               + (f" ({_lines(entry)} lines)" if "order" in wanted else "")
               for entry in found[:MOST]]
-    more = f"- [more in the table of methods]({link(uri, METHODS)}?{query})"
-    return "\n".join([*listed, more] if len(found) != len(listed) or not found else listed)
+    more = f"[More in the table of methods]({link(uri, METHODS)}?{query})"
+    return "\n".join(listed if len(found) == len(listed) else [*listed, "", more])
+
+
+def _of_each_kind(found: list[Method]) -> list[Method]:
+    """Return methods with the best verdicts first, and each kind and family in its turn."""
+    found = sorted(found, key=lambda entry: min(map(ORDER.index, verdict(entry).split(", "))))
+    turns: dict[str, int] = {}
+    placed = []
+    for entry in found:
+        page, folder = page_of(entry.name), page_of(entry.name).uri.rpartition("/")[0]
+        for place in (page.uri, folder):
+            turns[place] = turns.get(place, -1) + 1
+        placed.append((10 * turns[page.uri] + turns[folder], len(placed), entry))
+    return [entry for *_, entry in sorted(placed, key=lambda item: item[:2])]
 
 
 def _fits(entry: Method, wanted: dict[str, str]) -> bool:
@@ -139,9 +153,7 @@ def _fits(entry: Method, wanted: dict[str, str]) -> bool:
     return (wanted.get("kind", said.kind) == said.kind
             and wanted.get("place", said.place) == said.place
             and wanted.get("saves", "") in ("", *said.saves)
-            and wanted.get("needs", "") in ("", *said.needs)
-            and not ("without" in wanted
-                     and page_of(entry.name).uri.startswith(wanted["without"])))
+            and wanted.get("needs", "") in ("", *said.needs))
 
 
 def _lines(entry: Method) -> int:
