@@ -1,6 +1,7 @@
 """What a method is for, said on the method itself; everything that lists methods reads it there."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,7 +12,7 @@ from torch import nn
 from netwright.errors import UnknownName
 from netwright.runtime.faces import declared, files
 
-__all__ = ["Facets", "Method", "facets", "method", "methods", "searched"]
+__all__ = ["Facets", "Method", "facets", "gist", "method", "methods", "searched"]
 
 M = TypeVar("M")
 
@@ -115,6 +116,14 @@ class Method:
     value: Any
     facets: Facets
 
+    @property
+    def gist(self) -> str:
+        """The first sentence of its docstring."""
+        return gist(self.value)
+
+    def __repr__(self) -> str:
+        return f"<nw.{self.name}, a {self.facets.kind}: {self.gist}>"
+
 
 def method(kind: str, *, papers: Sequence[str] = (), place: str = "", takes: Sequence[str] = (),
            saves: Sequence[str] = (), needs: Sequence[str] = (),
@@ -167,6 +176,15 @@ def searched(value: Any) -> Mapping[str, Any]:
     if isinstance(own, Mapping):
         return own
     return said.search if isinstance(said, Facets) else {}
+
+
+def gist(value: Any) -> str:
+    """Return the first sentence of a docstring on one line.
+
+    >>> gist(gist)
+    'Return the first sentence of a docstring on one line.'
+    """
+    return " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
 
 
 @cache

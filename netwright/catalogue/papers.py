@@ -67,16 +67,34 @@ def papers() -> tuple[Paper, ...]:
     >>> len(papers())
     635
     """
-    names, evidence = defaultdict(list), defaultdict(list)
+    names = defaultdict(list)
     for method in methods().values():
         for id in method.facets.papers:
             names[id].append(method.name)
-    for name, said in json.loads(_text("evidence.json")).items():
-        evidence[said["paper"]].append(name)
     entries = (json.loads(line) for line in _text("catalogue.jsonl").splitlines())
-    found = (Paper(**entry, names=tuple(names[entry["id"]]), evidence=tuple(evidence[entry["id"]]))
+    found = (Paper(**entry, names=tuple(names[entry["id"]]), evidence=tuple(verdicts(entry["id"])))
              for entry in entries)
     return tuple(sorted(found, key=lambda paper: paper.id))
+
+
+def verdicts(id: str) -> dict[str, str]:
+    """Return what came of the experiments on a paper's claims, by the experiments' names.
+
+    >>> verdicts("001-164")
+    {'dual_propagation': 'shown'}
+    """
+    return {name: said["verdict"] for name, said in measurements().items() if said["paper"] == id}
+
+
+@cache
+def measurements() -> dict[str, Any]:
+    """Return the summaries of what was measured of the papers' claims, by the experiments' names.
+
+    >>> measurements()["dual_propagation"]["paper"]
+    '001-164'
+    """
+    found: dict[str, Any] = json.loads(_text("evidence.json"))
+    return found
 
 
 def _text(file: str) -> str:
