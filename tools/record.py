@@ -3,8 +3,8 @@
     python tools/record.py [RULE ...]
 
 Runs that `runs/netwright.db` holds already are not made again. A rule that is for other networks
-than those of the digits gives a row that says so. Where rules are named, the others stay as they are
-recorded, and the step times of the named are told by Backprop's in the same run.
+than those of the digits gives a row that says so. Where rules are named, the others stay as they
+are recorded, and the step times of the named are told by Backprop's in the same run.
 """
 
 import statistics

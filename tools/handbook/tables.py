@@ -136,8 +136,10 @@ def asked(request: str, uri: str) -> str:
 
 
 def _of_each_kind(found: list[Method]) -> list[Method]:
-    """Return methods with the best verdicts first, and each kind and family in its turn."""
-    found = sorted(found, key=lambda entry: min(map(ORDER.index, verdict(entry).split(", "))))
+    """Return methods with the best verdicts first, and each family in its turn."""
+    kinds = list(KINDS)  # what changes a network that is there comes before what builds one
+    found = sorted(found, key=lambda entry: (
+        min(map(ORDER.index, verdict(entry).split(", "))), kinds.index(entry.facets.kind)))
     turns: dict[str, int] = {}
     placed = []
     for entry in found:
