@@ -18,8 +18,8 @@ import torch
 import netwright as nw
 from netwright import report
 from netwright.catalogue.facets import methods
-from netwright.compare.compare import CHANGES
 from netwright.compare.changes import changes
+from netwright.compare.compare import CHANGES
 from netwright.compare.results import Comparison, Row
 from netwright.tasks import task as find_task
 
