@@ -62,7 +62,7 @@ def test_between_takes_its_ends_where_it_is_told_to():
 def test_none_passes_where_it_is_optional_and_advice_ends_the_message():
     for check in (checks.count, checks.at_least, checks.above):
         assert check(1, optional=True, rank=None) is None
-        with pytest.raises(ValueError, match="got -2; try 4$"):
+        with pytest.raises(ValueError, match=r"got -2; try 4$"):
             check(1, optional=True, advice="try 4", rank=-2)
     assert checks.between(0, 1, optional=True, rank=None) is None
 

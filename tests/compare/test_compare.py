@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 from torch import nn
 
 import netwright as nw
+from netwright.compare.changes import Change
 from netwright.compare.compare import tasks
-from netwright.compare.recipe import Change
 from netwright.errors import BadTaskFile, Diverged, UnknownName, UnreachableStorage
 from netwright.rules import Backprop, Rule
 from netwright.tasks import Parts
@@ -135,7 +135,8 @@ def test_the_best_settings_are_used():
     storage = InMemoryStorage()
     row, = trained([Backprop], storage=storage).rows
     study = next(s for s in storage.get_all_studies() if not s.study_name.endswith("/final"))
-    best = max(storage.get_all_trials(study._study_id), key=lambda trial: trial.value)
+    complete = storage.get_all_trials(study._study_id, states=[TrialState.COMPLETE])
+    best = max(complete, key=lambda trial: trial.value)
     assert row.hyperparameters == best.params
 
 
