@@ -91,8 +91,8 @@ class Facets:
     evidence shows, and what it cannot do without. `keeps_function` says whether outputs stay as
     they were, None where that makes no sense. `search` holds what is tuned: (low, high) or a list
     of choices for an argument. `variants` are the few sets of arguments that take another path
-    through the code, by a label, the first of them what a contract builds first; `network` builds
-    a small network to try them on where an ordinary one will not do.
+    through the code, by a label, the first of them what a contract builds first. `network` builds
+    a small network to try them on, and `batch` draws what goes in, where ordinary ones will not do.
     """
 
     kind: str

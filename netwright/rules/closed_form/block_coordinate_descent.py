@@ -26,6 +26,10 @@ Loss = Literal["squared", "hinge", "cross_entropy"]
     saves=["backpropagation"],
     needs=["labels", "linear layers"],
     search={"gamma": (0.1, 10.0), "alpha": (0.5, 10.0)},
+    variants={"plain": {}, "two-splitting": {"splitting": "two"},
+              "kept samples": {"keep": 6}, "cross-entropy": {"output_loss": "cross_entropy"}},
+    network=lambda: nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(),
+                                  nn.Linear(12, 3)),
 )
 class BlockCoordinateDescent(Rule):
     """Train by minimising over each layer's weights, inputs and outputs in turn, in closed form.
@@ -65,6 +69,15 @@ class BlockCoordinateDescent(Rule):
     paper has it for smooth losses, V_n minimises its linear model instead, which needs
     alpha >= ½. Labels of -100 are left out. The returned loss is the mean of the network's own
     before the call; `objective()` is F of the samples that are kept.
+
+    Args:
+        splitting: "three", with variables before and behind activations, or "two", behind alone.
+        output_loss: "squared", "hinge" or "cross_entropy".
+        gamma: what a disagreement of a stage with its activation costs, above 0.
+        rho: what a disagreement with a layer's weights costs, above 0.
+        alpha: what moving a variable costs, above 0.
+        sweeps: over the batch, in each call.
+        keep: samples whose variables stay from one call to the next, 0 for none.
 
     Shapes: x (batch, *size); V_i, U_i (batch, width_i); y (batch,), or (batch, outputs).
 

@@ -24,6 +24,9 @@ Control = Literal["baseline", "antithetic"] | None
     saves=["backpropagation", "derivatives"],
     needs=["labels"],
     search={"noise": (0.01, 1.0), "copies": [4, 16]},
+    variants={"four copies": {"copies": 4},
+              "antithetic": {"copies": 2, "control": "antithetic"},
+              "no control": {"copies": 1, "control": None}},
 )
 class LikelihoodRatio(Rule):
     """Train every stage with noise on its output, times the loss that this noise led to.
@@ -48,6 +51,11 @@ class LikelihoodRatio(Rule):
     then taught by its own; so it is with `cross_entropy`. Where it returns one number, or where
     samples depend on each other (batch norm in training, graphs), which is found out at the first
     batch, all samples are taught by the whole loss, which keeps the mean and is noisier.
+
+    Args:
+        noise: the standard deviation of what is added to a stage's output, above 0.
+        copies: of the batch, each with noise of its own.
+        control: "baseline", "antithetic" or None.
 
     Shapes: x as the network takes it; f_i, e_i (batch, *size_i); y as the loss takes it.
 

@@ -22,6 +22,8 @@ __all__ = ["ZerothOrder"]
     saves=["backpropagation", "derivatives", "training memory", "communication"],
     needs=["labels"],
     search={"directions": [1, 16]},
+    variants={"plain": {}, "forward difference": {"difference": "forward", "directions": 3},
+              "in place": {"in_place": True, "rate": 0.1}},
 )
 class ZerothOrder(Rule):
     """Train with differences of the loss between shifted weights, by forward passes alone.
@@ -49,6 +51,13 @@ class ZerothOrder(Rule):
     For federated rounds, `seeds`, `scalars` and `replay` are the three parts of a step: whoever
     has the weights, the seeds and everybody's scalars can do the update. On CPU and CUDA the
     same seeds give other directions.
+
+    Args:
+        epsilon: the length of a shift, as a multiple of normal numbers, above 0.
+        directions: that are averaged in a step.
+        difference: "central" or "forward".
+        in_place: whether the rule steps on the weights itself, so that no gradient is held.
+        rate: of those steps; needed with `in_place`, and only there.
 
     Shapes: x as the network takes it; y as the loss takes it; z_k like w; s (directions,).
 

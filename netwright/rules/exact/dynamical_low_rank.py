@@ -28,6 +28,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     saves=["parameters", "file size", "inference memory"],
     needs=["labels"],
     search={"rate": (0.03, 1.0), "tolerance": [0.05, 0.1, 0.2]},
+    variants={"plain": {}, "fixed rank": {"tolerance": None, "rank": 3}},
 )
 class DynamicalLowRank(Rule):
     """Train the factors of low-rank weights along the exact gradient, and let their ranks adapt.
@@ -49,6 +50,13 @@ class DynamicalLowRank(Rule):
     and for those that share their weight. It begins as the given weights, cut to `rank`, the full
     rank where that is None: then the copy is the same function. It can be trained on by other
     rules. `ranks` has each layer's present rank. The step is gradient descent, by the rule itself.
+
+    Args:
+        rate: a, the length of a step, above 0.
+        tolerance: the share of a weight's norm that may be cut off in a step; None keeps the ranks.
+        rank: of every layer at the start; by default the full one.
+        least_rank: below which no layer falls.
+        dense: names of modules that stay as they are.
 
     Shapes: W (outputs, inputs), of a convolution (outputs, channels * places); U (outputs, r),
     S (r, r), V (inputs, r).

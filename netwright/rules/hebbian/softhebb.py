@@ -24,6 +24,9 @@ Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
     saves=["backpropagation", "labels"],
     needs=["a chain of stages"],
     search={"temperature": (0.1, 10.0), "anti_hebbian": [True, False]},
+    variants={"plain": {},
+              "Hebbian alone": {"anti_hebbian": False, "temperature": [0.5, 2.0]},
+              "own initial weights": {"initial_norm": None}},
 )
 class SoftHebb(Rule):
     """Train hidden stages without labels: their units compete softly, and the input draws them on.
@@ -48,6 +51,12 @@ class SoftHebb(Rule):
     needs a start far outside the unit sphere: w_ki ~ N(0, initial_norm^2 / inputs). PyTorch's own
     weights have length 0.6 and settle at once, with most units silent. `initial_norm=None` leaves
     the weights as they are, for a network that has been trained.
+
+    Args:
+        temperature: of the competition, above 0; one for all hidden stages, or one for each.
+        anti_hebbian: whether units that lose move away from the input.
+        norm_power: how fast the step vanishes as a unit's length comes near 1.
+        initial_norm: the length of the weights that are drawn at first; None draws none.
 
     Shapes: Linear x (*, inputs), u, y (*, units); convolutions x (batch, channels, *size).
 

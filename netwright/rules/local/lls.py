@@ -26,6 +26,8 @@ POOLS: dict[int, Any] = {3: functional.adaptive_avg_pool1d, 4: functional.adapti
     saves=["backpropagation", "training memory"],
     needs=["classes", "a chain of stages"],
     search={"temperature": (0.1, 1.0)},
+    variants={"plain": {}, "M": {"variant": "M"}, "MxM": {"variant": "MxM"},
+              "square waves": {"basis": "square"}},
 )
 class LLS(Rule):
     """Train every hidden stage to move in step with a fixed wave that stands for the class.
@@ -50,6 +52,13 @@ class LLS(Rule):
     a stage flattens itself is read whole. Where h is tokens and there is a label for each sample,
     the tokens' mean is taken. A sample whose activity is zero has no direction, and teaches that
     stage nothing.
+
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
+        variant: "base", "M" or "MxM": what is learned beside the network.
+        basis: "cosine" or "square", the form of the waves.
+        temperature: that scores are divided by, above 0.
+        pool: positions that each axis of a map is averaged to.
 
     Shapes: h_i (batch, *size_i); C (classes, features); m_i (classes,); M_i (classes, classes);
     y (batch,), or (batch, tokens).

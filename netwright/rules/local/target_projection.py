@@ -27,6 +27,8 @@ DISTANCES: dict[str, Distance] = {"squared": lambda a, t: (a - t).square(),
     saves=["backpropagation", "training memory"],
     needs=["labels", "a chain of stages"],
     search={"scale": (0.3, 3.0)},
+    variants={"plain": {}, "absolute": {"distance": "absolute"},
+              "direct": {"distance": "direct"}},
 )
 class TargetProjection(Rule):
     """Train every hidden stage towards a fixed random projection of the label.
@@ -47,6 +49,10 @@ class TargetProjection(Rule):
     position, or at each step of a sequence, networks learned less.
 
     Within a stage the derivative is exact, in a recurrent layer through all its steps.
+
+    Args:
+        distance: "squared", "absolute", "direct" or a function of a and t.
+        scale: of the projections, above 0.
 
     Shapes: h_i (batch, *size_i); a_i, t_i (batch, features_i), or (batch, tokens, features_i);
     P_i (classes, features_i); y (batch,), (batch, tokens), or as the output.
