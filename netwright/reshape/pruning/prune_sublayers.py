@@ -53,6 +53,12 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     result's `removed_sublayers`, in the order of their removal. Where a Hugging Face model
     numbers its attention layers for the key-value cache, those that stay are numbered anew.
 
+    Args:
+        model: a network with a residual stream.
+        calibration: inputs that the outputs are compared on.
+        remove: how many sublayers go.
+        distance: d: "angular", "euclidean", "jensen-shannon" or a function of two outputs.
+
     Shapes: calibration is what the model takes (a tensor, a tuple of positional or a mapping of
     keyword arguments) or a list of such batches; outputs (batch, *, classes).
 
