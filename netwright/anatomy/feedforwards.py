@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from netwright.catalogue.facets import method
-from netwright.errors import NothingToReshape
-from netwright.reshape.feedforward._watching import (
+from netwright.anatomy.elementwise import (
     Itself,
     Named,
     Seen,
@@ -18,9 +16,10 @@ from netwright.reshape.feedforward._watching import (
     linear_sizes,
     watch,
 )
+from netwright.errors import NothingToReshape
 from netwright.runtime.modes import evaluating
 from netwright.runtime.random_state import same_random_state
-from netwright.stages.stage import apply
+from netwright.signals import apply
 
 __all__ = ["FeedForwardLayer", "feedforwards"]
 
@@ -63,7 +62,6 @@ class FeedForwardLayer:
         return repr(self.name) if self.name else "the model"
 
 
-@method("companion")
 @torch.inference_mode(False)
 def feedforwards(model: nn.Module, example: Any = None, *,
                  square: bool = True) -> list[FeedForwardLayer]:

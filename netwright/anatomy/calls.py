@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from netwright.stages._structure import Path, tensors
-from netwright.stages._weights import count_weighted, reversible
-from netwright.stages.stage import apply
+from netwright.anatomy.layers import count_weighted, reversible
+from netwright.signals import Path, apply, tensors
 
 
 @dataclass(eq=False)
