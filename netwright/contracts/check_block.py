@@ -17,7 +17,7 @@ from netwright.contracts.checks import (
     expect_same,
     hold,
 )
-from netwright.stages.stage import apply
+from netwright.signals import apply
 
 __all__ = ["check_block"]
 
@@ -50,7 +50,7 @@ def check_block(block: Callable[..., nn.Module], *, arguments: Mapping[str, Any]
         BrokenContract: the block does not keep to it; says in one line what was expected, what was
             seen, and how to mend it.
 
-    >>> from netwright.catalogue import method
+    >>> from netwright.catalogue.facets import method
     >>> @method("block", place="feedforward", takes=["dim"])
     ... class Doubled(nn.Linear):
     ...     def __init__(self, dim):
@@ -343,7 +343,7 @@ def it_runs_the_same_without_gradients(make: Make) -> None:
 def layouts_do_not_matter(make: Make) -> None:
     case = make()
     expected = case.outputs()
-    strided = tree_map_only(Tensor, lambda part: part.transpose(0, -1).contiguous().transpose(0, -1),
-                            case.x)
+    strided = tree_map_only(
+        Tensor, lambda part: part.transpose(0, -1).contiguous().transpose(0, -1), case.x)
     expect_close(case.outputs(strided), expected, "the same from x that is not contiguous",
                  "use reshape in place of view")

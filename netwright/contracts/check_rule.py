@@ -18,7 +18,7 @@ from netwright.contracts.checks import (
     offered,
 )
 from netwright.rules.rule import Rule
-from netwright.stages.stage import call
+from netwright.signals import call
 
 __all__ = ["check_rule"]
 
