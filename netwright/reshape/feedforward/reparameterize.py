@@ -75,8 +75,8 @@ def _multiplied_out(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
 
 def _merge_blocks(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """Put what each block is in eval mode into its place, wherever it stands."""
-    blocks: dict[Any, nn.Module] = {block: block.merged() for block in map(
-        model.get_submodule, names)}  # type: ignore[operator]
+    found: list[Any] = [model.get_submodule(name) for name in names]
+    blocks: dict[Any, nn.Module] = {block: block.merged() for block in found}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in blocks:
