@@ -26,6 +26,7 @@ face(
     },
     names={
         "History": "netwright.training",
+        "Recipe": "netwright.compare.recipe",
         "Stages": "netwright.stages",
         "Task": "netwright.tasks",
         "changes": "netwright.reshape.change",
@@ -37,6 +38,7 @@ face(
         "method": "netwright.catalogue.facets",
         "parallel_forward": "netwright.numerics",
         "parallel_recurrence": "netwright.numerics",
+        "recipe": "netwright.compare.recipe",
         "recorded": "netwright.compare",
         "save": "netwright.reshape.saved",
         "stages": "netwright.stages",

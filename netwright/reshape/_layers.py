@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from netwright.anatomy.elementwise import ITSELF, Expression, Itself, Named
+from netwright.anatomy.feedforwards import FeedForwardLayer
 from netwright.reshape._naming import name_of, plain, resolved, restored
-from netwright.reshape.feedforward._watching import ITSELF, Expression, Itself, Named
-from netwright.reshape.feedforward.feedforwards import FeedForwardLayer
 
 
 def plain_layer(layer: FeedForwardLayer, model: nn.Module) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 from netwright.generative.flows.squeeze import Squeeze
@@ -17,6 +18,10 @@ class Part(Transform):
     """Run transforms on the first channels of a sample, and leave the others as they are.
 
     z = [f_n(... f_1(x[:, :channels])), x[:, channels:]];  log_det = that of the f.
+
+    Args:
+        transforms: what runs on the part, in order.
+        channels: of the part, the first of a sample.
 
     Shapes: x and z (batch, channels + others, *); the transforms must in the end keep the shape of
     their part, a `Squeeze` among them being undone by another with `back=True`.
@@ -73,8 +78,7 @@ def multi_scale(channels: int, levels: int,
     >>> flow.log_prob(torch.randn(5, 3, 8, 8)).shape
     torch.Size([5])
     """
-    if levels < 1:
-        raise ValueError(f"levels must be at least 1, got {levels}")
+    checks.count(1, levels=levels)
     transforms: list[Transform] = [Squeeze(), *block(4 * channels)]
     if levels > 1:
         transforms.append(Part(multi_scale(2 * channels, levels - 1, block), 2 * channels))

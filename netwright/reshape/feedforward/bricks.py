@@ -4,16 +4,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from netwright.anatomy.exchanging import feedforward_weights, write_feedforward
+from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape._calibration import batches_of
 from netwright.reshape._layers import layer_of, plain_layer
 from netwright.reshape.change import decided, reshape
-from netwright.reshape.feedforward.exchanging import feedforward_weights, write_feedforward
-from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
 from netwright.reshape.feedforward.swap_feedforward import choose, unfused
 from netwright.runtime.modes import evaluating, rehearsing
-from netwright.stages.stage import apply
+from netwright.signals import apply
 
 __all__ = ["Bricks", "find_bricks", "keep_bricks"]
 

@@ -6,25 +6,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from netwright.anatomy.exchanging import (
+    FeedForwardWeights,
+    feedforward_weights,
+    without_fused_paths,
+    write_feedforward,
+)
+from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
+from netwright.anatomy.residual import Sublayer, trace
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape._calibration import batches_of
 from netwright.reshape._layers import layer_of, plain_layer
 from netwright.reshape._layouts import plain_silent
 from netwright.reshape.change import decided, reshape
-from netwright.reshape.feedforward.exchanging import (
-    FeedForwardWeights,
-    feedforward_weights,
-    without_fused_paths,
-    write_feedforward,
-)
-from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
 from netwright.reshape.feedforward.swap_feedforward import choose, unfused
-from netwright.reshape.pruning._residual import Sublayer, trace
 from netwright.reshape.pruning.prune_sublayers import taken_out
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.random_state import same_random_state
-from netwright.stages.stage import apply
+from netwright.signals import apply
 
 __all__ = ["FeedForwardRun", "feedforward_runs", "fuse_feedforward"]
 

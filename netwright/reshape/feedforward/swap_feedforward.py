@@ -9,17 +9,18 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
+from netwright import checks
+from netwright.anatomy.exchanging import put_block, put_module
+from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
 from netwright.catalogue.facets import method
 from netwright.errors import Diverged, UnknownName
 from netwright.reshape._calibration import batches_of
 from netwright.reshape._layers import layer_of, plain_layer
 from netwright.reshape._naming import Built, restored
 from netwright.reshape.change import History, decided, history, remember, reshape
-from netwright.reshape.feedforward.exchanging import put_block, put_module
-from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.progress import Bar
-from netwright.stages.stage import apply
+from netwright.signals import apply
 
 __all__ = ["Swap", "swap_feedforward", "unswap_feedforward"]
 
@@ -91,8 +92,7 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
     batches = [] if calibration is None else batches_of(calibration)
     if example is None and batches:
         example = batches[0]
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    checks.count(1, steps=steps)
     chosen = choose(feedforwards(model, example), layers)
     watched, built = deepcopy(model), Built()
     blocks: list[nn.Module] = []

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from netwright import checks
+from netwright.anatomy.residual import trace
+from netwright.anatomy.residual_blocks import Passed, example_of, respond, runs_of
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape._layouts import layout_of, plain_layout
 from netwright.reshape.change import decided, reshape
-from netwright.reshape.pruning._residual import trace
-from netwright.reshape.residual._blocks import Passed, example_of, respond, runs_of
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
 
@@ -69,8 +70,7 @@ def parallelize_residual(model: nn.Module, example: Any = None, *,
     >>> broad.parallel_changes, broad(x).shape
     (('1 to 3: 3 blocks (Block) side by side',), torch.Size([1, 16, 96]))
     """
-    if group is not None and group < 2:
-        raise ValueError(f"group must be at least 2, got {group}; leave it out for whole runs")
+    checks.count(2, group=group, optional=True, advice="leave it out for whole runs")
     if hasattr(model, "_orig_mod"):
         raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
                                "the module that was compiled, and compile the result")

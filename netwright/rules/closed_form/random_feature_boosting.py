@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.numerics.closed_form import boosted_map, linear_readout, loss
@@ -63,6 +64,13 @@ class RandomFeatureBoosting(Rule):
     The paper's blocks read the input besides phi, and end in a batch norm; here a block is what
     the network has. Its closed form for the squared loss alone is not here.
 
+    Args:
+        ridge: what the size of a stage's last layer costs, above 0.
+        ridge_readout: what the size of the readout costs, above 0.
+        shrinkage: the part of each stage's best step that is taken, at most 1.
+        output_loss: "cross_entropy" or "squared".
+        keep: samples of the training set to keep, 0 to fit each batch by itself.
+
     Shapes: f (n, features); phi and G (n, width); W (outputs, width), n counting samples, or
     tokens that have labels of their own; y (batch, *tokens), or (batch, *tokens, outputs).
 
@@ -98,8 +106,7 @@ class RandomFeatureBoosting(Rule):
         if not 0 < shrinkage <= 1:
             raise ValueError(f"shrinkage must be above 0 and at most 1, got {shrinkage}; "
                              "1 takes the whole step")
-        if keep < 0:
-            raise ValueError(f"keep must be at least 0, got {keep}")
+        checks.count(0, keep=keep)
         self.ridge, self.ridge_readout, self.shrinkage = ridge, ridge_readout, shrinkage
         self.output_loss, self.squared, self.keep = output_loss, output_loss == "squared", keep
         self.stages = stages(network, example)

@@ -8,6 +8,7 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -59,6 +60,11 @@ class DualPropagation(Rule):
     A small `beta` or straight activations bring g to the exact gradient; at alpha = 1/2 what
     is off is of the order of beta^2. There is one sweep; the feedback gains between layers are 1.
 
+    Args:
+        alpha: the share of the error that s+ takes, between 0 and 1; s- takes the rest.
+        beta: the strength of the error at the top, above 0.
+        means: "forward" or "dyads": the activity at which the weights learn.
+
     Shapes: x as the network takes it; y as the loss takes it; s+ and s- as the activation returns.
 
     Activation checkpoints do not do: those that are not reentrant raise PyTorch's
@@ -84,11 +90,8 @@ class DualPropagation(Rule):
                  means: Literal["forward", "dyads"] = "forward",
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be between 0 and 1, got {alpha}; at 0.5 both states are "
-                             "nudged alike")
-        if not beta > 0:
-            raise ValueError(f"beta must be above 0, got {beta}; try the default, 1")
+        checks.between(0, 1, alpha=alpha, advice="at 0.5 both states are nudged alike")
+        checks.above(0, beta=beta, advice="try the default, 1")
         if means not in ("forward", "dyads"):
             raise UnknownName("kind of means", means, ["forward", "dyads"])
         super().__init__(network, generator=generator)

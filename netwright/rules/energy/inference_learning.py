@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, check_labels, targets
@@ -45,6 +46,11 @@ class InferenceLearning(Rule):
     another lr, can take g, but then the weights do not go where the states have settled. Dropout
     keeps one mask for all steps, and running statistics see the forward pass alone.
 
+    Args:
+        rate: the step of the weights that E reckons with, above 0; give SGD the same.
+        steps: of the states; by default 25, or the number of stages if that is larger.
+        state_rate: the first s.
+
     Shapes: x as the network takes it; h_i as stage i returns it; y as the loss takes it.
 
     Raises:
@@ -74,9 +80,7 @@ class InferenceLearning(Rule):
             raise ValueError(f"steps must be at least {len(chain)} for {len(chain)} stages, got "
                              f"{steps}; an error travels one stage a step and would not reach "
                              "the first: raise steps or cut the network into fewer stages")
-        for name, value in (("rate", rate), ("state_rate", state_rate)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}; try the default")
+        checks.above(0, rate=rate, state_rate=state_rate, advice="try the default")
         super().__init__(network, generator=generator)
         self.stages, self.loss, self.steps = chain, loss, steps
         self.rate, self.state_rate = rate, state_rate

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.estimators._evolution import Evolution
@@ -82,6 +83,14 @@ class BlackBoxPrompt(Rule):
     `layers="first"` tunes the first prompt alone. The returned loss is the mean over all
     candidates.
 
+    Args:
+        tokens: places of the prompt, where the input is token numbers.
+        dimension: numbers that the strategy searches over, for each layer.
+        population: candidates of a generation, at least 4.
+        step: the strategy's first standard deviation, above 0.
+        after: tokens of a row that stand before the prompt.
+        layers: "all", or "first" for the input's prompt alone.
+
     Shapes: h_i (batch, length, width); p_i (tokens, width), or like a sample's h_i; z_i
     (dimension,); A_i (dimension, numbers of p_i).
 
@@ -116,8 +125,7 @@ class BlackBoxPrompt(Rule):
                                    ("population", population, 4), ("after", after, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not step > 0:
-            raise ValueError(f"step must be above 0, got {step}; try 0.5")
+        checks.above(0, step=step, advice="try 0.5")
         if layers not in ("all", "first"):
             raise ValueError(f"layers must be 'all' or 'first', got {layers!r}")
         if example is None:

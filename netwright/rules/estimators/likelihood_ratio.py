@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, check_labels
@@ -52,6 +53,11 @@ class LikelihoodRatio(Rule):
     samples depend on each other (batch norm in training, graphs), which is found out at the first
     batch, all samples are taught by the whole loss, which keeps the mean and is noisier.
 
+    Args:
+        noise: the standard deviation of what is added to a stage's output, above 0.
+        copies: of the batch, each with noise of its own.
+        control: "baseline", "antithetic" or None.
+
     Shapes: x as the network takes it; f_i, e_i (batch, *size_i); y as the loss takes it.
 
     Raises:
@@ -75,8 +81,7 @@ class LikelihoodRatio(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if not noise > 0:
-            raise ValueError(f"noise must be above 0, got {noise}; try 0.1")
+        checks.above(0, noise=noise, advice="try 0.1")
         if control not in ("baseline", "antithetic", None):
             raise ValueError(f"control must be 'baseline', 'antithetic' or None, got {control!r}")
         if copies < (1 if control is None else 2) or (control == "antithetic" and copies % 2):

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -44,6 +45,10 @@ class HighwayBackprop(Rule):
 
     Not here: the paper's form for recurrent networks, which runs along time instead of depth.
 
+    Args:
+        iterations: k, the most blocks of a run that a path of the gradient passes through.
+        residual: names of the residual stages; by default they are found.
+
     Shapes: h_i and g_i (batch, *size), equal in a run; x and y as the network and the loss take
     them.
 
@@ -69,9 +74,9 @@ class HighwayBackprop(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if iterations < 0:
-            raise ValueError(f"iterations must be at least 0, got {iterations}; 0 is the residual "
-                             "path alone, and the number of stages gives the exact gradient")
+        checks.count(0, iterations=iterations,
+                     advice="0 is the residual path alone, and the number of stages gives the "
+                            "exact gradient")
         self.stages, self.loss, self.iterations = stages(network, example), loss, iterations
         self.residual = None if residual is None else list(residual)
         for name in self.residual or ():

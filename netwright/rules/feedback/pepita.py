@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -70,6 +71,11 @@ class Pepita(Rule):
     h_l - g_l is a small difference of large numbers; in bfloat16 most of it is rounding, which a
     larger `scale` outgrows.
 
+    Args:
+        feedback: "random", or "mirror" for an F that follows the weights.
+        presynaptic: "modulated", "clean" or "own": the input that a change is paired with.
+        scale: of F, and so of the shift.
+
     Shapes: x (*lead, *size); logits (*lead, classes); F (classes, *size), or
     (prod(logits[0]), *size) where only the batch axis is shared; B_l (features_l, features_(l-1)).
 
@@ -101,9 +107,8 @@ class Pepita(Rule):
             raise UnknownName("feedback", feedback, ["random", "mirror"])
         if presynaptic not in ("modulated", "clean", "own"):
             raise UnknownName("presynaptic factor", presynaptic, ["modulated", "clean", "own"])
-        if not scale > 0:
-            raise ValueError(f"scale must be above 0, got {scale}; without feedback nothing is "
-                             "learned, the paper's is 0.05")
+        checks.above(0, scale=scale,
+                     advice="without feedback nothing is learned, the paper's is 0.05")
         if example is None:
             raise ValueError("example must be an input of the network, got None; the feedback "
                              "matrix takes its size from it")

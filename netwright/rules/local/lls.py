@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter, functional
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -53,6 +54,13 @@ class LLS(Rule):
     the tokens' mean is taken. A sample whose activity is zero has no direction, and teaches that
     stage nothing.
 
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
+        variant: "base", "M" or "MxM": what is learned beside the network.
+        basis: "cosine" or "square", the form of the waves.
+        temperature: that scores are divided by, above 0.
+        pool: positions that each axis of a map is averaged to.
+
     Shapes: h_i (batch, *size_i); C (classes, features); m_i (classes,); M_i (classes, classes);
     y (batch,), or (batch, tokens).
 
@@ -82,8 +90,7 @@ class LLS(Rule):
             raise UnknownName("variant", variant, ["base", "M", "MxM"])
         if basis not in ("cosine", "square"):
             raise UnknownName("basis", basis, ["cosine", "square"])
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}; try 0.5")
+        checks.above(0, temperature=temperature, advice="try 0.5")
         if pool < 1:
             raise ValueError(f"pool must be at least 1 position an axis, got {pool}; try 2")
         self.stages, self.loss = stages(network, example), loss
