@@ -19,7 +19,7 @@ test: .venv/test
 	$(BIN)/python tools/stubs.py
 	$(BIN)/mypy
 	$(BIN)/deptry netwright
-	$(BIN)/deptry tests benchmarks docs tools --ignore DEP002,DEP004
+	$(BIN)/deptry tests benchmarks docs evidence tools --ignore DEP002,DEP004
 	$(PYTEST) -m 'not check'
 
 # What takes long: the site, the wheel, a browser, a database.

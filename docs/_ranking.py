@@ -25,8 +25,8 @@ def page() -> str:
         f"the seeds; time and stored bytes are those of a step over those of `{found['plain']}`, "
         f"timed in turns on one thread ({found['machine']['processor']}). Rows stand in the order "
         "of their loss: neighbours that differ by less than their deviations are not told apart.",
-        "", "These are small networks and short trainings; `python "
-        "benchmarks/feedforward_blocks.py` runs them again, and takes a new block as a line of its "
+        "", "These are small networks and short trainings; `python -m "
+        "benchmarks.feedforward_blocks` runs them again, and takes a new block as a line of its "
         "table.", "",
         "What to read with care: `ConvGLU` also sees neighbouring tokens, which the others leave "
         "to attention; `RePa` has batch norms, which help short trainings by themselves; the "

@@ -9,6 +9,7 @@ face(
         "blocks": "netwright.blocks",
         "boosting": "netwright.models.boosting",
         "circuits": "netwright.formal.circuits",
+        "contracts": "netwright.contracts",
         "data": "netwright.data",
         "errors": "netwright.errors",
         "evidence": "netwright.evidence",

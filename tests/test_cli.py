@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -188,7 +189,11 @@ def test_missing_data_says_what_was_looked_for(netwright, monkeypatch):
 
 
 def test_the_module_runs_as_a_program():
-    found = subprocess.run([sys.executable, "-m", "netwright.cli", "papers", "finercut"],
+    found = subprocess.run([sys.executable, "-m", "netwright", "papers", "finercut"],
                            capture_output=True, text=True)
     assert found.returncode == 0
     assert "FinerCut" in found.stdout
+
+
+def test_the_version(netwright):
+    assert netwright("--version")[:2] == (0, f"netwright {version('netwright')}\n")

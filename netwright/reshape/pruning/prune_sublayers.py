@@ -18,7 +18,15 @@ __all__ = ["prune_sublayers", "sublayers", "without_sublayers"]
 Distance = Literal["angular", "euclidean", "jensen-shannon"] | Callable[[Tensor, Tensor], Tensor]
 
 
-@method("reshape", papers=["000-012"])
+@method(
+    "reshape",
+    papers=["000-012"],
+    place="residual stream",
+    saves=["parameters", "file size", "inference memory", "inference time"],
+    needs=["calibration data"],
+    keeps_function=False,
+    search={"remove": [1, 2, 4], "distance": ["angular", "euclidean", "jensen-shannon"]},
+)
 @torch.inference_mode(False)
 @torch.no_grad()
 def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
@@ -83,7 +91,7 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     return _finished(pruned, removed)
 
 
-@method("reshape")
+@method("companion")
 @torch.inference_mode(False)
 def sublayers(model: nn.Module, example: Any) -> list[str]:
     """Return the names of the sublayers that `prune_sublayers` could remove, first to last.
@@ -95,7 +103,7 @@ def sublayers(model: nn.Module, example: Any) -> list[str]:
     return [sublayer.name for sublayer in _found(model, example).sublayers]
 
 
-@method("reshape")
+@method("companion")
 @torch.inference_mode(False)
 def without_sublayers(model: nn.Module, example: Any, names: list[str]) -> nn.Module:
     """Return a copy without the sublayers called `names`, by a choice of one's own.

@@ -1,6 +1,6 @@
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,7 +20,13 @@ Splitting = Literal["three", "two"]
 Loss = Literal["squared", "hinge", "cross_entropy"]
 
 
-@method("rule", papers=["003-108"])
+@method(
+    "rule",
+    papers=["003-108"],
+    saves=["backpropagation"],
+    needs=["labels", "linear layers"],
+    search={"gamma": (0.1, 10.0), "alpha": (0.5, 10.0)},
+)
 class BlockCoordinateDescent(Rule):
     """Train by minimising over each layer's weights, inputs and outputs in turn, in closed form.
 
@@ -83,7 +89,6 @@ class BlockCoordinateDescent(Rule):
     kept_y: Tensor
     is_kept: Tensor
     updates_weights = True
-    search: ClassVar = {"gamma": (0.1, 10.0), "alpha": (0.5, 10.0)}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  splitting: Splitting = "three", output_loss: Loss = "squared", gamma: float = 1.0,

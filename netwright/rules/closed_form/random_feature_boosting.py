@@ -1,7 +1,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -22,7 +22,13 @@ __all__ = ["RandomFeatureBoosting"]
 Loss = Literal["cross_entropy", "squared"]
 
 
-@method("rule", papers=["003-072"])
+@method(
+    "rule",
+    papers=["003-072"],
+    saves=["backpropagation", "training time"],
+    needs=["labels", "a residual network"],
+    search={"ridge": (1e-3, 10.0), "ridge_readout": (1e-5, 0.1)},
+)
 class RandomFeatureBoosting(Rule):
     """Train each residual stage's last layer in closed form, to lower the loss of a linear readout.
 
@@ -76,7 +82,6 @@ class RandomFeatureBoosting(Rule):
     kept_y: Tensor
     seen: Tensor
     updates_weights = True
-    search: ClassVar = {"ridge": (1e-3, 10.0), "ridge_readout": (1e-5, 0.1)}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, ridge: float = 0.1,
                  ridge_readout: float = 0.01, shrinkage: float = 1.0,

@@ -24,7 +24,12 @@ __all__ = ["DiffusionBlocks"]
 WIDTH = 64  # of the vector that tells the noise level and the class
 
 
-@method("rule", papers=["003-037"])
+@method(
+    "rule",
+    papers=["003-037"],
+    saves=["backpropagation", "training memory"],
+    needs=["a residual network"],
+)
 class DiffusionBlocks(Rule):
     """Train the blocks of a residual network apart, each as a denoiser of noise levels of its own.
 

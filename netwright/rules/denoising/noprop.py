@@ -27,7 +27,7 @@ from netwright.stages import Stages, call
 __all__ = ["NoProp"]
 
 
-@method("rule", papers=["003-168"])
+@method("rule", papers=["003-168"], saves=["backpropagation"], needs=["classes"])
 class NoProp(Rule):
     """Train blocks that each denoise the label on their own; prediction runs them as a chain.
 

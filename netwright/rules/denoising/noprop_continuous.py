@@ -1,5 +1,5 @@
 from math import pi
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -29,7 +29,13 @@ from netwright.stages import Stages, call
 __all__ = ["NoPropContinuous"]
 
 
-@method("rule", papers=["003-168"])
+@method(
+    "rule",
+    papers=["003-168"],
+    saves=["backpropagation"],
+    needs=["classes"],
+    search={"embedding": ["learned", "one-hot"]},
+)
 class NoPropContinuous(Rule):
     """Train one block to denoise the label at any time; prediction follows its flow to the label.
 
@@ -66,8 +72,6 @@ class NoPropContinuous(Rule):
     >>> rule.predict(torch.randn(2, 4)).shape
     torch.Size([2, 3])
     """
-
-    search: ClassVar = {"embedding": ["learned", "one-hot"]}
 
     embedding: Tensor
 

@@ -1,4 +1,4 @@
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -25,7 +25,13 @@ from netwright.stages import Stages, call
 __all__ = ["NoPropFlow"]
 
 
-@method("rule", papers=["003-168"])
+@method(
+    "rule",
+    papers=["003-168"],
+    saves=["backpropagation"],
+    needs=["classes"],
+    search={"embedding": ["learned", "one-hot"]},
+)
 class NoPropFlow(Rule):
     """Train one block to point from noise to the label; prediction follows it there.
 
@@ -58,8 +64,6 @@ class NoPropFlow(Rule):
     >>> rule.predict(torch.randn(2, 4)).shape
     torch.Size([2, 3])
     """
-
-    search: ClassVar = {"embedding": ["learned", "one-hot"]}
 
     embedding: Tensor
 

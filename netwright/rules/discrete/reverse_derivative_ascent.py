@@ -14,7 +14,12 @@ from netwright.stages import Stages
 __all__ = ["ReverseDerivativeAscent"]
 
 
-@method("rule", papers=["001-034"])
+@method(
+    "rule",
+    papers=["001-034"],
+    saves=["backpropagation", "derivatives"],
+    needs=["classes", "a circuit"],
+)
 class ReverseDerivativeAscent(Rule):
     """Train the bits of a circuit themselves, by the reverse derivative of its error.
 

@@ -29,7 +29,12 @@ ACTIVATIONS = frozenset({
     functional.threshold})
 
 
-@method("rule", papers=["001-164"])
+@method(
+    "rule",
+    papers=["001-164"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+)
 class DualPropagation(Rule):
     """Give each unit two states, whose mean is its activity and whose difference is its error.
 

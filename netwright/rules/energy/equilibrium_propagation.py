@@ -15,7 +15,7 @@ __all__ = ["EquilibriumPropagation"]
 HOLOMORPHIC = (nn.Sigmoid, nn.Tanh, nn.SiLU)
 
 
-@method("rule", papers=["002-006"])
+@method("rule", papers=["002-006"], saves=["backpropagation"], needs=["classes", "linear layers"])
 class EquilibriumPropagation(Rule):
     """Let a layered network settle freely and under complex nudges, then learn from how it moved.
 

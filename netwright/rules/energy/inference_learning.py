@@ -16,7 +16,12 @@ from netwright.stages import Stages, stages
 __all__ = ["InferenceLearning"]
 
 
-@method("rule", papers=["003-179"])
+@method(
+    "rule",
+    papers=["003-179"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+)
 class InferenceLearning(Rule):
     """Let the states settle where a step of the weights would leave them, and take that step.
 

@@ -16,7 +16,12 @@ from netwright.stages import Stages, stages
 __all__ = ["PredictiveCoding"]
 
 
-@method("rule", papers=["003-167"])
+@method(
+    "rule",
+    papers=["003-167"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+)
 class PredictiveCoding(Rule):
     """Let the states settle where the stages are least surprised, then learn from what is left.
 

@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -53,7 +53,13 @@ class Prompt(nn.Module):
         return torch.cat([before, places, rest], 1)
 
 
-@method("rule", papers=["003-154"])
+@method(
+    "rule",
+    papers=["003-154"],
+    saves=["backpropagation", "derivatives"],
+    needs=["labels", "a transformer"],
+    search={"step": (0.1, 2.0)},
+)
 class BlackBoxPrompt(Rule):
     """Tune prompts at every layer of a frozen network by an evolution strategy, layer by layer.
 
@@ -98,7 +104,6 @@ class BlackBoxPrompt(Rule):
     """
 
     updates_weights = True
-    search: ClassVar = {"step": (0.1, 2.0)}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, tokens: int = 50,
                  dimension: int = 500, population: int = 20, step: float = 0.5, after: int = 1,

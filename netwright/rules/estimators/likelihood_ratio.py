@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -18,7 +18,13 @@ __all__ = ["LikelihoodRatio"]
 Control = Literal["baseline", "antithetic"] | None
 
 
-@method("rule", papers=["002-042"])
+@method(
+    "rule",
+    papers=["002-042"],
+    saves=["backpropagation", "derivatives"],
+    needs=["labels"],
+    search={"noise": (0.01, 1.0), "copies": [4, 16]},
+)
 class LikelihoodRatio(Rule):
     """Train every stage with noise on its output, times the loss that this noise led to.
 
@@ -60,8 +66,6 @@ class LikelihoodRatio(Rule):
     >>> network[0].weight.grad.shape
     torch.Size([8, 4])
     """
-
-    search: ClassVar = {"noise": (0.01, 1.0), "copies": [4, 16]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  noise: float = 0.1, copies: int = 16, control: Control = "baseline",

@@ -1,7 +1,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,7 +21,13 @@ _LAYERS: dict[Any, int] = {functional.linear: 0, functional.conv1d: 0, functiona
                            functional.conv3d: 0, torch.addmm: 1}
 
 
-@method("rule", papers=["003-149"])
+@method(
+    "rule",
+    papers=["003-149"],
+    saves=["backpropagation", "derivatives", "training memory"],
+    needs=["labels"],
+    search={"rate": (0.2, 5.0)},
+)
 class QuantizedForwardGradient(Rule):
     """Train weights of 8 bits by forward passes alone, by which way of two the loss is lower.
 
@@ -70,7 +76,6 @@ class QuantizedForwardGradient(Rule):
     """
 
     updates_weights = True
-    search: ClassVar = {"rate": (0.2, 5.0)}
 
     exponents: Tensor
 

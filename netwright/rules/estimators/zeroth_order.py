@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,7 +16,13 @@ from netwright.stages import Stages, call, stages
 __all__ = ["ZerothOrder"]
 
 
-@method("rule", papers=["003-030"])
+@method(
+    "rule",
+    papers=["003-030"],
+    saves=["backpropagation", "derivatives", "training memory", "communication"],
+    needs=["labels"],
+    search={"directions": [1, 16]},
+)
 class ZerothOrder(Rule):
     """Train with differences of the loss between shifted weights, by forward passes alone.
 
@@ -63,8 +69,6 @@ class ZerothOrder(Rule):
     >>> rule.scalars(x, y, seeds).shape
     torch.Size([16])
     """
-
-    search: ClassVar = {"directions": [1, 16]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  epsilon: float = 1e-3, directions: int = 1,

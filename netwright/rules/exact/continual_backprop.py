@@ -16,7 +16,7 @@ from netwright.stages import Stages, call
 __all__ = ["ContinualBackprop"]
 
 
-@method("rule", papers=["001-136"])
+@method("rule", papers=["001-136"], needs=["labels"])
 class ContinualBackprop(Rule):
     """Train with the exact gradient, and after every step renew a few units that do little.
 

@@ -1,7 +1,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -22,7 +22,13 @@ __all__ = ["DynamicalLowRank"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-@method("rule", papers=["002-135"])
+@method(
+    "rule",
+    papers=["002-135"],
+    saves=["parameters", "file size", "inference memory"],
+    needs=["labels"],
+    search={"rate": (0.03, 1.0), "tolerance": [0.05, 0.1, 0.2]},
+)
 class DynamicalLowRank(Rule):
     """Train the factors of low-rank weights along the exact gradient, and let their ranks adapt.
 
@@ -63,7 +69,6 @@ class DynamicalLowRank(Rule):
     """
 
     updates_weights = True
-    search: ClassVar = {"rate": (0.03, 1.0), "tolerance": [0.05, 0.1, 0.2]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, rate: float = 0.1,
                  tolerance: float | None = 0.1, rank: int | None = None, least_rank: int = 2,

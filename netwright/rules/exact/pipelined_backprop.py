@@ -17,7 +17,7 @@ from netwright.stages import Stages, call, stages
 __all__ = ["PipelinedBackprop"]
 
 
-@method("rule", papers=["003-048"])
+@method("rule", papers=["003-048"], needs=["labels", "a chain of stages"])
 class PipelinedBackprop(Rule):
     """Train as a pipeline does that never waits: with gradients of weights that are steps old.
 

@@ -18,7 +18,7 @@ from netwright.stages.stage import apply, tensor_of
 __all__ = ["Reversible"]
 
 
-@method("rule", papers=["001-010"])
+@method("rule", papers=["001-010"], saves=["training memory"], needs=["labels"])
 class Reversible(Rule):
     """Backpropagate through a network that reconstructs its activations instead of storing them.
 

@@ -15,7 +15,12 @@ from netwright.stages import Stages, stages
 __all__ = ["DirectFeedbackAlignment"]
 
 
-@method("rule", papers=["001-137", "002-102", "003-212"])
+@method(
+    "rule",
+    papers=["001-137", "002-102", "003-212"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+)
 class DirectFeedbackAlignment(Rule):
     """Train every stage with a random projection of the output error of its own.
 

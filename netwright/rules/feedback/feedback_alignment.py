@@ -17,7 +17,7 @@ from netwright.stages import Stages, call
 __all__ = ["FeedbackAlignment"]
 
 
-@method("rule")
+@method("rule", saves=["backpropagation"], needs=["labels"])
 class FeedbackAlignment(Rule):
     """Train with matrices of their own, instead of the weights, carrying the error backwards.
 

@@ -32,7 +32,12 @@ from netwright.stages.stage import Context
 __all__ = ["Pepita"]
 
 
-@method("rule", papers=["003-020"])
+@method(
+    "rule",
+    papers=["003-020"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+)
 class Pepita(Rule):
     """Train every stage by how its output changes when the input is shifted by the output error.
 

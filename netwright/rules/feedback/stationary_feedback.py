@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -17,7 +17,13 @@ __all__ = ["StationaryFeedback"]
 RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
 
 
-@method("rule", papers=["003-183"])
+@method(
+    "rule",
+    papers=["003-183"],
+    saves=["backpropagation"],
+    needs=["labels", "a recurrent network"],
+    search={"memory": (2.0, 200.0)},
+)
 class StationaryFeedback(Rule):
     """Train recurrent layers with a gradient that a fixed diagonal matrix carries back in time.
 
@@ -65,8 +71,6 @@ class StationaryFeedback(Rule):
     >>> rule.feedback_0.shape
     torch.Size([8])
     """
-
-    search: ClassVar = {"memory": (2.0, 200.0)}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, memory: float = 30.0,
                  feedback: float | Tensor | None = None,

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -23,7 +23,13 @@ from netwright.stages import Stages, call, stages
 __all__ = ["ForwardGradient"]
 
 
-@method("rule", papers=["001-112", "003-044"])
+@method(
+    "rule",
+    papers=["001-112", "003-044"],
+    saves=["backpropagation", "training memory"],
+    needs=["labels"],
+    search={"perturb": ["weights", "activities"], "directions": [1, 16]},
+)
 class ForwardGradient(Rule):
     """Train with the loss's slope in guessed directions, found without a backward pass.
 
@@ -81,8 +87,6 @@ class ForwardGradient(Rule):
     >>> [type(head).__name__ for head in ForwardGradient(network, guess="local_loss").heads]
     ['AuxiliaryHead']
     """
-
-    search: ClassVar = {"perturb": ["weights", "activities"], "directions": [1, 16]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  perturb: Literal["weights", "activities"] = "weights", directions: int = 1,

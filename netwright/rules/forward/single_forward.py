@@ -23,7 +23,12 @@ from netwright.stages import Stages, stages
 __all__ = ["SingleForward"]
 
 
-@method("rule", papers=["000-016"])
+@method(
+    "rule",
+    papers=["000-016"],
+    saves=["backpropagation", "training memory"],
+    needs=["classes", "a graph"],
+)
 class SingleForward(Rule):
     """Train each layer of a graph network to bring nodes near a virtual node of their class.
 

@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -18,7 +18,13 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-@method("rule", papers=["003-130"])
+@method(
+    "rule",
+    papers=["003-130"],
+    saves=["backpropagation", "labels"],
+    needs=["a chain of stages"],
+    search={"temperature": (0.1, 10.0), "anti_hebbian": [True, False]},
+)
 class SoftHebb(Rule):
     """Train hidden stages without labels: their units compete softly, and the input draws them on.
 
@@ -62,8 +68,6 @@ class SoftHebb(Rule):
     >>> network[0].weight.grad.shape, network[0].bias.grad
     (torch.Size([8, 4]), None)
     """
-
-    search: ClassVar = {"temperature": (0.1, 10.0), "anti_hebbian": [True, False]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  temperature: float | Sequence[float] = 1.0, anti_hebbian: bool = True,

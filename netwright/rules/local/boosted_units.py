@@ -1,7 +1,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, distributed, nn
@@ -18,7 +18,13 @@ from netwright.stages import Stages, call
 __all__ = ["BoostedUnits"]
 
 
-@method("rule", papers=["004-020"])
+@method(
+    "rule",
+    papers=["004-020"],
+    saves=["inference time"],
+    needs=["labels"],
+    search={"steps": [25, 100]},
+)
 class BoostedUnits(Rule):
     """Train the last hidden layer a few units at a time, each on what those before leave wrong.
 
@@ -61,7 +67,6 @@ class BoostedUnits(Rule):
     """
 
     together = True
-    search: ClassVar = {"steps": [25, 100]}
 
     group: Tensor
     calls: Tensor

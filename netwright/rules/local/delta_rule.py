@@ -11,7 +11,7 @@ from netwright.stages import Stages
 __all__ = ["DeltaRule"]
 
 
-@method("rule", papers=["003-036"])
+@method("rule", papers=["003-036"], saves=["backpropagation"], needs=["labels", "linear layers"])
 class DeltaRule(Rule):
     """Train neurons by their error times their input: the delta rule.
 

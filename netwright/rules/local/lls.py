@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,7 +20,13 @@ POOLS: dict[int, Any] = {3: functional.adaptive_avg_pool1d, 4: functional.adapti
                          5: functional.adaptive_avg_pool3d}
 
 
-@method("rule", papers=["003-028"])
+@method(
+    "rule",
+    papers=["003-028"],
+    saves=["backpropagation", "training memory"],
+    needs=["classes", "a chain of stages"],
+    search={"temperature": (0.1, 1.0)},
+)
 class LLS(Rule):
     """Train every hidden stage to move in step with a fixed wave that stands for the class.
 
@@ -63,8 +69,6 @@ class LLS(Rule):
     >>> [modulation.shape for modulation in rule.modulations]
     [torch.Size([3])]
     """
-
-    search: ClassVar = {"temperature": (0.1, 1.0)}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  num_classes: int | None = None, variant: Literal["base", "M", "MxM"] = "base",

@@ -14,7 +14,12 @@ from netwright.stages import Stages, stages
 __all__ = ["LocalLosses"]
 
 
-@method("rule", papers=["003-055"])
+@method(
+    "rule",
+    papers=["003-055"],
+    saves=["backpropagation", "training memory"],
+    needs=["classes", "a chain of stages"],
+)
 class LocalLosses(Rule):
     """Train blocks of stages each by the loss of a small network of its own.
 

@@ -16,7 +16,12 @@ from netwright.stages import Stage, Stages, stages
 __all__ = ["MomentumAuxiliary"]
 
 
-@method("rule", papers=["003-055"])
+@method(
+    "rule",
+    papers=["003-055"],
+    saves=["backpropagation", "training memory"],
+    needs=["classes", "a chain of stages"],
+)
 class MomentumAuxiliary(Rule):
     """Train blocks of stages each through a moving average of the stage that follows.
 

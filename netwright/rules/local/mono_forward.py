@@ -15,7 +15,12 @@ from netwright.stages import Stages, stages
 __all__ = ["MonoForward"]
 
 
-@method("rule", papers=["003-039", "004-029"])
+@method(
+    "rule",
+    papers=["003-039", "004-029"],
+    saves=["backpropagation", "training memory"],
+    needs=["classes", "a chain of stages"],
+)
 class MonoForward(Rule):
     """Train every stage by the class scores that a matrix of its own reads off its output.
 
