@@ -1,6 +1,7 @@
 """What a method is for, said on the method itself; everything that lists methods reads it there."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,7 +12,7 @@ from torch import nn
 from netwright.errors import UnknownName
 from netwright.runtime.faces import declared, files
 
-__all__ = ["Facets", "Method", "facets", "method", "methods", "searched"]
+__all__ = ["Facets", "Method", "facets", "gist", "method", "methods", "searched"]
 
 M = TypeVar("M")
 
@@ -90,8 +91,8 @@ class Facets:
     evidence shows, and what it cannot do without. `keeps_function` says whether outputs stay as
     they were, None where that makes no sense. `search` holds what is tuned: (low, high) or a list
     of choices for an argument. `variants` are the few sets of arguments that take another path
-    through the code, by a label, the first of them what a contract builds first; `network` builds
-    a small network to try them on where an ordinary one will not do.
+    through the code, by a label, the first of them what a contract builds first. `network` builds
+    a small network to try them on, and `batch` draws what goes in, where ordinary ones will not do.
     """
 
     kind: str
@@ -114,6 +115,14 @@ class Method:
     name: str
     value: Any
     facets: Facets
+
+    @property
+    def gist(self) -> str:
+        """The first sentence of its docstring."""
+        return gist(self.value)
+
+    def __repr__(self) -> str:
+        return f"<nw.{self.name}, a {self.facets.kind}: {self.gist}>"
 
 
 def method(kind: str, *, papers: Sequence[str] = (), place: str = "", takes: Sequence[str] = (),
@@ -167,6 +176,15 @@ def searched(value: Any) -> Mapping[str, Any]:
     if isinstance(own, Mapping):
         return own
     return said.search if isinstance(said, Facets) else {}
+
+
+def gist(value: Any) -> str:
+    """Return the first sentence of a docstring on one line.
+
+    >>> gist(gist)
+    'Return the first sentence of a docstring on one line.'
+    """
+    return " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
 
 
 @cache

@@ -25,12 +25,14 @@ class Rule(nn.Module):
 
     A rule that does not speak through `.grad` sets `updates_weights` and changes the weights
     itself when it is called. One that talks to the other processes in its calls sets `together`:
-    then every process must have a share of every batch. `resized` has the names in the state of
-    weights whose shapes change as it trains.
+    then every process must have a share of every batch. `remembers` says that a call leaves more
+    behind in the state than `.grad`: what the next update will need. `resized` has the names in
+    the state of weights whose shapes change as it trains.
     """
 
     updates_weights = False
     together = False
+    remembers = False
     optimizer: Optimizer | None = None
     resized: Collection[str] = ()
 

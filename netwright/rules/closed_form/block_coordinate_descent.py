@@ -26,6 +26,10 @@ Loss = Literal["squared", "hinge", "cross_entropy"]
     saves=["backpropagation"],
     needs=["labels", "linear layers"],
     search={"gamma": (0.1, 10.0), "alpha": (0.5, 10.0)},
+    variants={"plain": {}, "two-splitting": {"splitting": "two"},
+              "kept samples": {"keep": 6}, "cross-entropy": {"output_loss": "cross_entropy"}},
+    network=lambda: nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(),
+                                  nn.Linear(12, 3)),
 )
 class BlockCoordinateDescent(Rule):
     """Train by minimising over each layer's weights, inputs and outputs in turn, in closed form.

@@ -28,6 +28,8 @@ Loss = Literal["cross_entropy", "squared"]
     saves=["backpropagation", "training time"],
     needs=["labels", "a residual network"],
     search={"ridge": (1e-3, 10.0), "ridge_readout": (1e-5, 0.1)},
+    variants={"plain": {}, "squared loss": {"output_loss": "squared"},
+              "kept samples": {"keep": 6}},
 )
 class RandomFeatureBoosting(Rule):
     """Train each residual stage's last layer in closed form, to lower the loss of a linear readout.

@@ -29,6 +29,9 @@ WIDTH = 64  # of the vector that tells the noise level and the class
     papers=["003-037"],
     saves=["backpropagation", "training memory"],
     needs=["a residual network"],
+    variants={"two blocks": {"blocks": 2, "num_classes": 3}},
+    network=lambda: nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(),
+                                  nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 20)),
 )
 class DiffusionBlocks(Rule):
     """Train the blocks of a residual network apart, each as a denoiser of noise levels of its own.

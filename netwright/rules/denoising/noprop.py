@@ -27,7 +27,9 @@ from netwright.stages import Stages, call
 __all__ = ["NoProp"]
 
 
-@method("rule", papers=["003-168"], saves=["backpropagation"], needs=["classes"])
+@method("rule", papers=["003-168"], saves=["backpropagation"], needs=["classes"],
+        variants={"three blocks": {"blocks": 3},
+                  "one-hot": {"blocks": 3, "embedding": "one-hot"}})
 class NoProp(Rule):
     """Train blocks that each denoise the label on their own; prediction runs them as a chain.
 

@@ -35,6 +35,8 @@ __all__ = ["NoPropContinuous"]
     saves=["backpropagation"],
     needs=["classes"],
     search={"embedding": ["learned", "one-hot"]},
+    variants={"plain": {},
+              "cosine": {"schedule": "cosine", "embedding": "one-hot", "solver": "euler"}},
 )
 class NoPropContinuous(Rule):
     """Train one block to denoise the label at any time; prediction follows its flow to the label.

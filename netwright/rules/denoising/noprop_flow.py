@@ -31,6 +31,7 @@ __all__ = ["NoPropFlow"]
     saves=["backpropagation"],
     needs=["classes"],
     search={"embedding": ["learned", "one-hot"]},
+    variants={"plain": {}, "learned embedding": {"embedding": "learned"}},
 )
 class NoPropFlow(Rule):
     """Train one block to point from noise to the label; prediction follows it there.

@@ -6,7 +6,7 @@ from torch import Generator, Tensor, nn
 
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.formal.circuits import PolynomialCircuit
+from netwright.formal.circuits import PolynomialCircuit, evaluator
 from netwright.rules.rule import Rule, check_labels
 from netwright.runtime.modes import evaluating
 from netwright.stages import Stages
@@ -19,6 +19,8 @@ __all__ = ["ReverseDerivativeAscent"]
     papers=["001-034"],
     saves=["backpropagation", "derivatives"],
     needs=["classes", "a circuit"],
+    network=lambda: evaluator(2, 3),
+    batch=lambda: _bits(),
 )
 class ReverseDerivativeAscent(Rule):
     """Train the bits of a circuit themselves, by the reverse derivative of its error.
@@ -144,3 +146,8 @@ def _codes(kind: str | None, classes: int | None, outputs: int, size: int) -> Te
         return torch.eye(count, dtype=torch.int64)
     powers = size ** torch.arange(outputs - 1, -1, -1)
     return torch.arange(count).unsqueeze(1) // powers % size
+
+
+def _bits() -> tuple[Tensor, Tensor]:
+    bits = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]] * 2)
+    return bits, bits.sum(1)

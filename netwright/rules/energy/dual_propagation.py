@@ -34,6 +34,7 @@ ACTIVATIONS = frozenset({
     papers=["001-164"],
     saves=["backpropagation"],
     needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "dyads": {"means": "dyads"}, "alpha": {"alpha": 1.0}},
 )
 class DualPropagation(Rule):
     """Give each unit two states, whose mean is its activity and whose difference is its error.

@@ -15,7 +15,8 @@ __all__ = ["EquilibriumPropagation"]
 HOLOMORPHIC = (nn.Sigmoid, nn.Tanh, nn.SiLU)
 
 
-@method("rule", papers=["002-006"], saves=["backpropagation"], needs=["classes", "linear layers"])
+@method("rule", papers=["002-006"], saves=["backpropagation"], needs=["classes", "linear layers"],
+        variants={"plain": {}, "asymmetric": {"symmetric": False, "homeostasis": 1.0}})
 class EquilibriumPropagation(Rule):
     """Let a layered network settle freely and under complex nudges, then learn from how it moved.
 

@@ -21,6 +21,7 @@ __all__ = ["InferenceLearning"]
     papers=["003-179"],
     saves=["backpropagation"],
     needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "few large steps": {"rate": 10.0, "steps": 4}},
 )
 class InferenceLearning(Rule):
     """Let the states settle where a step of the weights would leave them, and take that step.

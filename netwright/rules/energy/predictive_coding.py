@@ -21,6 +21,7 @@ __all__ = ["PredictiveCoding"]
     papers=["003-167"],
     saves=["backpropagation"],
     needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "incremental": {"incremental": True}},
 )
 class PredictiveCoding(Rule):
     """Let the states settle where the stages are least surprised, then learn from what is left.

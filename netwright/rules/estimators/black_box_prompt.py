@@ -59,6 +59,7 @@ class Prompt(nn.Module):
     saves=["backpropagation", "derivatives"],
     needs=["labels", "a transformer"],
     search={"step": (0.1, 2.0)},
+    variants={"small": {"dimension": 4, "population": 4}},
 )
 class BlackBoxPrompt(Rule):
     """Tune prompts at every layer of a frozen network by an evolution strategy, layer by layer.

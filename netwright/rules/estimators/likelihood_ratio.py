@@ -24,6 +24,9 @@ Control = Literal["baseline", "antithetic"] | None
     saves=["backpropagation", "derivatives"],
     needs=["labels"],
     search={"noise": (0.01, 1.0), "copies": [4, 16]},
+    variants={"four copies": {"copies": 4},
+              "antithetic": {"copies": 2, "control": "antithetic"},
+              "no control": {"copies": 1, "control": None}},
 )
 class LikelihoodRatio(Rule):
     """Train every stage with noise on its output, times the loss that this noise led to.

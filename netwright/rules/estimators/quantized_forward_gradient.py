@@ -27,6 +27,8 @@ _LAYERS: dict[Any, int] = {functional.linear: 0, functional.conv1d: 0, functiona
     saves=["backpropagation", "derivatives", "training memory"],
     needs=["labels"],
     search={"rate": (0.2, 5.0)},
+    variants={"plain": {}, "half the weights": {"share": 0.5},
+              "whole layers": {"momentum": 0.0, "kernelwise": False}},
 )
 class QuantizedForwardGradient(Rule):
     """Train weights of 8 bits by forward passes alone, by which way of two the loss is lower.

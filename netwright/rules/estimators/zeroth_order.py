@@ -22,6 +22,8 @@ __all__ = ["ZerothOrder"]
     saves=["backpropagation", "derivatives", "training memory", "communication"],
     needs=["labels"],
     search={"directions": [1, 16]},
+    variants={"plain": {}, "forward difference": {"difference": "forward", "directions": 3},
+              "in place": {"in_place": True, "rate": 0.1}},
 )
 class ZerothOrder(Rule):
     """Train with differences of the loss between shifted weights, by forward passes alone.

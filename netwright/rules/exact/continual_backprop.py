@@ -16,7 +16,8 @@ from netwright.stages import Stages, call
 __all__ = ["ContinualBackprop"]
 
 
-@method("rule", papers=["001-136"], needs=["labels"])
+@method("rule", papers=["001-136"], needs=["labels"],
+        variants={"plain": {}, "replacing": {"replacement_rate": 0.5, "maturity": 0}})
 class ContinualBackprop(Rule):
     """Train with the exact gradient, and after every step renew a few units that do little.
 
@@ -56,6 +57,7 @@ class ContinualBackprop(Rule):
     """
 
     together = True
+    remembers = True
     utility: Tensor
     activity: Tensor
     size_sum: Tensor

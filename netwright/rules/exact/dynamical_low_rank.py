@@ -28,6 +28,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     saves=["parameters", "file size", "inference memory"],
     needs=["labels"],
     search={"rate": (0.03, 1.0), "tolerance": [0.05, 0.1, 0.2]},
+    variants={"plain": {}, "fixed rank": {"tolerance": None, "rank": 3}},
 )
 class DynamicalLowRank(Rule):
     """Train the factors of low-rank weights along the exact gradient, and let their ranks adapt.

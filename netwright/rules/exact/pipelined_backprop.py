@@ -17,7 +17,10 @@ from netwright.stages import Stages, call, stages
 __all__ = ["PipelinedBackprop"]
 
 
-@method("rule", papers=["003-048"], needs=["labels", "a chain of stages"])
+@method("rule", papers=["003-048"], needs=["labels", "a chain of stages"],
+        variants={"plain": {}, "predicted": {"spike_compensation": False},
+                  "difference": {"prediction": "difference"},
+                  "stashed": {"spike_compensation": False, "prediction": None, "stash": True}})
 class PipelinedBackprop(Rule):
     """Train as a pipeline does that never waits: with gradients of weights that are steps old.
 
@@ -63,6 +66,8 @@ class PipelinedBackprop(Rule):
     >>> rule(torch.randn(1, 4), torch.tensor([2])).requires_grad
     False
     """
+
+    remembers = True
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, momentum: float = 0.9,
                  spike_compensation: bool = True,

@@ -20,6 +20,10 @@ __all__ = ["DirectFeedbackAlignment"]
     papers=["001-137", "002-102", "003-212"],
     saves=["backpropagation"],
     needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "shared": {"share": True},
+              "sign-symmetric": {"feedback": "sign_symmetric"},
+              "learned": {"feedback": "kolen_pollack"},
+              "ternary and noisy": {"ternary": 0.4, "noise": 0.1}},
 )
 class DirectFeedbackAlignment(Rule):
     """Train every stage with a random projection of the output error of its own.

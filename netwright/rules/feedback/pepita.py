@@ -37,6 +37,8 @@ __all__ = ["Pepita"]
     papers=["003-020"],
     saves=["backpropagation"],
     needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "clean": {"presynaptic": "clean"}, "own": {"presynaptic": "own"},
+              "mirrored": {"feedback": "mirror"}},
 )
 class Pepita(Rule):
     """Train every stage by how its output changes when the input is shifted by the output error.

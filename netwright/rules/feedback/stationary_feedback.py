@@ -23,6 +23,9 @@ RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
     saves=["backpropagation"],
     needs=["labels", "a recurrent network"],
     search={"memory": (2.0, 200.0)},
+    variants={"plain": {}, "fixed feedback": {"feedback": 0.5}},
+    network=lambda: nn.Sequential(nn.Linear(20, 16), _Last(), nn.Linear(16, 12), nn.Tanh(),
+                                  nn.Linear(12, 3)),
 )
 class StationaryFeedback(Rule):
     """Train recurrent layers with a gradient that a fixed diagonal matrix carries back in time.
@@ -256,3 +259,15 @@ def _layer(module: nn.RNNBase, weights: Sequence[Tensor], x: Tensor, starts: Seq
         return [carried((1 - update) * new + update * before, carriers[0])]
     active = torch.relu if module.nonlinearity == "relu" else torch.tanh
     return [carried(active(read + back), carriers[0])]
+
+
+class _Last(nn.Module):
+    """Reads 16 features as 4 steps of 4, and gives the last state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(4, 16, batch_first=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        last: Tensor = self.gru(h.unflatten(1, (4, 4)))[0][:, -1]
+        return last

@@ -58,6 +58,12 @@ Sum = tuple[Tensor | float, Tensor | float]
     saves=["backpropagation", "training memory"],
     needs=["classes", "a chain of stages"],
     search={"predict_by": ["softmax", None]},
+    variants={"plain": {}, "mean goodness": {"goodness": "mean"},
+              "softmax": {"predict_by": "softmax"}, "collaborating": {"collaborate": True},
+              "after earlier layers": {"collaborate": "earlier"},
+              "by class": {"goodness": "by_class"}, "one block": {"blocks": 1},
+              "by class in a block": {"goodness": "by_class", "blocks": ["0"],
+                                      "predict_by": "softmax"}},
 )
 class ForwardForward(Rule):
     """Train every stage to tell real samples from false ones by the size of its own activity.

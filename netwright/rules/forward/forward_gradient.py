@@ -29,6 +29,9 @@ __all__ = ["ForwardGradient"]
     saves=["backpropagation", "training memory"],
     needs=["labels"],
     search={"perturb": ["weights", "activities"], "directions": [1, 16]},
+    variants={"plain": {}, "activities": {"perturb": "activities"},
+              "three directions": {"directions": 3}, "guided": {"guess": "local_loss"},
+              "guided activities": {"perturb": "activities", "guess": "local_loss"}},
 )
 class ForwardGradient(Rule):
     """Train with the loss's slope in guessed directions, found without a backward pass.

@@ -24,6 +24,9 @@ Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
     saves=["backpropagation", "labels"],
     needs=["a chain of stages"],
     search={"temperature": (0.1, 10.0), "anti_hebbian": [True, False]},
+    variants={"plain": {},
+              "Hebbian alone": {"anti_hebbian": False, "temperature": [0.5, 2.0]},
+              "own initial weights": {"initial_norm": None}},
 )
 class SoftHebb(Rule):
     """Train hidden stages without labels: their units compete softly, and the input draws them on.

@@ -24,6 +24,7 @@ __all__ = ["BoostedUnits"]
     saves=["inference time"],
     needs=["labels"],
     search={"steps": [25, 100]},
+    variants={"plain": {}, "groups": {"units": 5, "steps": 1}},
 )
 class BoostedUnits(Rule):
     """Train the last hidden layer a few units at a time, each on what those before leave wrong.
@@ -67,6 +68,7 @@ class BoostedUnits(Rule):
     """
 
     together = True
+    remembers = True
 
     group: Tensor
     calls: Tensor

@@ -26,6 +26,8 @@ POOLS: dict[int, Any] = {3: functional.adaptive_avg_pool1d, 4: functional.adapti
     saves=["backpropagation", "training memory"],
     needs=["classes", "a chain of stages"],
     search={"temperature": (0.1, 1.0)},
+    variants={"plain": {}, "M": {"variant": "M"}, "MxM": {"variant": "MxM"},
+              "square waves": {"basis": "square"}},
 )
 class LLS(Rule):
     """Train every hidden stage to move in step with a fixed wave that stands for the class.

@@ -19,6 +19,7 @@ __all__ = ["LocalLosses"]
     papers=["003-055"],
     saves=["backpropagation", "training memory"],
     needs=["classes", "a chain of stages"],
+    variants={"plain": {}, "two blocks": {"blocks": 2}},
 )
 class LocalLosses(Rule):
     """Train blocks of stages each by the loss of a small network of its own.

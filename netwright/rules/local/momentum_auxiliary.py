@@ -21,6 +21,7 @@ __all__ = ["MomentumAuxiliary"]
     papers=["003-055"],
     saves=["backpropagation", "training memory"],
     needs=["classes", "a chain of stages"],
+    variants={"plain": {}, "two blocks": {"blocks": 2}},
 )
 class MomentumAuxiliary(Rule):
     """Train blocks of stages each through a moving average of the stage that follows.

@@ -20,6 +20,7 @@ __all__ = ["MonoForward"]
     papers=["003-039", "004-029"],
     saves=["backpropagation", "training memory"],
     needs=["classes", "a chain of stages"],
+    variants={"plain": {}, "summed": {"predict_by": "sum"}},
 )
 class MonoForward(Rule):
     """Train every stage by the class scores that a matrix of its own reads off its output.

@@ -27,6 +27,8 @@ DISTANCES: dict[str, Distance] = {"squared": lambda a, t: (a - t).square(),
     saves=["backpropagation", "training memory"],
     needs=["labels", "a chain of stages"],
     search={"scale": (0.3, 3.0)},
+    variants={"plain": {}, "absolute": {"distance": "absolute"},
+              "direct": {"distance": "direct"}},
 )
 class TargetProjection(Rule):
     """Train every hidden stage towards a fixed random projection of the label.
