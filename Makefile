@@ -19,6 +19,7 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/python tools/stubs.py
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/deptry netwright
 	$(BIN)/deptry tests benchmarks docs evidence tools --ignore DEP002,DEP004
 	$(THREADS) $(BIN)/python $(PYTEST) -m 'not check'

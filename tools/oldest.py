@@ -14,10 +14,12 @@ RANGE = re.compile(r"(?P<name>[\w.-]+)(\[[\w,-]+\])?>=(?P<lower>[\w.]+)(,.*)?")
 def oldest(settings: dict) -> list[str]:
     """Return a pin for each dependency and each extra that is no tool of development."""
     project, tools = settings["project"], settings["tool"]["deptry"]
-    extras = [entries for extra, entries in project["optional-dependencies"].items()
-              if extra not in tools["optional_dependencies_dev_groups"]]
+    ranges = list(project["dependencies"])
+    for extra, entries in project["optional-dependencies"].items():
+        if extra not in tools["optional_dependencies_dev_groups"]:
+            ranges += entries
     pins = []
-    for requirement in (entry for entries in [project["dependencies"], *extras] for entry in entries):
+    for requirement in ranges:
         found = RANGE.fullmatch(requirement)
         if found is None:
             raise ValueError(f"{requirement!r} in pyproject.toml must have a lower end, as in "
