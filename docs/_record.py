@@ -17,7 +17,7 @@ import torch
 import netwright as nw
 from netwright import report
 from netwright.compare.compare import CHANGES
-from netwright.compare.recipe import changes
+from netwright.compare.changes import changes
 from netwright.compare.results import Comparison, Row
 from netwright.tasks import task as find_task
 

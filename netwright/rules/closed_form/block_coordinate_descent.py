@@ -70,6 +70,15 @@ class BlockCoordinateDescent(Rule):
     alpha >= ½. Labels of -100 are left out. The returned loss is the mean of the network's own
     before the call; `objective()` is F of the samples that are kept.
 
+    Args:
+        splitting: "three", with variables before and behind activations, or "two", behind alone.
+        output_loss: "squared", "hinge" or "cross_entropy".
+        gamma: what a disagreement of a stage with its activation costs, above 0.
+        rho: what a disagreement with a layer's weights costs, above 0.
+        alpha: what moving a variable costs, above 0.
+        sweeps: over the batch, in each call.
+        keep: samples whose variables stay from one call to the next, 0 for none.
+
     Shapes: x (batch, *size); V_i, U_i (batch, width_i); y (batch,), or (batch, outputs).
 
     Raises:

@@ -63,6 +63,13 @@ class RandomFeatureBoosting(Rule):
     The paper's blocks read the input besides phi, and end in a batch norm; here a block is what
     the network has. Its closed form for the squared loss alone is not here.
 
+    Args:
+        ridge: what the size of a stage's last layer costs, above 0.
+        ridge_readout: what the size of the readout costs, above 0.
+        shrinkage: the part of each stage's best step that is taken, at most 1.
+        output_loss: "cross_entropy" or "squared".
+        keep: samples of the training set to keep, 0 to fit each batch by itself.
+
     Shapes: f (n, features); phi and G (n, width); W (outputs, width), n counting samples, or
     tokens that have labels of their own; y (batch, *tokens), or (batch, *tokens, outputs).
 

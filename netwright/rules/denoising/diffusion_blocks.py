@@ -60,6 +60,17 @@ class DiffusionBlocks(Rule):
     looked at and may be None. `sample` draws data. `predict` is for `num_classes`: a class scores
     by how well the blocks restore x when they are told it.
 
+    Args:
+        blocks: how many runs of stages are trained apart.
+        num_classes: the number of classes, where the data have them and are to be told.
+        partition: "equal_mass" or "uniform": how the blocks share out the noise levels.
+        overlap: how far a band reaches into its neighbours in training, as a share of its width.
+        sigma_data: the standard deviation of the data.
+        noise_mean: the mean of log sigma in training.
+        noise_std: its standard deviation.
+        sigma_min: the least noise.
+        sigma_max: the most.
+
     Shapes: x, z (batch, *size); y (batch,) of int64; sigma (batch,).
 
     Raises:

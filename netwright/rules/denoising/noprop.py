@@ -59,6 +59,17 @@ class NoProp(Rule):
     time, and leaves the global random state alone. With `chains` above 1 it averages the
     probabilities of as many chains; the features of x are computed once.
 
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
+        blocks: T, the number of noise levels and of copies of the network.
+        eta: the weight of denoising in the loss.
+        embedding: "learned", "one-hot" or a tensor (num_classes, embedding_size) to start from.
+        embedding_size: numbers of a learned embedding.
+        width: units of each of the layers that the rule adds.
+        offset: where the cosine of abar begins.
+        chains: predictions that are averaged.
+        seed: where the noise of a prediction comes from.
+
     Shapes: x as the network takes it; y (batch, *) of int64; z, u (batch, *, embedding_size);
     W (num_classes, embedding_size).
 

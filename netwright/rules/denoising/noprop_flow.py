@@ -49,6 +49,15 @@ class NoPropFlow(Rule):
     of a batch lie evenly, from a random start. `embedding` and its size, `width`, `chains` and
     `seed` are as in `NoProp`. Labels of -100 do not count.
 
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
+        steps: of Euler's method, in a prediction.
+        embedding: "one-hot", "learned" or a tensor (num_classes, embedding_size) to start from.
+        embedding_size: numbers of a learned embedding.
+        width: units of each of the layers that the rule adds.
+        chains: predictions that are averaged.
+        seed: where the noise of a prediction comes from.
+
     Shapes: x as the network takes it; y (batch, *) of int64; z, u, v (batch, *, embedding_size).
 
     Raises:

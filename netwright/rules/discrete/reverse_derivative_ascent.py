@@ -40,6 +40,10 @@ class ReverseDerivativeAscent(Rule):
     for one output). The class that is predicted is the one from whose code the fewest outputs
     differ. The returned loss is the share of samples with a wrong output.
 
+    Args:
+        codes: "one-hot" or "binary"; by default binary where the circuit has one output.
+        num_classes: the number of classes; by default as many as the outputs can code.
+
     Shapes: x (batch, inputs) of whole numbers or bools; y (batch,); dw (parameters,).
 
     Raises:

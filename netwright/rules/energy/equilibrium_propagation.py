@@ -40,6 +40,14 @@ class EquilibriumPropagation(Rule):
     what is trained: `predict` lets it settle. The loss is the cross-entropy, which the contour
     needs as a function of complex s. All is computed in at least float32.
 
+    Args:
+        radius: of the contour of nudges, above 0.
+        points: N, the nudges on it.
+        steps: until the free state is settled.
+        nudged_steps: from there, under each nudge.
+        symmetric: whether the way back is the transpose of the way forward.
+        homeostasis: the strength of what makes the way back like its transpose, where they differ.
+
     Shapes: x (batch, *size), flattened; s_i (batch, units_i); y (batch,).
 
     Raises:

@@ -45,6 +45,11 @@ class InferenceLearning(Rule):
     another lr, can take g, but then the weights do not go where the states have settled. Dropout
     keeps one mask for all steps, and running statistics see the forward pass alone.
 
+    Args:
+        rate: the step of the weights that E reckons with, above 0; give SGD the same.
+        steps: of the states; by default 25, or the number of stages if that is larger.
+        state_rate: the first s.
+
     Shapes: x as the network takes it; h_i as stage i returns it; y as the loss takes it.
 
     Raises:

@@ -40,6 +40,13 @@ class PredictiveCoding(Rule):
     numbers. Dropout keeps one mask for all steps, and running statistics see the forward pass
     alone.
 
+    Args:
+        steps: of the states; by default 2 (L - 2), and enough for the first stage to learn.
+        state_rate: the length of a step of the states, above 0.
+        nudge: the weight of the loss, above 0.
+        incremental: whether the weights learn with every step of the states.
+        weight_rate: the length of those steps of the weights.
+
     Shapes: x as the network takes it; h_i as stage i returns it; y as the loss takes it.
 
     Raises:

@@ -82,6 +82,14 @@ class BlackBoxPrompt(Rule):
     `layers="first"` tunes the first prompt alone. The returned loss is the mean over all
     candidates.
 
+    Args:
+        tokens: places of the prompt, where the input is token numbers.
+        dimension: numbers that the strategy searches over, for each layer.
+        population: candidates of a generation, at least 4.
+        step: the strategy's first standard deviation, above 0.
+        after: tokens of a row that stand before the prompt.
+        layers: "all", or "first" for the input's prompt alone.
+
     Shapes: h_i (batch, length, width); p_i (tokens, width), or like a sample's h_i; z_i
     (dimension,); A_i (dimension, numbers of p_i).
 

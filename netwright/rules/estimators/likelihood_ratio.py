@@ -52,6 +52,11 @@ class LikelihoodRatio(Rule):
     samples depend on each other (batch norm in training, graphs), which is found out at the first
     batch, all samples are taught by the whole loss, which keeps the mean and is noisier.
 
+    Args:
+        noise: the standard deviation of what is added to a stage's output, above 0.
+        copies: of the batch, each with noise of its own.
+        control: "baseline", "antithetic" or None.
+
     Shapes: x as the network takes it; f_i, e_i (batch, *size_i); y as the loss takes it.
 
     Raises:

@@ -59,6 +59,16 @@ class QuantizedForwardGradient(Rule):
     and one of them is what the network and the global random state keep. The rule does the step
     itself, so an optimizer has nothing to do. The returned loss is the mean over the passes.
 
+    Args:
+        rate: the step, as a multiple of the mean shift, above 0.
+        epsilon: a shift's length over its kernel's, above 0.
+        directions: pairs of forward passes in a step.
+        weight_bits: of each weight, 2 to 16.
+        activation_bits: of what enters and leaves a layer, 2 to 16.
+        kernelwise: whether each kernel is shifted in proportion to its own length.
+        momentum: how much of a direction comes from past updates, at least 0 and below 1.
+        share: of each parameter's numbers, the part that learns.
+
     Shapes: x as the network takes it; y as the loss takes it; q, d_i, z_i like w.
 
     Raises:

@@ -52,6 +52,13 @@ class ZerothOrder(Rule):
     has the weights, the seeds and everybody's scalars can do the update. On CPU and CUDA the
     same seeds give other directions.
 
+    Args:
+        epsilon: the length of a shift, as a multiple of normal numbers, above 0.
+        directions: that are averaged in a step.
+        difference: "central" or "forward".
+        in_place: whether the rule steps on the weights itself, so that no gradient is held.
+        rate: of those steps; needed with `in_place`, and only there.
+
     Shapes: x as the network takes it; y as the loss takes it; z_k like w; s (directions,).
 
     Raises:

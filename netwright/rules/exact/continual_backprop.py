@@ -37,6 +37,11 @@ class ContinualBackprop(Rule):
     optimizer has made its step. `renewed` counts them. Set `optimizer` to it, as `nw.fit` does,
     and its running averages of renewed weights begin at 0 too (Adam's count of steps goes on).
 
+    Args:
+        replacement_rate: the share of a layer's mature units that is renewed in each step.
+        maturity: steps in which a unit is left alone.
+        decay: d, how slowly a unit's use is forgotten.
+
     Shapes: x and y as the network and the loss take them; u_i and age one number for each unit.
 
     Raises:

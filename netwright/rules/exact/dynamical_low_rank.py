@@ -51,6 +51,13 @@ class DynamicalLowRank(Rule):
     rank where that is None: then the copy is the same function. It can be trained on by other
     rules. `ranks` has each layer's present rank. The step is gradient descent, by the rule itself.
 
+    Args:
+        rate: a, the length of a step, above 0.
+        tolerance: the share of a weight's norm that may be cut off in a step; None keeps the ranks.
+        rank: of every layer at the start; by default the full one.
+        least_rank: below which no layer falls.
+        dense: names of modules that stay as they are.
+
     Shapes: W (outputs, inputs), of a convolution (outputs, channels * places); U (outputs, r),
     S (r, r), V (inputs, r).
 

@@ -44,6 +44,10 @@ class HighwayBackprop(Rule):
 
     Not here: the paper's form for recurrent networks, which runs along time instead of depth.
 
+    Args:
+        iterations: k, the most blocks of a run that a path of the gradient passes through.
+        residual: names of the residual stages; by default they are found.
+
     Shapes: h_i and g_i (batch, *size), equal in a run; x and y as the network and the loss take
     them.
 

@@ -48,6 +48,14 @@ class PipelinedBackprop(Rule):
     delay of the first. Calls between two steps of the optimizer add up to one update; a step is
     noticed by the weights' having moved.
 
+    Args:
+        momentum: of the optimizer, at least 0 and below 1.
+        spike_compensation: whether a late gradient is made up for by a larger part at once.
+        prediction: "velocity", "difference" or None: how weights are expected to move meanwhile.
+        horizon: the part of the delay that is predicted.
+        stash: whether backward runs on the weights that ran forward.
+        delays: D of each stage, in steps; by default what the pipeline gives.
+
     Shapes: f_t and w_t as the parameter, of which D + 1 are kept; x and y as the network and the
     loss take them.
 

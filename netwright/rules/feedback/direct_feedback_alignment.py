@@ -54,6 +54,12 @@ class DirectFeedbackAlignment(Rule):
     With `kolen_pollack`, W_last - B of the last hidden stage shrinks by the optimizer's weight
     decay and by nothing else, so give the optimizer one that is decoupled (SGD's, AdamW's).
 
+    Args:
+        feedback: "random", "sign_symmetric" or "kolen_pollack".
+        share: whether all stages read parts of one random matrix.
+        ternary: the threshold of a projector's three-valued error; None sends the error as it is.
+        noise: of a projector, over the root mean square of what it returns.
+
     Shapes: logits (*lead, classes); h_i (*lead, *size_i); e as logits;
     B_i (classes, *size_i), or (prod(logits[0]), *size_i) where only the batch axis is shared.
 

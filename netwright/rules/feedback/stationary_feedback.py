@@ -50,6 +50,10 @@ class StationaryFeedback(Rule):
     layer's deltas passing exactly to the layer below. Where `feedback` is W of a linear recurrence
     h_t = W h_{t-1} + ..., W diagonal, the gradient is exact.
 
+    Args:
+        memory: the longest tau, in steps of time, at least 1.
+        feedback: a, in its place: a number or one for each unit.
+
     Shapes: x_t (batch, inputs), h_t and delta_t (batch, units), a (units,); x and y as the network
     and the loss take them.
 

@@ -65,6 +65,15 @@ class ForwardGradient(Rule):
     Under autocast the forward-mode passes keep the parameters' own precision, since PyTorch's
     derivatives of norms do not follow autocast's dtypes.
 
+    Args:
+        perturb: "weights" or "activities".
+        directions: that are averaged.
+        distribution: "normal" or "rademacher", of the directions.
+        guess: "isotropic" or "local_loss".
+        width: units of the hidden layer of a guessing head.
+        num_classes: of the heads; by default the width of the network's output.
+        chunk: directions in one vectorised pass.
+
     Shapes: x as the network takes it; y as the loss takes it; h_i (batch, *size_i);
     o (batch, *, classes); v_k, u_i like what they perturb.
 

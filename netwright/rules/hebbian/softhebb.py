@@ -52,6 +52,12 @@ class SoftHebb(Rule):
     weights have length 0.6 and settle at once, with most units silent. `initial_norm=None` leaves
     the weights as they are, for a network that has been trained.
 
+    Args:
+        temperature: of the competition, above 0; one for all hidden stages, or one for each.
+        anti_hebbian: whether units that lose move away from the input.
+        norm_power: how fast the step vanishes as a unit's length comes near 1.
+        initial_norm: the length of the weights that are drawn at first; None draws none.
+
     Shapes: Linear x (*, inputs), u, y (*, units); convolutions x (batch, channels, *size).
 
     Raises:

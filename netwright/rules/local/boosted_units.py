@@ -48,6 +48,10 @@ class BoostedUnits(Rule):
 
     A step is a call that finds gradients cleared. `group` and `calls` count groups and steps.
 
+    Args:
+        units: of a group.
+        steps: in which a group learns.
+
     Shapes: h_t (*, units); W_t (outputs, units); r and g_t (*, outputs). The last group has fewer
     units where `units` does not divide the layer. A channel counts as a unit, in all its places.
 

@@ -53,6 +53,13 @@ class LLS(Rule):
     the tokens' mean is taken. A sample whose activity is zero has no direction, and teaches that
     stage nothing.
 
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
+        variant: "base", "M" or "MxM": what is learned beside the network.
+        basis: "cosine" or "square", the form of the waves.
+        temperature: that scores are divided by, above 0.
+        pool: positions that each axis of a map is averaged to.
+
     Shapes: h_i (batch, *size_i); C (classes, features); m_i (classes,); M_i (classes, classes);
     y (batch,), or (batch, tokens).
 

@@ -42,6 +42,12 @@ class LocalLosses(Rule):
     What passes beside the signal (the layers that a graph network joins at its end) is cut off
     like the signal.
 
+    Args:
+        blocks: how many there are, or the names of the stages at which they begin; by default every
+            stage is one.
+        width: units of a head's hidden layer.
+        num_classes: the number of classes; by default the width of the network's output.
+
     Shapes: a_j (batch, *size_j); y (batch,), or (batch, tokens).
 
     Raises:

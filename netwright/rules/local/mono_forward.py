@@ -39,6 +39,10 @@ class MonoForward(Rule):
     `predict_by="last"` gives the network's own output, so that the matrices can be thrown away
     after training; `"sum"` adds up the scores of all stages.
 
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
+        predict_by: "last", the network's own output, or "sum", the scores of all stages added up.
+
     Shapes: a_i (batch, *size_i); M_i (classes, features_i); y (batch,), or (batch, tokens).
 
     Raises:

@@ -50,6 +50,10 @@ class TargetProjection(Rule):
 
     Within a stage the derivative is exact, in a recurrent layer through all its steps.
 
+    Args:
+        distance: "squared", "absolute", "direct" or a function of a and t.
+        scale: of the projections, above 0.
+
     Shapes: h_i (batch, *size_i); a_i, t_i (batch, features_i), or (batch, tokens, features_i);
     P_i (classes, features_i); y (batch,), (batch, tokens), or as the output.
 
