@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import activation, batchnorm, conv, instancenorm, normalization
 
+from netwright.anatomy.exchanging import put_module
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.feedforward.feed_forward import FeedForward
 from netwright.catalogue.facets import facets
 from netwright.compare.recipe import Step
 from netwright.compare.supplies import constant, parameters, sizes, supplied
 from netwright.errors import NothingToReshape
-from netwright.reshape.feedforward.exchanging import put_module
 from netwright.reshape.feedforward.swap_feedforward import swap_feedforward
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import call

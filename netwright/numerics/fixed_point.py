@@ -22,8 +22,16 @@ def fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, *, tolerance:
     Where each of n parts of x depends on the parts before it alone, as when a sequence is sampled
     with given random numbers, n iterations give exactly what part after part would.
 
+    Args:
+        update: of x, returns one like it.
+        start: the first x.
+        tolerance: the most that a number may still move at the end.
+        max_iterations: after which x is taken as it is.
+
     Raises:
         ValueError: `max_iterations` is below 1, or `tolerance` is negative.
+
+    Paper: that of `parallel_forward`.
 
     >>> def doubled(x):  # x_i = 2 x_{i-1}, x_0 = 1
     ...     return torch.cat([torch.ones(1), 2 * x[:-1]])
