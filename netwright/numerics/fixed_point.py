@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from netwright import checks
 from netwright.catalogue.facets import method
 
 __all__ = ["fixed_point"]
@@ -49,12 +50,9 @@ def fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, *, tolerance:
 
 def check_iterations(tolerance: float, max_iterations: int | None) -> None:
     """Raise ValueError unless there can be an iteration and `tolerance` can be kept."""
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}; 0 goes on until nothing "
-                         "moves")
-    if max_iterations is not None and max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}; None is as "
-                         "many as it takes")
+    checks.at_least(0, tolerance=tolerance, advice="0 goes on until nothing moves")
+    checks.count(1, max_iterations=max_iterations, optional=True,
+                 advice="None is as many as it takes")
 
 
 def settled(found: Tensor, before: Tensor, tolerance: float) -> bool:

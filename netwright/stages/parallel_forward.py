@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.numerics.fixed_point import check_iterations, settled
@@ -165,8 +166,7 @@ _Update = Callable[[Tensor, int], Tensor]
 def _check(method: str, blocks: int, tolerance: float, max_iterations: int | None) -> None:
     if method not in METHODS:
         raise UnknownName("method", method, METHODS)
-    if blocks < 1:
-        raise ValueError(f"blocks must be at least 1, got {blocks}")
+    checks.count(1, blocks=blocks)
     check_iterations(tolerance, max_iterations)
 
 
