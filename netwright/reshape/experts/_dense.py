@@ -12,7 +12,7 @@ from netwright.errors import NothingToReshape
 from netwright.reshape.feedforward import FeedForwardLayer, FeedForwardWeights, feedforwards
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
-from netwright.signals import apply
+from netwright.signals import apply, first_argument
 
 _KNOWN = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.ReLU6)
 
@@ -101,10 +101,12 @@ def rows_of(model: nn.Module, names: list[str], batches: list[Any]) -> dict[str,
     """Return all that the modules called `names` were given, (rows, dim) each, in eval mode."""
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def keep(name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda module, args: seen[name].append(args[0].detach().flatten(0, -2))
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, kwargs: seen[name].append(
+            first_argument(module, args, kwargs).detach().flatten(0, -2))
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
+               for name in names]
     try:
         with same_random_state(), evaluating(model), same_buffers(model):
             for batch in batches:

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, nn
 from torch.nn.functional import linear
 
+from netwright import checks
 from netwright.blocks.experts import MixtureOfExperts, TopKRouter
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
@@ -13,7 +14,7 @@ from netwright.reshape.experts._dense import activation_of, as_block, dense_laye
 from netwright.reshape.feedforward import feedforward_weights, with_blocks
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
-from netwright.signals import apply
+from netwright.signals import apply, first_argument
 
 __all__ = ["upcycle"]
 
@@ -107,7 +108,7 @@ class SoftExperts(nn.Module):
 
     What a module returns besides, in a tuple, is the first module's.
 
-    Shapes: x (*, dim), the first argument or `hidden_states`; y (*, dim).
+    Shapes: x (*, dim), the first argument; y (*, dim).
     """
 
     def __init__(self, dim: int, experts: Sequence[nn.Module], *,
@@ -120,7 +121,7 @@ class SoftExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the weighted sum of what the modules make of the arguments."""
-        x = args[0] if args else kwargs["hidden_states"]
+        x = first_argument(self.experts[0], args, kwargs)
         weights = linear(x, self.router).softmax(-1)
         given = [expert(*args, **kwargs) for expert in self.experts]
         tensors = [g[0] if isinstance(g, tuple) else g for g in given]
@@ -136,8 +137,7 @@ def _check(models: list[nn.Module], n_experts: int, k: int, noise: float) -> Non
                          f"{n_experts}; each gives at least one")
     if not 1 <= k <= n_experts:
         raise ValueError(f"k must be between 1 and n_experts={n_experts}, got {k}")
-    if not noise >= 0:
-        raise ValueError(f"noise must be at least 0, got {noise}")
+    checks.at_least(0, noise=noise)
     shapes = [{name: tuple(p.shape) for name, p in m.named_parameters()} for m in models]
     for i, other in enumerate(shapes):
         if other != shapes[0]:
@@ -168,8 +168,7 @@ def _widths(model: nn.Module, names: list[str], example: Any) -> dict[str, int]:
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
-            widths[name] = x.shape[-1]
+            widths[name] = first_argument(module, args, kwargs).shape[-1]
         return hook
 
     handles = [model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
