@@ -20,7 +20,7 @@ from mkdocs.structure.pages import Page
 from handbook import measured, ranking, signals, tables
 from handbook.method_page import method_page
 from handbook.pages import called, folders, link, pages
-from handbook.pictures import draw
+from handbook.pictures import drawn
 
 MARK = re.compile(r"^( *)<!-- (measured map|measured comparison|methods(?: [^>]*)?) -->$",
                   re.MULTILINE)
@@ -53,8 +53,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             "measured/benchmarks.md": measured.benchmarks_page()}
     made |= {page.uri: method_page(page) for page in pages()}
     made |= {f"{folder}/index.md": tables.folder_page(folder) for folder in folders() if folder}
-    made |= {f"pictures/{name}.svg": draw(result) for name, result in measured.results().items()}
-    made |= {f"pictures/digits_{rule}.svg": draw(curves)
+    made |= {f"pictures/{name}.svg": drawn(result) for name, result in measured.results().items()}
+    made |= {f"pictures/digits_{rule}.svg": drawn(curves)
              for rule, curves in measured.by_epoch().items()}
     made |= {"pictures/map_of_signals.svg": signals.schemes(),
              "pictures/map_of_costs.svg": signals.measured()}
