@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 
 from handbook import measured, ranking, signals, tables
 from handbook.method_page import method_page
-from handbook.pages import called, folders, link, pages
+from handbook.pages import ROOT, called, folders, link, pages
 from handbook.pictures import drawn
 
 MARK = re.compile(r"^( *)<!-- (measured map|measured comparison|methods(?: [^>]*)?) -->$",
@@ -28,12 +28,21 @@ PICTURE = re.compile(r"^!\[[^]]*\]\((?:\.\./)*pictures/(\w+)\.svg\)$", re.MULTIL
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the methods into the menu, and write the stubs in which their names are looked up."""
+    """Fill the menu, and write the stubs in which the methods' names are looked up."""
     stubs.write(stubs.ROOT / "netwright")
+    filled = {"Guides": _guides, "Methods": lambda: [tables.METHODS, *map(_menu, folders()[""])]}
     for part in config.nav or []:
-        if part.get("Methods") == tables.METHODS:
-            part["Methods"] = [tables.METHODS, *map(_menu, folders()[""])]
+        for title in filled.keys() & part.keys():
+            part[title] = filled[title]()
     return config
+
+
+def _guides() -> list[str]:
+    """Return the guides in the order in which their index names them, then any others."""
+    index = ROOT / "docs/guides/index.md"
+    named = re.findall(r"\]\(([\w-]+\.md)\)", index.read_text("utf-8"))
+    there = sorted(path.name for path in index.parent.glob("*.md") if path != index)
+    return [f"guides/{name}" for name in dict.fromkeys(["index.md", *named, *there])]
 
 
 def _menu(folder: str) -> dict[str, Any]:
@@ -50,7 +59,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             "reference/layout.md": tables.layout_page(),
             measured.EVIDENCE: measured.evidence_page(),
             "measured/ranking.md": ranking.page(),
-            "measured/benchmarks.md": measured.benchmarks_page()}
+            measured.BENCHMARKS: measured.benchmarks_page()}
     made |= {page.uri: method_page(page) for page in pages()}
     made |= {f"{folder}/index.md": tables.folder_page(folder) for folder in folders() if folder}
     made |= {f"pictures/{name}.svg": drawn(result) for name, result in measured.results().items()}

@@ -8,7 +8,6 @@ of its `__init__.py`.
 
 import ast
 import importlib
-import inspect
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from mkdocs.utils.meta import get_data
 
+from netwright.catalogue import facets
 from netwright.catalogue.facets import KINDS, Method, methods, public_name
 from netwright.runtime.faces import declared, files
 
@@ -130,10 +130,8 @@ def said(name: str) -> str:
 
 
 def gist(value: Any) -> str:
-    """Return the first sentence of a docstring on one line, for the cell of a table."""
-    own = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
-    doc = inspect.cleandoc(own or "").partition("\n\n")[0]
-    return cell(doc.replace("\n", " ").partition(". ")[0].rstrip("."))
+    """Return the first sentence of a docstring, for the cell of a table."""
+    return cell(facets.gist(value).partition(". ")[0].rstrip("."))
 
 
 def cell(text: str) -> str:
