@@ -17,9 +17,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from handbook import measured, ranking, signals, tables
+from handbook import measured, ranking, reference, signals, tables
 from handbook.method_page import method_page
-from handbook.pages import ROOT, called, folders, link, pages
+from handbook.pages import ROOT, called, folders, link, pages, said
 from handbook.pictures import drawn
 
 MARK = re.compile(r"^( *)<!-- (measured map|measured comparison|methods(?: [^>]*)?) -->$",
@@ -30,10 +30,14 @@ PICTURE = re.compile(r"^!\[[^]]*\]\((?:\.\./)*pictures/(\w+)\.svg\)$", re.MULTIL
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill the menu, and write the stubs in which the methods' names are looked up."""
     stubs.write(stubs.ROOT / "netwright")
-    filled = {"Guides": _guides, "Methods": lambda: [tables.METHODS, *map(_menu, folders()[""])]}
     for part in config.nav or []:
-        for title in filled.keys() & part.keys():
-            part[title] = filled[title]()
+        if "Guides" in part:
+            part["Guides"] = _guides()
+        elif "Methods" in part:
+            part["Methods"] = [tables.METHODS, *map(_menu, folders()[""])]
+        elif "Reference" in part:
+            part["Reference"] += [{said(room): f"reference/{room}.md"}
+                                  for room in reference.rooms()]
     return config
 
 
@@ -60,6 +64,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             measured.EVIDENCE: measured.evidence_page(),
             "measured/ranking.md": ranking.page(),
             measured.BENCHMARKS: measured.benchmarks_page()}
+    made |= {f"reference/{room}.md": reference.page(room) for room in reference.rooms()}
     made |= {page.uri: method_page(page) for page in pages()}
     made |= {f"{folder}/index.md": tables.folder_page(folder) for folder in folders() if folder}
     made |= {f"pictures/{name}.svg": drawn(result) for name, result in measured.results().items()}

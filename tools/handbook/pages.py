@@ -1,4 +1,4 @@
-"""What the site shows of each method: one page for each public file of a room that has methods.
+"""What the site shows of each method: one page for each file that has methods, or a text.
 
 A page's text stands beside the file, under the same name: `mono_forward.md` beside
 `mono_forward.py`. Its front matter, if it has any, becomes columns of the room's table. The text
@@ -65,12 +65,11 @@ def pages() -> tuple[Page, ...]:
     by_module: dict[str, dict[str, Method]] = {}
     for name, entry in known.items():
         by_module.setdefault(entry.value.__module__, {})[name] = entry
-    rooms = {module.split(".")[1] for module in by_module if module.count(".") > 1}
     found = []
     for module, path in files("netwright"):
-        if module.split(".")[1] in rooms and declared(path):
+        text, facts = hand_written(path.with_suffix(".md"))
+        if declared(path) and (text or module in by_module):
             loaded = importlib.import_module(module)
-            text, facts = hand_written(path.with_suffix(".md"))
             found.append(Page(module, {public_name(module, name): getattr(loaded, name)
                                        for name in declared(path)},
                               by_module.get(module, {}), text, facts))
