@@ -96,7 +96,7 @@ def test_a_block_without_a_public_name_is_refused_by_save_alone(tmp_path):
 
     model = nw.reshape.swap_feedforward(ordinary_network(), Own)
     assert isinstance(next(m for m in model.modules() if isinstance(m, Own)), Own)
-    with pytest.raises(ValueError, match="swap_feedforward was given make that made .*Own"):
+    with pytest.raises(ValueError, match=r"swap_feedforward was given make that made .*Own"):
         nw.save(model, tmp_path)
 
 
