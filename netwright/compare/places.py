@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -17,10 +19,12 @@ from netwright.catalogue.facets import facets
 from netwright.compare.recipe import Step
 from netwright.compare.supplies import constant, parameters, sizes, supplied
 from netwright.errors import NothingToReshape
+from netwright.generative.flows.flow import Flow
 from netwright.reshape.feedforward.swap_feedforward import swap_feedforward
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import call
 from netwright.tasks import Task
+from netwright.tasks.densities import conditioner
 
 __all__ = ["put"]
 
@@ -52,20 +56,38 @@ def put(network: nn.Module, step: Step, task: Task) -> nn.Module:
         raise ValueError(f"{step.name} cannot run on task {task.name!r} because it does not say "
                          "where in a network it goes; give a function of the network that puts "
                          "it there")
-    if place == "whole network":
-        return _made(step, {name: size() for name, size in sizes(task).items()})
     if place not in PLACES:
         raise ValueError(f"{step.name} cannot run on task {task.name!r} because nothing is known "
                          f"of how to put a block of the place {place!r} into a network; give a "
                          "function of the network that puts it there")
-    changed = PLACES[place](deepcopy(network), step, task)
+    try:
+        changed = PLACES[place](deepcopy(network), step, task)
+    except NothingToReshape as error:
+        raise NothingToReshape(f"{step.name} cannot run on task {task.name!r} because {error}"
+                               ) from error
     _check(network, changed, step, task)
     return changed
 
 
+def _whole_network(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    offered = {name: size() for name, size in sizes(task).items()}
+    said = facets(step.what)
+    if said is not None and "images" in said.needs:
+        if "size" not in offered:
+            raise NothingToReshape("its inputs are no images")
+        offered["inputs"] = offered["channels"]  # what a convolution calls so
+        usual = getattr(parameters(step.what).get("patch"), "default", 1)
+        if any(axis % usual or axis == usual for axis in offered["size"]):
+            offered["patch"] = max(1, min(offered["size"]) // 4)
+    return _made(step, offered, only=("patch",))
+
+
 def _feedforward(network: nn.Module, step: Step, task: Task) -> nn.Module:
     def make(dim: int, hidden: int) -> nn.Module:
-        return _made(step, {"dim": dim, "hidden": hidden})
+        def expert() -> nn.Module:
+            return FeedForward(dim, hidden)
+        return _made(step, {"dim": dim, "hidden": hidden, "n_experts": EXPERTS,
+                            "experts": [expert() for _ in range(EXPERTS)]})
     return swap_feedforward(network, make, task.first, progress=False)
 
 
@@ -133,12 +155,21 @@ def _embedding(network: nn.Module, step: Step, task: Task) -> nn.Module:
 
 
 def _attention(network: nn.Module, step: Step, task: Task) -> nn.Module:
-    sites = _sites(network, task, "attention",
-                   lambda site: isinstance(site.module, nn.MultiheadAttention))
-    return _replaced(network, step, [(site, {
-        "dim": site.given.shape[-1],
-        "heads": getattr(site.module, "num_heads", getattr(site.module, "heads", None)),
-        "causal": getattr(site.module, "causal", False)}) for site in sites])
+    def make(dim: int, heads: int, causal: bool = _predicts_next(task)) -> nn.Module:
+        return _made(step, {"dim": dim, "heads": heads, "causal": causal}, only=("causal",))
+    try:
+        sites = _sites(network, task, "attention", lambda site: isinstance(
+            site.module, nn.MultiheadAttention))
+    except NothingToReshape:
+        if "attention" not in parameters(task.network) or str(network) != str(task.network()):
+            raise
+        return task.network(attention=make)  # type: ignore[call-arg]
+    for site in sites:
+        made: Any = site.module
+        heads = made.num_heads if isinstance(made, nn.MultiheadAttention) else made.heads
+        network = put_module(network, site.name, make(site.given.shape[-1], heads,
+                                                      getattr(made, "causal", False)))
+    return network
 
 
 def _token_mixing(network: nn.Module, step: Step, task: Task) -> nn.Module:
@@ -147,7 +178,10 @@ def _token_mixing(network: nn.Module, step: Step, task: Task) -> nn.Module:
 
 
 def _residual_block(network: nn.Module, step: Step, task: Task) -> nn.Module:
-    sites = _blocks(network, task)
+    try:
+        sites = _blocks(network, task)
+    except NothingToReshape:
+        return _after_activations(network, step, task)
     if "depth" not in parameters(step.what):
         return _replaced(network, step, [(site, _grid(site)) for site in sites])
     whole = _made(step, {**_grid(sites[0]), "depth": len(sites)})  # one block is a stack of them
@@ -157,21 +191,97 @@ def _residual_block(network: nn.Module, step: Step, task: Task) -> nn.Module:
 
 
 def _residual_stream(network: nn.Module, step: Step, task: Task) -> nn.Module:
-    sites = _sites(network, task, "residual stream", lambda site: isinstance(
-        site.module, nn.Linear) and site.taken.ndim == 2 and site.taken.shape == site.given.shape)
+    try:
+        sites = _sites(network, task, "residual stream", lambda site: isinstance(
+            site.module, nn.Linear) and site.taken.ndim == 2
+            and site.taken.shape == site.given.shape)
+    except NothingToReshape:
+        return _after_activations(network, step, task)
 
-    def half(dim: int) -> nn.Module:
-        return FeedForward(dim // 2, dim // 2)
-    return _replaced(network, step, [(site, {
-        "f": half(site.taken.shape[-1]), "g": half(site.taken.shape[-1]),
-        "module": FeedForward(site.taken.shape[-1])}) for site in sites])
+    def half(dim: int, times: int) -> nn.Module:
+        return FeedForward(dim // 2, dim // 2, out=times * (dim // 2))
+    # A coupling asks its network for one number an entry, or for two.
+    return _first([partial(_replaced, deepcopy(network), step, [(site, {
+        "f": half(site.taken.shape[-1], times), "g": half(site.taken.shape[-1], times),
+        "module": FeedForward(site.taken.shape[-1]), "dim": site.taken.shape[-1]})
+        for site in sites]) for times in (1, 2)])
+
+
+def _after_activations(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    """Put a block after each activation of a convolutional network, where it may keep the shape."""
+    sites = [site for site in _sites(network, task, "residual stream", lambda site: type(
+        site.module).__module__ == activation.__name__) if site.given.ndim > 3]
+    if not sites:
+        raise NothingToReshape("its network has no stream that a block could go into; try another")
+    for site in sites:
+        channels = site.given.shape[1]
+        block = _made(step, {"channels": channels, "inputs": channels, "dim": channels,
+                             "dims": site.given.ndim - 2}, only=("dims",))
+        network = put_module(network, site.name, nn.Sequential(site.module, block))
+    return network
+
+
+def _transform(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    """Put a transform in place of each coupling of a flow, or before it if it has no network."""
+    flow = next((part for part in network.modules() if isinstance(part, Flow)), None)
+    if flow is None:
+        raise NothingToReshape("its network is no flow; try moons-flow or digits-flow")
+    x, made = task.first, list[nn.Module]()
+    said = facets(step.what)
+    replaces = said is not None and "net" in said.takes
+    for number, part in enumerate(flow.transforms):
+        couples = isinstance(getattr(part, "net", None), nn.Module)
+        if couples:
+            made.append(_first([partial(_transformed, step, x, number, times)
+                                for times in range(1, 64)] if replaces else
+                               [partial(_transformed, step, x, number, 1)]))
+            x = _given(made[-1], x)
+        if not (couples and replaces):
+            made.append(part)
+            x = _given(part, x)
+    flow.transforms = nn.ModuleList(made)
+    return network
+
+
+def _transformed(step: Step, x: Tensor, number: int, times: int) -> nn.Module:
+    """Return a transform whose network gives `times` the numbers that it changes; try it on x."""
+    channels, axes = x.shape[1], x.ndim - 2
+    changed, kept = channels - channels // 2, channels // 2
+    whole = said.takes == ("net",) if (said := facets(step.what)) else False
+    net = (conditioner(channels, times * channels, axes) if whole else
+           conditioner(kept, times * changed, axes) if number % 2 == 0 or changed == kept else
+           conditioner(changed, times * kept, axes))
+    made = _made(step, {"net": net, "sizes": (changed, kept), "channels": channels,
+                        "dim": channels, "order": list(reversed(range(channels))),
+                        "flip": bool(number % 2)}, only=("flip",))
+    _given(made, x)
+    return made
+
+
+def _given(transform: nn.Module, x: Tensor) -> Tensor:
+    with rehearsing(transform):  # on a copy, since some begin by what they first see
+        given: Tensor = deepcopy(transform)(x)[0]
+    return given
+
+
+def _first(attempts: list[Callable[[], nn.Module]]) -> nn.Module:
+    """Return what the first attempt gives that does not fail; else fail as the first did."""
+    failure: Exception | None = None
+    for attempt in attempts:
+        try:
+            return attempt()
+        except (ValueError, RuntimeError) as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
 
 
 PLACES: Mapping[str, Callable[[nn.Module, Step, Task], nn.Module]] = {
     "activation": _activation, "attention": _attention, "convolution": _convolution,
     "embedding": _embedding, "experts": _experts, "feedforward": _feedforward, "head": _head,
     "linear": _linear, "normalisation": _normalisation, "residual block": _residual_block,
-    "residual stream": _residual_stream, "router": _router, "token mixing": _token_mixing}
+    "residual stream": _residual_stream, "router": _router, "token mixing": _token_mixing,
+    "transform": _transform, "whole network": _whole_network}
 
 
 def _ends(site: Site) -> dict[str, int]:
@@ -185,7 +295,9 @@ def _grid(site: Site) -> dict[str, int]:
     tokens, dim = site.taken.shape[-2:]
     side = math.isqrt(tokens)
     square = {"height": side, "width": side} if side * side == tokens else {}
-    return {"tokens": tokens, "dim": dim, "channels": dim, **square}
+    heads = getattr(site.module, "heads", None)
+    return {"tokens": tokens, "dim": dim, "channels": dim, **square,
+            **({} if heads is None else {"heads": heads})}
 
 
 def _linears(network: nn.Module, task: Task) -> list[Site]:
@@ -218,8 +330,7 @@ def _sites(network: nn.Module, task: Task, place: str,
         if fits(site) or (said is not None and said.place == place):
             found.append(site)
     if not found:
-        raise NothingToReshape(f"the network of task {task.name!r} has no place for a block of "
-                               f"the kind {place!r}; try another task or another network")
+        raise NothingToReshape(f"its network has no place of the kind {place!r}; try another")
     return found
 
 
@@ -257,8 +368,17 @@ def _replaced(network: nn.Module, step: Step,
     return network
 
 
-def _made(step: Step, offered: Mapping[str, Any]) -> nn.Module:
-    made: nn.Module = step.what(**supplied(step, constant(offered), skip=0))
+def _made(step: Step, offered: Mapping[str, Any], only: tuple[str, ...] = ()) -> nn.Module:
+    """Build the block from what the place offers of what it takes, and of what it cannot lack.
+
+    A name in `only` is given where the block has such an argument.
+    """
+    said = facets(step.what)
+    takes = (*said.takes, *only) if said is not None else only
+    wanted = {name: value for name, value in offered.items() if name in takes or (
+        name in parameters(step.what)
+        and parameters(step.what)[name].default is Parameter.empty)}
+    made: nn.Module = step.what(**supplied(step, constant(wanted), skip=0))
     return made
 
 
@@ -269,7 +389,7 @@ def _check(network: nn.Module, changed: nn.Module, step: Step, task: Task) -> No
     if before.shape != after.shape:
         raise ValueError(f"{step.name} must leave what the network gives as it is, "
                          f"{tuple(before.shape)}, got {tuple(after.shape)}")
-    if isinstance(x, Tensor) and not x.is_floating_point() and before.shape[:2] == x.shape[:2]:
+    if _predicts_next(task) and before.shape[:2] == x.shape[:2]:
         other = x.clone()
         other[:, -1] = (other[:, -1] + 1) % task.classes
         for model, first in ((network, before), (changed, after)):
@@ -279,6 +399,12 @@ def _check(network: nn.Module, changed: nn.Module, step: Step, task: Task) -> No
                 raise ValueError(f"{step.name} cannot run on task {task.name!r} because with it a "
                                  "position sees those that come after it, which are what the "
                                  "network is to predict")
+
+
+def _predicts_next(task: Task) -> bool:
+    """Whether the task's inputs are sequences of tokens, each of which predicts the next."""
+    x = task.first
+    return isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point()
 
 
 def _run(network: nn.Module, x: Any) -> Tensor:

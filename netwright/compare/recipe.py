@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 
-from netwright.catalogue.facets import facets
+from netwright.catalogue.facets import KINDS, facets
 from netwright.catalogue.names import locate, name_of, short_name
 from netwright.errors import UnknownName
 from netwright.rules.rule import Rule
@@ -192,8 +192,8 @@ def _slot(step: Step) -> str:
     said = facets(step.what)
     if said is not None:
         if said.kind not in SLOT_OF:
-            raise ValueError(f"{step.name} is of the kind {said.kind}, which a recipe cannot hold; "
-                             f"it holds {', '.join(SLOT_OF)}")
+            raise ValueError(f"{step.name} is of the kind {said.kind} ({KINDS[said.kind]}), which "
+                             f"is no change by itself; a recipe holds {', '.join(SLOT_OF)}")
         return SLOT_OF[said.kind]
     if isinstance(step.what, type):
         for kind, slot in ((Rule, "rule"), (Optimizer, "optimizer"), (_Loss, "objective")):

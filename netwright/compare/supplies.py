@@ -4,10 +4,12 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import Parameter
 from typing import Any
 
 from torch import Tensor
 
+from netwright.catalogue.facets import facets
 from netwright.compare.recipe import Step
 from netwright.objectives.losses import cross_entropy
 from netwright.tasks import Task
@@ -59,13 +61,18 @@ def _same(value: Any) -> Any:
 def supplied(step: Step, offered: Offers, *, skip: int = 1) -> dict[str, Any]:
     """Return the arguments of `step`: those that are set, and those that are offered by name.
 
-    The first `skip` parameters are what the step is called with.
+    The first `skip` parameters are what the step is called with. What has no default and nobody
+    offers is as in the method's own first variant, where that says it.
 
     Raises:
         ValueError: the step needs an argument that is neither set nor offered.
     """
     free = {name: p for name, p in [*parameters(step.what).items()][skip:]
             if name not in step.arguments}
+    said = facets(step.what)
+    variant = next(iter(said.variants.values()), {}) if said is not None else {}
+    offered = {**constant({name: value for name, value in variant.items()
+                           if name in free and free[name].default is Parameter.empty}), **offered}
     missing = [name for name, p in free.items() if p.default is p.empty and name not in offered]
     if missing:
         shown = ", ".join(f"{name}=..." for name in missing)
