@@ -6,14 +6,16 @@ from functools import partial
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netwright.catalogue.facets import facets, searched
-from netwright.compare.places import put
+from netwright.compare.places import check_whole, put
 from netwright.compare.recipe import Recipe, Step, recipe
 from netwright.compare.supplies import offers, parameters, sizes, supplied
 from netwright.rules import Backprop, Rule
+from netwright.stages import call
 from netwright.tasks import Task
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ class Change:
     def build(self, network: nn.Module, task: Task, options: Mapping[str, Any]) -> Rule:
         """Return the rule that trains `network` on `task`; `options` are the tuned arguments."""
         task, carried_out = self.task(task), self.set(options)
+        if carried_out.objective is not None:
+            _check_objective(carried_out.objective, network, task)
         for step in carried_out.network:
             result = _changed(network, step, task)
             if isinstance(result, Rule):
@@ -206,7 +210,13 @@ def _changed(network: nn.Module, step: Step, task: Task) -> Any:
     said = facets(step.what)
     kind = "function" if said is None else said.kind
     if kind == "model":
-        return step.what(**supplied(step, sizes(task), skip=0))
+        check_whole(network, step, task)
+        made = step.what(**supplied(step, sizes(task), skip=0))
+        if not isinstance(made, nn.Module):
+            raise ValueError(f"{step.name} cannot run on task {task.name!r} because it is no "
+                             "network of PyTorch's but has a fit and a predict of its own; call "
+                             "those")
+        return made
     if kind in ("block", "generative"):
         return put(network, step, task)
     return step.what(network, **supplied(step, offers(task)))
@@ -221,6 +231,16 @@ def _loss(step: Step) -> Any:
         raise ValueError(f"{step.name} needs {', '.join(needed)} beside scores and targets, which "
                          "a comparison does not know")
     return step.function()
+
+
+def _check_objective(step: Step, network: nn.Module, task: Task) -> None:
+    x, y = task.batch
+    with torch.no_grad():
+        scores = call(network, x)
+    value = task.loss(scores.requires_grad_(), y)
+    if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+        raise ValueError(f"{step.name} gives no number with a gradient, such as a loss is; make it "
+                         "the metric of a task")
 
 
 def _optimizer(step: Step, given: Iterable[nn.Parameter], lr: float) -> Optimizer:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import activation, batchnorm, conv, instancenorm, normalization
+from torch.nn.modules import activation, batchnorm, conv, instancenorm, normalization, pooling
 
 from netwright.anatomy.exchanging import put_module
 from netwright.blocks.experts.mixture import MixtureOfExperts
@@ -19,7 +19,7 @@ from netwright.catalogue.facets import facets
 from netwright.compare.recipe import Step
 from netwright.compare.supplies import constant, parameters, sizes, supplied
 from netwright.errors import NothingToReshape
-from netwright.generative.flows.flow import Flow
+from netwright.generative.flows.flow import Flow, Transform
 from netwright.reshape.feedforward.swap_feedforward import swap_feedforward
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import call
@@ -52,6 +52,8 @@ def put(network: nn.Module, step: Step, task: Task) -> nn.Module:
     """
     said = facets(step.what)
     place = "" if said is None else said.place
+    if isinstance(step.what, type) and issubclass(step.what, Transform):
+        place = "transform"
     if not place:
         raise ValueError(f"{step.name} cannot run on task {task.name!r} because it does not say "
                          "where in a network it goes; give a function of the network that puts "
@@ -69,7 +71,15 @@ def put(network: nn.Module, step: Step, task: Task) -> nn.Module:
     return changed
 
 
+def check_whole(network: nn.Module, step: Step, task: Task) -> None:
+    """Raise where a network that gives scores would stand for one that gives a density."""
+    if any(isinstance(part, Flow) for part in network.modules()):
+        raise ValueError(f"{step.name} cannot run on task {task.name!r} because that learns a "
+                         "density, which it does not give")
+
+
 def _whole_network(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    check_whole(network, step, task)
     offered = {name: size() for name, size in sizes(task).items()}
     said = facets(step.what)
     if said is not None and "images" in said.needs:
@@ -79,7 +89,9 @@ def _whole_network(network: nn.Module, step: Step, task: Task) -> nn.Module:
         usual = getattr(parameters(step.what).get("patch"), "default", 1)
         if any(axis % usual or axis == usual for axis in offered["size"]):
             offered["patch"] = max(1, min(offered["size"]) // 4)
-    return _made(step, offered, only=("patch",))
+    takes = () if said is None else said.takes
+    return _made(step, {name: size for name, size in offered.items()
+                        if name in (*takes, "patch")}, only=("patch",))
 
 
 def _feedforward(network: nn.Module, step: Step, task: Task) -> nn.Module:
@@ -138,7 +150,10 @@ def _convolution(network: nn.Module, step: Step, task: Task) -> nn.Module:
 
 def _linear(network: nn.Module, step: Step, task: Task) -> nn.Module:
     *hidden, last = _linears(network, task)
-    return _replaced(network, step, [(site, _ends(site)) for site in hidden or [last]])
+    # Some count what they take or give once for each of several copies.
+    return _first([partial(_replaced, deepcopy(network), step, [
+        (site, _ends(site, *parts)) for site in hidden or [last]], only=("units",))
+        for parts in ((1, 1), (1, 2), (1, 4), (2, 2), (4, 4))])
 
 
 def _head(network: nn.Module, step: Step, task: Task) -> nn.Module:
@@ -151,7 +166,8 @@ def _embedding(network: nn.Module, step: Step, task: Task) -> nn.Module:
     first = _linears(network, task)[0]
     dim, out = first.taken.shape[-1], first.given.shape[-1]
     return _replaced(network, step, [(first, {"dim": dim, "dims": dim, "n_features": out,
-                                              "frequencies": out // 2})])
+                                              "frequencies": out // 2})],
+                     only=("frequencies",))
 
 
 def _attention(network: nn.Module, step: Step, task: Task) -> nn.Module:
@@ -183,7 +199,9 @@ def _residual_block(network: nn.Module, step: Step, task: Task) -> nn.Module:
     except NothingToReshape:
         return _after_activations(network, step, task)
     if "depth" not in parameters(step.what):
-        return _replaced(network, step, [(site, _grid(site)) for site in sites])
+        # A block of two streams counts the size of one.
+        return _first([partial(_replaced, deepcopy(network), step, [
+            (site, _grid(site, parts)) for site in sites]) for parts in (1, 2)])
     whole = _made(step, {**_grid(sites[0]), "depth": len(sites)})  # one block is a stack of them
     for site in sites:
         network = put_module(network, site.name, whole if site is sites[0] else nn.Identity())
@@ -218,6 +236,19 @@ def _after_activations(network: nn.Module, step: Step, task: Task) -> nn.Module:
         block = _made(step, {"channels": channels, "inputs": channels, "dim": channels,
                              "dims": site.given.ndim - 2}, only=("dims",))
         network = put_module(network, site.name, nn.Sequential(site.module, block))
+    return network
+
+
+def _downsampling(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    sites = _sites(network, task, "downsampling", lambda site: type(
+        site.module).__module__ == pooling.__name__ and site.taken.ndim == 4)
+    for site in sites:
+        block = _made(step, {"channels": site.taken.shape[1]})
+        with rehearsing(block):
+            channels = block(site.taken).shape[1]
+        # A convolution of single places brings the channels back to what the next module takes.
+        back = nn.Conv2d(channels, site.given.shape[1], 1)
+        network = put_module(network, site.name, nn.Sequential(block, back))
     return network
 
 
@@ -278,21 +309,22 @@ def _first(attempts: list[Callable[[], nn.Module]]) -> nn.Module:
 
 PLACES: Mapping[str, Callable[[nn.Module, Step, Task], nn.Module]] = {
     "activation": _activation, "attention": _attention, "convolution": _convolution,
-    "embedding": _embedding, "experts": _experts, "feedforward": _feedforward, "head": _head,
-    "linear": _linear, "normalisation": _normalisation, "residual block": _residual_block,
+    "downsampling": _downsampling, "embedding": _embedding, "experts": _experts,
+    "feedforward": _feedforward, "head": _head, "linear": _linear,
+    "normalisation": _normalisation, "residual block": _residual_block,
     "residual stream": _residual_stream, "router": _router, "token mixing": _token_mixing,
     "transform": _transform, "whole network": _whole_network}
 
 
-def _ends(site: Site) -> dict[str, int]:
-    taken, given = site.taken.shape[-1], site.given.shape[-1]
+def _ends(site: Site, taking: int = 1, giving: int = 1) -> dict[str, int]:
+    taken, given = site.taken.shape[-1] // taking, site.given.shape[-1] // giving
     return {**dict.fromkeys(("inputs", "in_features", "dim_in"), taken),
             **dict.fromkeys(("outputs", "out_features", "dim_out", "units"), given)}
 
 
-def _grid(site: Site) -> dict[str, int]:
+def _grid(site: Site, parts: int = 1) -> dict[str, int]:
     """Return the sizes of a signal (batch, tokens, dim), as a square of tokens where it is one."""
-    tokens, dim = site.taken.shape[-2:]
+    tokens, dim = site.taken.shape[-2], site.taken.shape[-1] // parts
     side = math.isqrt(tokens)
     square = {"height": side, "width": side} if side * side == tokens else {}
     heads = getattr(site.module, "heads", None)
@@ -354,10 +386,10 @@ def _watched(network: nn.Module, x: Any) -> Iterator[Site]:
     yield from sites.values()
 
 
-def _replaced(network: nn.Module, step: Step,
-              sites: list[tuple[Site, Mapping[str, Any]]]) -> nn.Module:
+def _replaced(network: nn.Module, step: Step, sites: list[tuple[Site, Mapping[str, Any]]],
+              only: tuple[str, ...] = ()) -> nn.Module:
     for site, offered in sites:
-        block = _made(step, offered)
+        block = _made(step, offered, only)
         with evaluating(block), rehearsing(block):
             given = block(site.taken)
         if not isinstance(given, Tensor) or given.shape != site.given.shape:

@@ -44,6 +44,8 @@ def sizes(task: Task) -> dict[str, Callable[[], Any]]:
         known = {"context": x.shape[1], "characters": task.classes}
     elif isinstance(x, Tensor):
         known = {"inputs": math.prod(x.shape[1:])}
+        if x.ndim == 2 and task.batch[1].is_floating_point():
+            known |= {"lookback": x.shape[1], "horizon": task.classes}
         if x.ndim > 2:
             known |= {"channels": x.shape[1], "size": tuple(x.shape[2:])}
     return {"classes": lambda: task.classes, **constant(known)}
