@@ -143,6 +143,32 @@ def recipe(given: Any) -> Recipe:
     return _filled([(_slot(step), step) for step in _steps(given)])
 
 
+def text_of(data: Mapping[str, Any]) -> str:
+    """Return plain data as text, what names functions of one's own included.
+
+    >>> text_of({"network": [{"function": "mine:wider"}], "rule": {"name": "rules.LLS"}})
+    'wider + LLS'
+    """
+    held = [entry if isinstance(entry, list) else [entry] for entry in data.values()]
+    return " + ".join(_data_text(step) for steps in held for step in steps) or "Backprop"
+
+
+def _data_text(value: Any) -> str:
+    if isinstance(value, Mapping) and "value" in value:
+        return str(value["value"])
+    if isinstance(value, Mapping) and ("name" in value or "function" in value):
+        name = (short_name(value["name"]) if "name" in value
+                else value["function"].rpartition(":")[2].rpartition(".")[2])
+        words = ", ".join(f"{key}={_data_text(entry)}"
+                          for key, entry in value.get("arguments", {}).items())
+        return f"{name}({words})" if words else name
+    if isinstance(value, list):
+        return f"[{', '.join(map(_data_text, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_data_text(entry)}' for key, entry in value.items())}}}"
+    return _text(value)
+
+
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
