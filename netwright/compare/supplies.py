@@ -39,7 +39,7 @@ def sizes(task: Task) -> dict[str, Callable[[], Any]]:
     x = first[0] if isinstance(first, tuple) else first
     known: dict[str, Any] = {}
     if isinstance(first, tuple):
-        known = {"features": x.shape[-1]}
+        known = {"features": x.shape[-1], "dim": 16}
     elif isinstance(x, Tensor) and not x.is_floating_point():
         known = {"context": x.shape[1], "characters": task.classes}
     elif isinstance(x, Tensor):
