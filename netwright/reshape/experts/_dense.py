@@ -1,6 +1,6 @@
 """Feed-forward layers as blocks that a mixture of experts can hold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from netwright.blocks.feedforward import GLU, FeedForward
 from netwright.errors import NothingToReshape
-from netwright.reshape.feedforward import FeedForwardLayer, FeedForwardWeights, feedforwards
+from netwright.reshape.feedforward import (
+    FeedForwardLayer,
+    FeedForwardWeights,
+    feedforwards,
+    put_block,
+)
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
 from netwright.signals import apply, first_argument
@@ -78,22 +83,16 @@ def as_block(weights: FeedForwardWeights, activation: nn.Module) -> FeedForward 
     return block
 
 
+def put_blocks(model: nn.Module, blocks: Mapping[FeedForwardLayer, nn.Module]) -> nn.Module:
+    """Put each layer's block in its place, in place; return the model."""
+    for layer, block in blocks.items():
+        model = put_block(model, layer, block)
+    return model
+
+
 def _copy(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format),
                         weight.requires_grad)
-
-
-def batches_of(calibration: Any) -> list[Any]:
-    """Return calibration data as a list of batches.
-
-    Raises:
-        ValueError: there is none.
-    """
-    batches = calibration if isinstance(calibration, list) else [calibration]
-    if not batches or any(isinstance(x, Tensor) and not x.numel() for x in batches):
-        raise ValueError("calibration must hold at least one sample, got none; a few hundred "
-                         "tokens or some tens of images are enough")
-    return batches
 
 
 @torch.no_grad()
