@@ -3,16 +3,18 @@
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from netwright.errors import UnknownName
+from netwright.evidence.claims import Claim, judged
 from netwright.evidence.folder import PathLike, folder
-from netwright.evidence.outcome import Outcome, Scale
+from netwright.evidence.outcome import Outcome, Scale, Verdict
 
 __all__ = ["Experiment", "evidence", "experiment", "experiments"]
 
@@ -28,20 +30,40 @@ class Experiment:
     claim: str
     run: Callable[[Scale], Outcome]
     module: str
+    shown: tuple[Claim, ...] = ()
+    partly: Claim | None = None
+
+    def judged(self, outcome: Outcome) -> tuple[Verdict, list[dict[str, Any]]]:
+        """Return the verdict on what was found, and each declared claim with what came of it.
+
+        Raises:
+            ValueError: there is no claim and no verdict, or there are both.
+            UnknownName: a claim names a figure that was not measured.
+        """
+        if bool(self.shown) == (outcome.verdict is not None):
+            raise ValueError(f"{self.name} must declare claims (shown=) or return a verdict, not "
+                             f"both, got {len(self.shown)} claims and verdict={outcome.verdict!r}")
+        if outcome.verdict is not None:
+            return outcome.verdict, []
+        return judged(self.shown, outcome.figures, partly=self.partly)
 
 
 _known: dict[str, Experiment] = {}
 
 
-def evidence(*, paper: str, claim: str) -> Callable[
+def evidence(*, paper: str, claim: str, shown: Sequence[Claim] = (),
+             partly: Claim | None = None) -> Callable[
         [Callable[[Scale], Outcome]], Callable[[Scale], Outcome]]:
     """Name a function as the experiment for `claim` of `paper`, an id of the catalogue.
 
     The function takes a scale, `"desk"` (minutes on two cores) or `"full"`, and returns an
-    `Outcome`. Its own name is the name of the evidence.
+    `Outcome`. Its own name is the name of the evidence. `shown` says beforehand what must hold of
+    its figures: all of it where the claim is shown, some of it, or `partly`, where it is partly
+    shown.
     """
     def name_it(run: Callable[[Scale], Outcome]) -> Callable[[Scale], Outcome]:
-        _known[run.__name__] = Experiment(run.__name__, paper, claim, run, run.__module__)
+        _known[run.__name__] = Experiment(run.__name__, paper, claim, run, run.__module__,
+                                          tuple(shown), partly)
         return run
     return name_it
 

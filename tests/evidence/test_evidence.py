@@ -11,7 +11,8 @@ from netwright.evidence.experiments import _known
 def toy():
     @evidence(paper="000-012", claim="two is more than one")
     def toy_experiment(scale):
-        return Outcome("shown", {"scale": scale}, {"accuracy %": [1.0, 3.0]},
+        return Outcome(verdict="shown", setting={"scale": scale},
+                       figures={"accuracy %": [1.0, 3.0]},
                        curves={"toy": Curve([0, 1], [[0.0, 1.0]])}, axes=("epoch", "accuracy"))
     yield "toy_experiment"
     del _known["toy_experiment"]

@@ -1,0 +1,214 @@
+"""Which code an experiment depends on, read without running it, and a fingerprint of that code."""
+
+import ast
+import hashlib
+import importlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from netwright.evidence.folder import folder
+from netwright.runtime.faces import Face, files
+
+__all__: list[str] = []
+
+# What says, records and reports has no part in what is measured.
+APART = ("netwright.catalogue", "netwright.errors", "netwright.evidence",
+         "netwright.runtime.faces", "netwright.runtime.progress")
+BUT = ("netwright.evidence.train",)
+PACKAGES = ("netwright", "evidence")
+
+Place = tuple[str, str | None]  # a module and a name defined in it, None for all of it
+
+
+def fingerprints(modules: Iterable[str]) -> dict[str, str]:
+    """Return for each module 12 hexadecimal digits that change when code changes that it uses.
+
+    They stand for the definitions that the module reaches through imports, in whatever file those
+    are. Comments, docstrings, annotations, layout, what errors say and what a method says of
+    itself do not count.
+    """
+    for function in (_read, _texts, _references):
+        function.cache_clear()  # files may have changed since
+    return {module: _digest(module) for module in set(modules)}
+
+
+def _digest(module: str) -> str:
+    source = sorted({text for place in dependencies(module) for text in _texts(*place)})
+    return hashlib.sha256("\0".join(source).encode()).hexdigest()[:12]
+
+
+def dependencies(module: str) -> set[Place]:
+    """Return what is reached from `module`, as pairs of a module and a name defined in it."""
+    found: set[Place] = set()
+    open_: list[Place] = list(_all(module))
+    while open_:
+        place = open_.pop()
+        if place not in found:
+            found.add(place)
+            open_ += _references(*place)
+    return found
+
+
+@dataclass
+class _File:
+    """A module's top-level statements by the names they define, and where its imports lead."""
+
+    definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    always: list[ast.stmt] = field(default_factory=list)  # run at import, and define nothing
+    imports: dict[str, tuple[str, ...]] = field(default_factory=dict)  # module, name
+
+
+@cache
+def _texts(module: str, name: str | None) -> tuple[str, ...]:
+    return tuple(ast.unparse(statement) for statement in _statements(module, name))
+
+
+@cache
+def _references(module: str, name: str | None) -> tuple[Place, ...]:
+    """Return the places that the definition of `name` in `module` refers to."""
+    file = _read(module)
+    found: list[Place] = []
+    for statement in _statements(module, name):
+        for root, *rest in _chains(statement):
+            if root in file.definitions:
+                found.append((module, root))
+            elif root in file.imports:
+                found += _resolved(file.imports[root][0], [*file.imports[root][1:], *rest])
+    return tuple(dict.fromkeys(found))
+
+
+def _statements(module: str, name: str | None) -> list[ast.stmt]:
+    file = _read(module)
+    return file.always if name is None else [*file.definitions[name], *file.always]
+
+
+def _all(module: str) -> list[Place]:
+    return [(module, None), *((module, name) for name in _read(module).definitions)]
+
+
+def _resolved(module: str, names: list[str]) -> list[Place]:
+    """Return the places that `module.name.name…` stands for, none outside of this project."""
+    if module.split(".")[0] not in PACKAGES:
+        return []
+    if _path(module).name != "__init__.py":
+        if module.startswith(APART) and module not in BUT:
+            return []
+        if not names:
+            return _all(module)
+        file, name = _read(module), names[0]
+        if name in file.imports:
+            return _resolved(file.imports[name][0], [*file.imports[name][1:], *names[1:]])
+        return [(module, name)] if name in file.definitions else []
+    return _in_package(module, names)
+
+
+def _in_package(package: str, names: list[str]) -> list[Place]:
+    face = importlib.import_module(package) if package.startswith("netwright") else None
+    if not names:
+        return [place for module, _ in files(package) if module != package
+                for place in _resolved(module, [])]
+    name, *rest = names
+    if isinstance(face, Face):
+        if name in face._rooms:
+            return _resolved(face._rooms[name], rest)
+        if name in face._found():
+            return _resolved(face._found()[name], names)
+    if _exists(f"{package}.{name}"):
+        return _resolved(f"{package}.{name}", rest)
+    imported = _read(package).imports.get(name)
+    return _resolved(imported[0], [*imported[1:], *rest]) if imported else []
+
+
+def _chains(statement: ast.stmt) -> Iterator[list[str]]:
+    """Yield each name that is read, with the attributes that are taken of it."""
+    inner = set()
+    for node in ast.walk(statement):
+        names: list[str] = []
+        while isinstance(node, ast.Attribute):
+            names.insert(0, node.attr)
+            inner.add(id(node.value))
+            node = node.value
+        if isinstance(node, ast.Name) and (names or id(node) not in inner):
+            yield [node.id, *names]
+
+
+@cache
+def _read(module: str) -> _File:
+    tree = _Bare().visit(ast.parse(_path(module).read_text(encoding="utf-8")))
+    file = _File()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                file.imports[alias.asname or alias.name] = node.module, alias.name
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                whole = alias.name if alias.asname else alias.name.split(".")[0]
+                file.imports[alias.asname or whole] = (whole,)
+    for statement in tree.body:
+        names = _defined(statement)
+        if "__all__" in names or isinstance(statement, (ast.Import, ast.ImportFrom, ast.Pass)):
+            continue
+        for name in names:
+            file.definitions.setdefault(name, []).append(statement)
+        if not names:
+            file.always.append(statement)
+    return file
+
+
+def _defined(statement: ast.stmt) -> list[str]:
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [statement.name]
+    targets = statement.targets if isinstance(statement, ast.Assign) else (
+        [statement.target] if isinstance(statement, (ast.AnnAssign, ast.AugAssign)) else [])
+    return [node.id for target in targets for node in ast.walk(target)
+            if isinstance(node, ast.Name)]
+
+
+class _Bare(ast.NodeTransformer):
+    """Takes away what does not act: docstrings, annotations, facets, and what errors say."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs,
+                         node.args.vararg, node.args.kwarg):
+            if argument is not None:
+                argument.annotation = None
+        return self._without_words(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        return self._without_words(node)
+
+    def visit_Module(self, node: ast.Module) -> ast.AST:
+        return self._without_words(node)
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        if isinstance(node.exc, ast.Call):
+            node.exc = node.exc.func
+        return node
+
+    def _without_words(self, node: ast.Module | ast.ClassDef | ast.FunctionDef) -> ast.AST:
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or ([] if isinstance(node, ast.Module) else [ast.Pass()])
+        if not isinstance(node, ast.Module):
+            node.decorator_list = [made for made in node.decorator_list if not (
+                isinstance(made, ast.Call) and ast.unparse(made.func) == "method")]
+        self.generic_visit(node)
+        return node
+
+
+def _exists(module: str) -> bool:
+    top, *parts = module.split(".")
+    path = _home(top).joinpath(*parts)
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def _path(module: str) -> Path:
+    top, *parts = module.split(".")
+    path = _home(top).joinpath(*parts)
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _home(package: str) -> Path:
+    return folder() if package == "evidence" else Path(__file__).resolve().parents[1]
