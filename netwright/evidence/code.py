@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -29,18 +30,22 @@ def fingerprints(modules: Iterable[str]) -> dict[str, str]:
     are. Comments, docstrings, annotations, layout, what errors say and what a method says of
     itself do not count.
     """
-    for function in (_read, _texts, _references):
-        function.cache_clear()  # files may have changed since
-    return {module: _digest(module) for module in set(modules)}
-
-
-def _digest(module: str) -> str:
-    source = sorted({text for place in dependencies(module) for text in _texts(*place)})
-    return hashlib.sha256("\0".join(source).encode()).hexdigest()[:12]
+    _read_anew()
+    return {module: _digest(_reached(module)) for module in set(modules)}
 
 
 def dependencies(module: str) -> set[Place]:
     """Return what is reached from `module`, as pairs of a module and a name defined in it."""
+    _read_anew()
+    return _reached(module)
+
+
+def _digest(places: Iterable[Place]) -> str:
+    source = sorted({text for place in places for text in _texts(*place)})
+    return hashlib.sha256("\0".join(source).encode()).hexdigest()[:12]
+
+
+def _reached(module: str) -> set[Place]:
     found: set[Place] = set()
     open_: list[Place] = list(_all(module))
     while open_:
@@ -58,6 +63,12 @@ class _File:
     definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
     always: list[ast.stmt] = field(default_factory=list)  # run at import, and define nothing
     imports: dict[str, tuple[str, ...]] = field(default_factory=dict)  # module, name
+
+
+def _read_anew() -> None:
+    """Forget what was read, because files may have changed since."""
+    for function in (_read, _texts, _references):
+        function.cache_clear()
 
 
 @cache
@@ -106,7 +117,7 @@ def _resolved(module: str, names: list[str]) -> list[Place]:
 
 def _in_package(package: str, names: list[str]) -> list[Place]:
     face = importlib.import_module(package) if package.startswith("netwright") else None
-    if not names:
+    if not names or names[0].startswith("__"):  # such as __all__: any of it may be used
         return [place for module, _ in files(package) if module != package
                 for place in _resolved(module, [])]
     name, *rest = names
@@ -206,6 +217,8 @@ def _exists(module: str) -> bool:
 
 def _path(module: str) -> Path:
     top, *parts = module.split(".")
+    if top not in PACKAGES:  # a file of the user's own, which was imported to find the experiment
+        return Path(str(sys.modules[module].__file__))
     path = _home(top).joinpath(*parts)
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 

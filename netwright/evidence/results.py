@@ -17,7 +17,7 @@ from netwright.evidence.outcome import Scale
 from netwright.runtime.machine import machine
 from netwright.runtime.version import __version__
 
-__all__ = ["ages", "recorded", "run", "summaries"]
+__all__ = ["ages", "recorded", "run"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SUMMARIES = PACKAGE / "catalogue" / "evidence.json"
@@ -72,16 +72,6 @@ def ages() -> dict[str, Age]:
     results, known = recorded(), experiments()
     now = fingerprints(found.module for found in known.values())
     return {name: _age(results.get(name), now[found.module]) for name, found in known.items()}
-
-
-def summaries() -> dict[str, dict[str, Any]]:
-    """Return what was found, in short, as it comes with the package: by name.
-
-    Each has the paper's id, the claim, the verdict, the date, the version and the fingerprint of
-    the code, where they are known, and the mean, the deviation and the number of seeds of each
-    figure.
-    """
-    return json.loads(SUMMARIES.read_text(encoding="utf-8"))
 
 
 def write_summaries() -> None:
