@@ -54,6 +54,32 @@ def test_papers(netwright):
     assert all(not entry["names"] and entry["family"] == "rule" for entry in json.loads(out))
 
 
+def test_find(netwright):
+    status, out, _ = netwright("find", "--need", "inference time", "--kind", "reshapes", "--json")
+    assert status == 0
+    rows = json.loads(out)
+    assert "reshape.prune_sublayers" in [row["name"] for row in rows]
+    assert all("inference time" in row["saves"] for row in rows)
+    assert "reshape.prune_sublayers (reshape, residual stream)" in netwright("find", "finercut")[1]
+    assert "No method fits" in netwright("find", "xyzzy")[1]
+    status, _, err = netwright("find", "--place", "feedforwards")
+    assert (status, "did you mean feedforward?" in err) == (2, True)
+
+
+def test_list(netwright):
+    out = netwright("list")[1]
+    for what in ("rules", "reshapes", "blocks", "tasks", "data", "papers"):
+        assert what in out
+        status, found, _ = netwright("list", what, "--json")
+        assert status == 0
+        assert json.loads(found)
+    assert "rules.MonoForward" in netwright("list", "rules")[1]
+    assert "char-gpt" in netwright("list", "tasks")[1]
+    assert "mnist1d" in netwright("list", "data")[1]
+    status, _, err = netwright("list", "rulez")
+    assert (status, "did you mean rules?" in err) == (2, True)
+
+
 def test_evidence_list_shows_the_verdicts(netwright):
     status, out, _ = netwright("evidence", "list", "--json")
     assert status == 0

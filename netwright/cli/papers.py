@@ -22,7 +22,7 @@ def papers(
     if as_json:
         import json
         from dataclasses import asdict
-        print(json.dumps([asdict(entry) for entry in found], indent=1))
+        print(json.dumps([{**asdict(entry), "status": entry.status} for entry in found], indent=1))
         return
     from rich.console import Console
     from rich.table import Table
@@ -47,8 +47,10 @@ def _describe(entry: Any) -> None:
     from rich.markup import escape
 
     from netwright.catalogue.papers import FAMILIES
-    lines = {"family": FAMILIES[entry.family], "does": entry.gist, "claims": entry.claim,
-             "experiment": entry.experiment, "names": ", ".join(entry.names) or "none yet",
+    status = f"left out: {entry.left_out}" if entry.left_out else entry.status
+    lines = {"family": FAMILIES[entry.family], "status": status, "does": entry.gist,
+             "claims": entry.claim, "experiment": entry.experiment,
+             "names": ", ".join(entry.names) or "none yet",
              "evidence": ", ".join(entry.evidence) or "none yet"}
     console = Console()
     console.print(f"[bold]{escape(entry.title)}[/] ({entry.id})", highlight=False)

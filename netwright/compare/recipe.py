@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from netwright import reshape, rules
+from netwright.catalogue.facets import searched
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules import Backprop, Rule
@@ -56,7 +57,7 @@ class Change:
         centre = task.learning_rate
         found = {"learning_rate": distribution((centre / 10, centre * 10))}
         for i, step in enumerate(self.steps):
-            search = getattr(_origin(step), "search", {})
+            search = searched(_origin(step))
             found |= {name: distribution(search[name]) for name in search
                       if name == "learning_rate" or name in self._tuned(i)}
         return found
@@ -88,7 +89,7 @@ class Change:
         """Return the names that step `i` has in its `search` and nobody has set already."""
         step = self.steps[i]
         fixed = step.keywords if isinstance(step, partial) else {}
-        return {name for name in getattr(_origin(step), "search", {})
+        return {name for name in searched(_origin(step))
                 if name in _parameters(step) and name not in fixed}
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from netwright.catalogue.facets import Facets, facets
-from netwright.errors import BrokenContract, UnknownName
+from netwright.errors import BrokenContract, MissingExtra, UnknownName
+from netwright.runtime.random_state import same_random_state
 
 __all__ = ["Check", "checks"]
 
@@ -60,9 +62,12 @@ class Check:
 
     def _hold(self, make: Make, who: str) -> None:
         try:
-            self.run(make)
+            with same_random_state():
+                self.run(make)
         except BrokenContract as broken:
             raise BrokenContract(f"{who}: {self.name}: {broken}") from broken
+        except MissingExtra:
+            raise
         except Exception as error:
             said = " ".join(str(error).split())
             raise BrokenContract(f"{who}: {self.name}: expected no error, got "
@@ -87,6 +92,9 @@ def checks(kind: str) -> list[Check]:
 
     Raises:
         UnknownName: there is no contract for that kind.
+
+    >>> str(checks("rule")[0])
+    'the loss is a finite scalar without a graph'
     """
     where = {name.removeprefix("check_"): name for name in _kinds()}
     if kind not in where:
@@ -107,6 +115,12 @@ def variants(method: Any, arguments: Mapping[str, Any] | None = None) -> dict[st
         return {"": arguments}
     said = facets(method)
     return dict(said.variants) if said and said.variants else {"": {}}
+
+
+def offered(method: Callable[..., Any], **offers: Any) -> dict[str, Any]:
+    """Return those of `offers` that the signature of `method` names."""
+    named = inspect.signature(method).parameters
+    return {name: value for name, value in offers.items() if name in named}
 
 
 def expect(holds: object, expected: str, got: object, mend: str) -> None:

@@ -16,7 +16,7 @@ from netwright.stages import call, stages
 __all__ = ["alignment"]
 
 
-@method("measure")
+@method("measure", needs=["labels"])
 def alignment(rule: Rule, batch: tuple[Any, Tensor]) -> dict[str, float]:
     """Return, for each stage, the cosine between the rule's update and the exact gradient.
 

@@ -7,7 +7,13 @@ from netwright.catalogue.facets import method
 __all__ = ["cnn"]
 
 
-@method("model")
+@method(
+    "model",
+    place="whole network",
+    takes=("channels", "size", "classes"),
+    needs=["images"],
+    search={"kernel": [3, 5]},
+)
 def cnn(channels: int, size: Sequence[int], classes: int, *, widths: Sequence[int] = (16, 32),
         kernel: int = 3, activation: Callable[[], nn.Module] = nn.ReLU,
         norm: bool = False) -> nn.Sequential:

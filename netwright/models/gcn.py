@@ -6,7 +6,13 @@ from netwright.errors import MissingExtra
 __all__ = ["gcn"]
 
 
-@method("model")
+@method(
+    "model",
+    place="whole network",
+    takes=("features", "classes"),
+    needs=["a graph"],
+    search={"width": [16, 64], "depth": [2, 3]},
+)
 def gcn(features: int, classes: int, *, width: int = 16, depth: int = 2,
         dropout: float = 0.5) -> nn.Module:
     """Return PyTorch Geometric's graph convolutional network.

@@ -9,7 +9,13 @@ from netwright.catalogue.facets import method
 __all__ = ["gpt"]
 
 
-@method("model")
+@method(
+    "model",
+    place="whole network",
+    takes=("characters", "context"),
+    needs=["tokens"],
+    search={"width": [32, 64], "depth": [1, 2, 4]},
+)
 def gpt(characters: int, context: int, *, width: int = 64, depth: int = 2,
         heads: int = 4,
         feedforward: Callable[[int, int], nn.Module] | None = None) -> nn.Sequential:

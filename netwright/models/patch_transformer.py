@@ -9,7 +9,13 @@ from netwright.models.gpt import Block
 __all__ = ["patch_transformer"]
 
 
-@method("model")
+@method(
+    "model",
+    place="whole network",
+    takes=("channels", "size", "classes"),
+    needs=["images"],
+    search={"width": [32, 64], "depth": [2, 4]},
+)
 def patch_transformer(channels: int, size: Sequence[int], classes: int, *, patch: int = 4,
                       width: int = 64, depth: int = 4, heads: int = 4,
                       feedforward: Callable[[int, int], nn.Module] | None = None) -> nn.Sequential:

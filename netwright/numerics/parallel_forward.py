@@ -20,7 +20,7 @@ Method = Literal["jacobi", "gauss_seidel", "hybrid"]
 METHODS = ("jacobi", "gauss_seidel", "hybrid")
 
 
-@method("execution", papers=["003-015"])
+@method("execution", papers=["003-015"], saves=["inference time"], keeps_function=True)
 @torch.no_grad()
 def parallel_forward(network: nn.Module | Stages, x: Any, *, example: Any = None,
                      method: Method = "jacobi", blocks: int = 1, residual: bool = False,
@@ -86,7 +86,13 @@ def parallel_forward(network: nn.Module | Stages, x: Any, *, example: Any = None
     return h, steps
 
 
-@method("execution", papers=["003-015"])
+@method(
+    "execution",
+    papers=["003-015"],
+    saves=["inference time"],
+    needs=["a recurrent network"],
+    keeps_function=True,
+)
 @torch.no_grad()
 def parallel_recurrence(cell: Callable[[Tensor, Any], Any], x: Tensor, start: Any, *,
                         method: Method = "jacobi", blocks: int = 1, residual: bool = False,
@@ -127,7 +133,7 @@ def parallel_recurrence(cell: Callable[[Tensor, Any], Any], x: Tensor, start: An
     return (states if single else tuple(states.split(sizes, -1))), steps
 
 
-@method("execution", papers=["003-015"])
+@method("companion", papers=["003-015"])
 @torch.no_grad()
 def fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, *, tolerance: float = 0.0,
                 max_iterations: int) -> tuple[Tensor, int]:

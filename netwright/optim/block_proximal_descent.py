@@ -16,7 +16,11 @@ Project = Callable[[Tensor], Tensor]
 Constraint = Literal["none", "nonnegative", "simplex"] | Project
 
 
-@method("optimizer", papers=["003-125"])
+@method(
+    "optimizer",
+    papers=["003-125"],
+    search={"prox_weight": (0.1, 10.0), "inner_steps": [10, 100]},
+)
 class BlockProximalDescent(Optimizer):
     """Minimise over one parameter after another, each held to where it was by a squared distance.
 

@@ -18,7 +18,14 @@ Update = Literal["gradient", "matrix", "newton"]
 BOUNDED = ("gauss_southwell_diagonal", "gauss_southwell_quadratic")
 
 
-@method("optimizer", papers=["003-041"])
+@method(
+    "optimizer",
+    papers=["003-041"],
+    search={
+        "select": ["gauss_southwell_lipschitz", "gauss_southwell", "cyclic", "random"],
+        "blocks": ["parameters", 5],
+    },
+)
 class GreedyBlockDescent(Optimizer):
     """Step on the one block of coordinates that promises the most, as the rule reckons it.
 

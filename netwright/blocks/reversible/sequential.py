@@ -14,7 +14,7 @@ from netwright.reversing.engine import Step, Stored, Whole, chained, run
 __all__ = ["ReversibleSequential"]
 
 
-@method("block")
+@method("block", place="residual stream", saves=["training memory"])
 class ReversibleSequential(nn.Sequential):
     """Run invertible modules one after another, without storing what passes between them.
 

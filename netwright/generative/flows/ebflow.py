@@ -17,7 +17,7 @@ __all__ = ["EBFlow", "SmoothLeakyReLU", "score_matching_loss"]
 KINDS = ("exact", "sliced", "finite-difference", "denoising")
 
 
-@method("generative", papers=["003-139"])
+@method("generative", papers=["003-139"], place="activation")
 class SmoothLeakyReLU(Transform):
     """Bend every entry: a leaky ReLU without a kink, so that it has a second derivative.
 
@@ -67,7 +67,13 @@ class SmoothLeakyReLU(Transform):
         return self.slope + (1 - self.slope) * torch.sigmoid(x)
 
 
-@method("generative", papers=["003-139"])
+@method(
+    "generative",
+    papers=["003-139"],
+    place="whole network",
+    takes=("layers", "size"),
+    saves=["training time"],
+)
 class EBFlow(Flow):
     """A flow seen as an energy, so that training needs no determinant of its linear layers.
 

@@ -191,7 +191,7 @@ def autocorrelation_time(series: Tensor) -> float:
     return float(times[int(window.int().argmax()) if bool(window.any()) else -1])
 
 
-@method("generative")
+@method("generative", place="transform", takes=("direction", "parity"))
 class GaugeTransform(Transform):
     """Move every other link of one direction along the force of its two plaquettes.
 

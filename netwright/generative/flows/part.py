@@ -12,7 +12,7 @@ from netwright.reversing.engine import Regroup, Step, Stored, chained
 __all__ = ["Part", "multi_scale"]
 
 
-@method("generative")
+@method("generative", place="transform", takes=("transforms", "channels"))
 class Part(Transform):
     """Run transforms on the first channels of a sample, and leave the others as they are.
 

@@ -73,7 +73,14 @@ class _BoostedUnits(Grown):
                              "0 is none")
 
 
-@method("model", papers=["004-020"])
+@method(
+    "model",
+    papers=["004-020"],
+    place="whole network",
+    saves=["inference time", "tuning"],
+    needs=["labels"],
+    search={"n_units": [1, 4], "learning_rate": (0.1, 1.0)},
+)
 class BoostedUnitsRegressor(_BoostedUnits, GrownRegressor):
     """A network with one hidden layer, grown by a few units at a time on what is still wrong.
 
@@ -115,7 +122,14 @@ class BoostedUnitsRegressor(_BoostedUnits, GrownRegressor):
     """
 
 
-@method("model", papers=["004-020"])
+@method(
+    "model",
+    papers=["004-020"],
+    place="whole network",
+    saves=["inference time", "tuning"],
+    needs=["labels"],
+    search={"n_units": [1, 4], "learning_rate": (0.1, 1.0)},
+)
 class BoostedUnitsClassifier(_BoostedUnits, GrownClassifier):
     """A network with one hidden layer, grown by a few units at a time on what is still wrong.
 

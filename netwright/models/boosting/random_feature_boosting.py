@@ -126,7 +126,14 @@ class _RandomFeatureBoosting(Grown):
                              "leave it at 'gradient' for classes")
 
 
-@method("model", papers=["003-072"])
+@method(
+    "model",
+    papers=["003-072"],
+    place="whole network",
+    saves=["training time"],
+    needs=["labels"],
+    search={"n_blocks": [2, 5, 10], "ridge": (0.001, 10.0)},
+)
 class RandomFeatureBoostingRegressor(_RandomFeatureBoosting, GrownRegressor):
     """A residual network of random features, grown greedily, block by block.
 
@@ -174,7 +181,14 @@ class RandomFeatureBoostingRegressor(_RandomFeatureBoosting, GrownRegressor):
     """
 
 
-@method("model", papers=["003-072"])
+@method(
+    "model",
+    papers=["003-072"],
+    place="whole network",
+    saves=["training time"],
+    needs=["labels"],
+    search={"n_blocks": [2, 5, 10], "ridge": (0.001, 10.0)},
+)
 class RandomFeatureBoostingClassifier(_RandomFeatureBoosting, GrownClassifier):
     """A residual network of random features, grown greedily, block by block.
 

@@ -17,7 +17,6 @@ __all__ = ["FeedForwardWeights", "feedforward_weights", "put_block", "with_block
            "write_feedforward"]
 
 
-@method("reshape")
 class FeedForwardWeights(NamedTuple):
     """The weights of a feed-forward layer as matrices, one row of `up` and `gate` a hidden unit.
 
@@ -49,7 +48,7 @@ class FeedForwardWeights(NamedTuple):
                                   rows(self.up_bias), self.down_bias, rows(self.gate_bias))
 
 
-@method("reshape")
+@method("companion")
 def feedforward_weights(model: nn.Module, layer: FeedForwardLayer) -> FeedForwardWeights:
     """Return the weights of `layer` as plain matrices, whatever its linear layers' class is.
 
@@ -70,7 +69,7 @@ def feedforward_weights(model: nn.Module, layer: FeedForwardLayer) -> FeedForwar
                               up.bias, down.bias, None if gate is None else gate.bias)
 
 
-@method("reshape")
+@method("companion")
 def write_feedforward(model: nn.Module, layer: FeedForwardLayer,
                       weights: FeedForwardWeights) -> None:
     """Give the linear layers of `layer` new weights, in place; call it on a copy.
@@ -101,7 +100,7 @@ def write_feedforward(model: nn.Module, layer: FeedForwardLayer,
             _write(part, matrix, bias)
 
 
-@method("reshape")
+@method("companion")
 def put_block(model: nn.Module, layer: FeedForwardLayer, block: nn.Module) -> nn.Module:
     """Put `block` in the place of `layer`, in place; return the model. Call it on a copy.
 
@@ -129,7 +128,7 @@ def put_block(model: nn.Module, layer: FeedForwardLayer, block: nn.Module) -> nn
     return model
 
 
-@method("reshape")
+@method("companion")
 def with_blocks(model: nn.Module, blocks: Mapping[FeedForwardLayer, nn.Module]) -> nn.Module:
     """Return a copy of `model` with each layer's block in its place; see `put_block`.
 

@@ -25,7 +25,6 @@ from netwright.stages.stage import apply
 __all__ = ["FeedForwardLayer", "feedforwards"]
 
 
-@method("reshape")
 @dataclass(frozen=True)
 class FeedForwardLayer:
     """Where a feed-forward layer is, and what it computes.
@@ -64,7 +63,7 @@ class FeedForwardLayer:
         return repr(self.name) if self.name else "the model"
 
 
-@method("reshape")
+@method("companion")
 @torch.inference_mode(False)
 def feedforwards(model: nn.Module, example: Any = None, *,
                  square: bool = True) -> list[FeedForwardLayer]:

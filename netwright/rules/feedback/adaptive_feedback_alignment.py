@@ -31,7 +31,12 @@ from netwright.stages.stage import Context
 __all__ = ["AdaptiveFeedbackAlignment"]
 
 
-@method("rule", papers=["003-020"])
+@method(
+    "rule",
+    papers=["003-020"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+)
 class AdaptiveFeedbackAlignment(Rule):
     """Send the output error to every stage through the weights that lead there from the input.
 

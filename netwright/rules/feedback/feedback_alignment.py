@@ -17,7 +17,9 @@ from netwright.stages import Stages, call
 __all__ = ["FeedbackAlignment"]
 
 
-@method("rule")
+@method("rule", saves=["backpropagation"], needs=["labels"],
+        variants={"plain": {}, "sign-symmetric": {"feedback": "sign_symmetric"},
+                  "learned": {"feedback": "kolen_pollack"}})
 class FeedbackAlignment(Rule):
     """Train with matrices of their own, instead of the weights, carrying the error backwards.
 

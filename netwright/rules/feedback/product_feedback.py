@@ -22,7 +22,7 @@ from netwright.stages import Stages
 __all__ = ["ProductFeedback"]
 
 
-@method("rule", papers=["003-043"])
+@method("rule", papers=["003-043"], saves=["backpropagation"], needs=["labels"])
 class ProductFeedback(Rule):
     """Train with the product of two matrices, one fixed and one learned, carrying the error back.
 

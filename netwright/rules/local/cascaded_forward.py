@@ -15,7 +15,12 @@ from netwright.stages import Stages, stages
 __all__ = ["CascadedForward"]
 
 
-@method("rule", papers=["004-029"])
+@method(
+    "rule",
+    papers=["004-029"],
+    saves=["backpropagation", "training memory", "training time"],
+    needs=["classes", "a chain of stages"],
+)
 class CascadedForward(Rule):
     """Leave the hidden stages as they are, and train a class guess on the output of each.
 
