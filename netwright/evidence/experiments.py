@@ -91,9 +91,14 @@ def experiment(name: str, where: PathLike | None = None) -> Experiment:
 
 
 def _package(home: Path) -> ModuleType:
-    """Return the package `evidence` whose files are in `home`, in place of any other's."""
-    there = sys.modules.get(PACKAGE)
-    if there is not None and [Path(path).resolve() for path in there.__path__] == [home]:
+    """Return the package `evidence` of the files in `home`, new where these are not those it has.
+
+    A result would otherwise bear the fingerprint of files other than those that gave it.
+    """
+    there, state = sys.modules.get(PACKAGE), {
+        path: path.stat().st_mtime_ns for path in home.rglob("*.py")}
+    if there is not None and [Path(path).resolve() for path in there.__path__] == [home] and (
+            vars(there).setdefault("_state", state) == state):
         return there
     for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
         del sys.modules[name]
@@ -103,4 +108,6 @@ def _package(home: Path) -> ModuleType:
     spec = ModuleSpec(PACKAGE, None, is_package=True)
     spec.submodule_search_locations = [str(home)]
     sys.modules[PACKAGE] = module_from_spec(spec)
+    vars(sys.modules[PACKAGE])["_state"] = state
+    importlib.invalidate_caches()
     return sys.modules[PACKAGE]

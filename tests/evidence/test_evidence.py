@@ -104,6 +104,7 @@ def test_a_result_is_older_than_its_code_once_that_changes(home):
     assert ages() == {"small_toy": "of this code"}
     (home / "small.py").write_text(TOY.replace("TWO", "3.0"))
     assert ages() == {"small_toy": "older than its code"}
+    assert run("small_toy")["figures"]["two"] == [3.0]
     path = home / "results" / "small_toy.json"
     old = {key: value for key, value in json.loads(path.read_text()).items()
            if key != "fingerprint"}
