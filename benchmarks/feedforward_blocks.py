@@ -10,7 +10,7 @@ and for as many floating-point operations. The learning rate and the steps are t
 time of a step and of a plain network's step are taken in turns; a ratio is the median over the
 turns of the processor's time. Stored bytes are those that wait for the backward pass.
 
-`docs/blocks/ranking.md` is drawn from what this writes.
+The page of the ranking is made from what this writes.
 """
 
 import json

@@ -26,6 +26,7 @@ face(
     },
     names={
         "History": "netwright.training",
+        "Recipe": "netwright.compare.recipe",
         "Stages": "netwright.stages",
         "Task": "netwright.tasks",
         "changes": "netwright.reshape.change",
@@ -37,6 +38,7 @@ face(
         "parallel_recurrence": "netwright.numerics",
         "load": "netwright.reshape.saved",
         "method": "netwright.catalogue.facets",
+        "recipe": "netwright.compare.recipe",
         "recorded": "netwright.compare",
         "save": "netwright.reshape.saved",
         "stages": "netwright.stages",

@@ -28,7 +28,7 @@ def fit(
     import torch
 
     from netwright import fit as run
-    from netwright.compare.recipe import changes
+    from netwright.compare.changes import changes
     from netwright.tasks.ready import check_ready
     found = named_task(task)
     rate = found.learning_rate if learning_rate is None else learning_rate

@@ -32,6 +32,10 @@ def alignment(rule: Rule, batch: tuple[Any, Tensor]) -> dict[str, float]:
     where it trains copies or heads of its own: then there is nothing to compare. A network that
     cannot be staged counts as one stage, called `network`.
 
+    Args:
+        rule: whose update is compared.
+        batch: the pair (x, y) that it is made on.
+
     Raises:
         ValueError: `batch` is not a pair.
 

@@ -22,6 +22,15 @@ def cnn(channels: int, size: Sequence[int], classes: int, *, widths: Sequence[in
     `size` is an image's (height, width), or (length,) for signals; `norm` adds batch
     normalisation after each convolution.
 
+    Args:
+        channels: of an image.
+        size: its (height, width), or (length,) for signals.
+        classes: scores that are returned.
+        widths: channels of each convolution.
+        kernel: its size in every axis.
+        activation: makes what follows each convolution.
+        norm: whether a batch normalisation stands between.
+
     Shapes: x (batch, channels, *size); out (batch, classes).
 
     Raises:

@@ -27,6 +27,14 @@ def gpt(characters: int, context: int, *, width: int = 64, depth: int = 2,
     `feedforward(width, 4 * width)` makes the mlp of each block, a module that takes and returns
     (batch, length, width); without it, two linear layers with a GELU between.
 
+    Args:
+        characters: that are told apart.
+        context: the longest row.
+        width: of the stream.
+        depth: how many blocks there are.
+        heads: of each attention.
+        feedforward: makes the mlp of a block, see above.
+
     Shapes: x (batch, length) of int64 with length <= context; out (batch, length, characters).
 
     Raises:

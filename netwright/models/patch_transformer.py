@@ -25,6 +25,16 @@ def patch_transformer(channels: int, size: Sequence[int], classes: int, *, patch
     other. `feedforward(width, 4 * width)` makes the mlp of each block, a module that takes and
     returns (batch, patches, width); without it, two linear layers with a GELU between.
 
+    Args:
+        channels: of an image.
+        size: its (height, width).
+        classes: scores that are returned.
+        patch: the side of a patch.
+        width: of the stream.
+        depth: how many blocks there are.
+        heads: of each attention.
+        feedforward: makes the mlp of a block, see above.
+
     Shapes: x (batch, channels, *size); out (batch, classes).
 
     Raises:

@@ -53,6 +53,12 @@ def mase(forecast: Tensor, target: Tensor, history: Tensor, season: int = 1) -> 
     A history whose seasons all repeat exactly has no scale; it counts by the dtype's smallest
     normal number, so that any error is very large.
 
+    Args:
+        forecast: what was said.
+        target: what came.
+        history: what was known before.
+        season: the steps of time after which a series repeats itself, 1 where it does not.
+
     Shapes: forecast and target (*, horizon); history (*, length) with length > season.
 
     Raises:
@@ -85,6 +91,12 @@ def contrast_within(a: Tensor, b: Tensor, groups: Tensor | None = None,
     and the same with a and b exchanged.
 
     A row that is alone in its group adds nothing. Without groups this is InfoNCE.
+
+    Args:
+        a: rows.
+        b: their partners.
+        groups: the group of each row; all are one without it.
+        temperature: that the cosines are divided by.
 
     Shapes: a and b (rows, dim), partners in the same row; groups (rows,) of int64.
 

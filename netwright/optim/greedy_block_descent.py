@@ -65,6 +65,17 @@ class GreedyBlockDescent(Optimizer):
     `backward`: the optimizer differentiates it, as often as it needs. It returns the loss before
     the step. The last block is in `last_block`.
 
+    Args:
+        params: what is minimised over.
+        blocks: the size of a block, "parameters", or index tensors.
+        select: which block is taken, see above.
+        update: the step on it, see above.
+        bound: H.
+        lipschitz: what L_b starts from, where there is no H.
+        variable: whether a block is made anew at every step.
+        l1: what the sum of absolute values costs.
+        generator: where random blocks are drawn; PyTorch's global state without one.
+
     Raises:
         ValueError: the options do not go together, or a size is wrong.
         UnknownName: `select` or `update` is none of those that are known.

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
-from netwright.reshape.pruning._residual import Place, Silent
+from netwright.anatomy.residual import Place, Silent
 
 
 def plain_layout(layout: Any) -> dict[str, Any]:

@@ -40,6 +40,10 @@ class ReversibleSequential(nn.Sequential):
     It can be differentiated once, not twice. `torch.compile` runs it uncompiled; compile the
     modules in the blocks. In `torch.func` transforms it is `nn.Sequential`.
 
+    Args:
+        modules: what runs in turn.
+        exact: whether what is reconstructed is exact, bit for bit.
+
     Shapes: x as the first module takes it: a tensor, or a tuple of tensors where the modules have
     several streams; the same is returned.
 

@@ -25,6 +25,9 @@ class SmoothLeakyReLU(Transform):
 
     The inverse is by Newton's method, which a convex function always leads to the root.
 
+    Args:
+        slope: far below 0, between 0 and 1.
+
     Shapes: x and z (batch, *size); log_det (batch,).
 
     Raises:

@@ -25,6 +25,9 @@ class U1Action(nn.Module):
     At large `beta` configurations of different topological charge are separated by barriers that
     hybrid Monte Carlo seldom crosses.
 
+    Args:
+        beta: the inverse coupling.
+
     Shapes: x (batch, 2, A, B), the angles of the links in the two directions; S (batch,).
 
     Raises:

@@ -18,6 +18,10 @@ class Part(Transform):
 
     z = [f_n(... f_1(x[:, :channels])), x[:, channels:]];  log_det = that of the f.
 
+    Args:
+        transforms: what runs on the part, in order.
+        channels: of the part, the first of a sample.
+
     Shapes: x and z (batch, channels + others, *); the transforms must in the end keep the shape of
     their part, a `Squeeze` among them being undone by another with `back=True`.
 

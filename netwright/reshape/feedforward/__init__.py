@@ -1,5 +1,5 @@
-"""Surgery on feed-forward layers, and what tells where they are."""
+"""Feed-forward layers: surgery on them, and what tells where they are."""
 
 from netwright.runtime.faces import face
 
-face(__name__)
+face(__name__, "netwright.anatomy.exchanging", "netwright.anatomy.feedforwards")

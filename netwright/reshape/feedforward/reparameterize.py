@@ -31,6 +31,9 @@ def reparameterize(model: nn.Module) -> nn.Module:
     The copy computes what `model` does in eval mode, to rounding; the products are made in float64.
     Low-rank pairs stay, since their product is larger, and so do layers with hooks.
 
+    Args:
+        model: a network with `RePaFeedForward`s, or with linear layers that follow one another.
+
     Raises:
         NothingToReshape: `model` has neither, or none that would be smaller.
 

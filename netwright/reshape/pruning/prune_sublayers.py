@@ -6,11 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from netwright.anatomy.residual import Silent, Sublayer, Trace, trace
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
 from netwright.reshape._layouts import plain_silent, silent_of
 from netwright.reshape.change import decided, reshape
-from netwright.reshape.pruning._residual import Silent, Sublayer, Trace, trace
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
 from netwright.stages import call
@@ -52,6 +52,12 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     softmax, or a function of (outputs, new outputs). The names of what was removed are in the
     result's `removed_sublayers`, in the order of their removal. Where a Hugging Face model
     numbers its attention layers for the key-value cache, those that stay are numbered anew.
+
+    Args:
+        model: a network with a residual stream.
+        calibration: inputs that the outputs are compared on.
+        remove: how many sublayers go.
+        distance: d: "angular", "euclidean", "jensen-shannon" or a function of two outputs.
 
     Shapes: calibration is what the model takes (a tensor, a tuple of positional or a mapping of
     keyword arguments) or a list of such batches; outputs (batch, *, classes).

@@ -57,6 +57,9 @@ class AdaptiveFeedbackAlignment(Rule):
     nor a mask. Where that is token ids, v_1 = F e in place of the first stage's answer: that stage
     learns by direct feedback alignment. Under autocast the v_l keep the parameters' precision.
 
+    Args:
+        scale: of F, and so of the hidden updates.
+
     Shapes: x (*lead, *size); logits (*lead, classes); v_l as h_l; F (classes, *size), or
     (prod(logits[0]), *size) where only the batch axis is shared.
 

@@ -40,6 +40,9 @@ class FeedbackAlignment(Rule):
     With `kolen_pollack`, W - B shrinks by the optimizer's weight decay and by nothing else, so
     give the optimizer one that is decoupled (SGD's, AdamW's).
 
+    Args:
+        feedback: "random", "sign_symmetric" or "kolen_pollack".
+
     Shapes: x as the network takes it; y as the loss takes it; B as W.
 
     Raises:

@@ -44,6 +44,9 @@ class CascadedForward(Rule):
     h is tokens and there is a label for each sample, guesses are read off the tokens' mean; h of
     any other shape is flattened.
 
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
+
     Shapes: a_i (batch, *size_i); M_i (classes, features_i); y (batch,), or (batch, tokens).
 
     Raises:

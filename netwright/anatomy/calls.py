@@ -1,0 +1,102 @@
+"""Watches an example run: which module was called when, with which tensors, returning which."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from netwright.anatomy.layers import count_weighted, reversible
+from netwright.signals import Path, apply, tensors
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module: `start` and `end` count the events of the run."""
+
+    module: nn.Module
+    name: str
+    parent: "Call | None"
+    start: int
+    arguments: Any
+    versions: dict[int, int]
+    end: int = 0
+    output: Any = None
+    output_versions: dict[int, int] = field(default_factory=dict)
+    children: list["Call"] = field(default_factory=list)
+    weights: int = 0
+
+    def inside(self, other: "Call") -> bool:
+        """Whether this call was made while `other` ran."""
+        return other.start < self.start and self.end < other.end
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often `tensor` was changed in place, 0 where that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def watch(model: nn.Module, x: Any, **options: Any) -> tuple[list[Call], Any]:
+    """Return the calls of one run of `model` in the order of their starts, and its output.
+
+    The first call is the model's own.
+    """
+    calls: list[Call] = []
+    with watching(model, calls):
+        output = apply(model, x, **options)
+    return calls, output
+
+
+@contextmanager
+def watching(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+    """Add to `calls` whatever is called inside `model`; the `end` of what raised stays 0."""
+    stack: list[Call] = []
+    clock = iter(range(1 << 62))
+    inside = {part for module in model.modules() if module is not model and reversible(module)
+              for part in module.modules() if part is not module}
+    names = {module: name for name, module in reversed(list(model.named_modules()))
+             if module not in inside}
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        arguments = (args, kwargs)
+        made = Call(module, names[module], stack[-1] if stack else None, next(clock), arguments,
+                    {id(t): version(t) for _, t in tensors(arguments)},
+                    weights=count_weighted(module))
+        if stack:
+            stack[-1].children.append(made)
+        stack.append(made)
+        calls.append(made)
+
+    def finish(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        made = stack.pop()
+        made.output, made.end = output, next(clock)
+        made.output_versions = {id(t): version(t) for _, t in tensors(output)}
+
+    handles = []
+    try:
+        for module in names:
+            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+            handles.append(module.register_forward_hook(finish, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def link(before: Call, after: Call, calls: list[Call]) -> tuple[Path, Path] | None:
+    """Return where the output of `before` holds the tensor that `after` takes, and where it is.
+
+    None where no output of `before` is an input of `after`, or where it was changed on the way:
+    in place, or by a module such as an identity that returned the tensor that it took.
+    """
+    if before.end > after.start:
+        return None
+    for path, tensor in tensors(before.output):
+        for slot, other in tensors(after.arguments):
+            if (other is tensor and before.output_versions[id(tensor)] == after.versions[id(tensor)]
+                    and not any(before.end < c.start and c.end < after.start
+                                and any(t is tensor for _, t in tensors(c.output))
+                                for c in calls)):
+                return path, slot
+    return None
