@@ -15,7 +15,7 @@ from netwright.runtime.faces import Face, files
 __all__: list[str] = []
 
 # What says, records and reports has no part in what is measured.
-APART = ("netwright.catalogue", "netwright.errors", "netwright.evidence",
+APART = ("netwright.catalogue", "netwright.checks", "netwright.errors", "netwright.evidence",
          "netwright.runtime.faces", "netwright.runtime.progress")
 BUT = ("netwright.evidence.train",)
 PACKAGES = ("netwright", "evidence")
@@ -27,8 +27,8 @@ def fingerprints(modules: Iterable[str]) -> dict[str, str]:
     """Return for each module 12 hexadecimal digits that change when code changes that it uses.
 
     They stand for the definitions that the module reaches through imports, in whatever file those
-    are. Comments, docstrings, annotations, layout, what errors say and what a method says of
-    itself do not count.
+    are. Comments, docstrings, annotations, layout, checks that only raise and what a method says
+    of itself do not count.
     """
     _read_anew()
     return {module: _digest(_reached(module)) for module in set(modules)}
@@ -178,7 +178,7 @@ def _defined(statement: ast.stmt) -> list[str]:
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes away what does not act: docstrings, annotations, facets, and what errors say."""
+    """Takes away what does not act on a result: docstrings, annotations, facets, checks."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         node.returns = None
@@ -186,26 +186,35 @@ class _Bare(ast.NodeTransformer):
                          node.args.vararg, node.args.kwarg):
             if argument is not None:
                 argument.annotation = None
-        return self._without_words(node)
+        return self.visit_ClassDef(node)
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        return self._without_words(node)
+    def visit_ClassDef(self, node: ast.ClassDef | ast.FunctionDef) -> ast.AST:
+        node.decorator_list = [made for made in node.decorator_list if not (
+            isinstance(made, ast.Call) and ast.unparse(made.func) == "method")]
+        return self.generic_visit(node)
 
-    def visit_Module(self, node: ast.Module) -> ast.AST:
-        return self._without_words(node)
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        if isinstance(node.value, ast.Constant):
+            return None  # a docstring
+        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func).startswith("checks."):
+            return None
+        return self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        self.generic_visit(node)
+        # What only refuses has let through whatever gave a result.
+        only_raises = all(isinstance(statement, ast.Raise) for statement in node.body)
+        return None if only_raises and not node.orelse else node
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         if isinstance(node.exc, ast.Call):
             node.exc = node.exc.func
         return node
 
-    def _without_words(self, node: ast.Module | ast.ClassDef | ast.FunctionDef) -> ast.AST:
-        if ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or ([] if isinstance(node, ast.Module) else [ast.Pass()])
-        if not isinstance(node, ast.Module):
-            node.decorator_list = [made for made in node.decorator_list if not (
-                isinstance(made, ast.Call) and ast.unparse(made.func) == "method")]
-        self.generic_visit(node)
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        if not isinstance(node, ast.Module) and getattr(node, "body", None) == []:
+            node.body = [ast.Pass()]  # type: ignore[attr-defined]
         return node
 
 

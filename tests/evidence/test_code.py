@@ -51,7 +51,9 @@ def digest():
 @pytest.mark.parametrize(("file", "old", "new", "changes"), [
     ("one.py", "SIZE = 3", "SIZE = 4", True),
     ("near.py", "len(rest)", "len(rest) + 1", True),
-    ("near.py", "if not rest", "if rest", True),
+    ("near.py", "    return inner(rest)", "    return rest and inner(rest)", True),
+    ("near.py", "if not rest", "if len(rest) < 1", False),  # a check lets through or raises
+    ("near.py", "    return inner", "    checks.count(1, rest=len(rest))\n    return inner", False),
     ("near.py", "return 1", "return 2", False),  # a function that is not used
     ("near.py", "something", "anything", False),  # what an error says
     ("near.py", "*rest: int) -> int", "*rest: str) -> object", False),
