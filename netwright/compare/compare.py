@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from netwright import checks
 from netwright.compare.cells import Plan, best_of, cells_of, done, final_key, trial_key
 from netwright.compare.changes import Change
 from netwright.compare.changes import changes as read
@@ -78,8 +79,7 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
         check_ready(entry)
     asked = workers is not None or isinstance(storage, (str, Path, NoneType))
     workers = min(os.cpu_count() or 1, 4) if workers is None else workers
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+    checks.count(1, workers=workers)
     if storage is None:
         STORAGE.parent.mkdir(parents=True, exist_ok=True)
         storage = STORAGE

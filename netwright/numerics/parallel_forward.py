@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.runtime.modes import evaluating
@@ -202,14 +203,10 @@ _Update = Callable[[Tensor, int], Tensor]
 def _check(method: str, blocks: int, tolerance: float, max_iterations: int | None) -> None:
     if method not in METHODS:
         raise UnknownName("method", method, METHODS)
-    if blocks < 1:
-        raise ValueError(f"blocks must be at least 1, got {blocks}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}; 0 goes on until nothing "
-                         "moves")
-    if max_iterations is not None and max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}; None is as "
-                         "many as it takes")
+    checks.count(1, blocks=blocks)
+    checks.at_least(0, tolerance=tolerance, advice="0 goes on until nothing moves")
+    checks.count(1, max_iterations=max_iterations, optional=True,
+                 advice="None is as many as it takes")
 
 
 def _settled(found: Tensor, before: Tensor, tolerance: float) -> bool:

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from netwright import checks
 from netwright.errors import CorruptCheckpoint, Diverged
 from netwright.objectives.metrics import accuracy
 from netwright.rules.exact.backprop import Backprop
@@ -103,8 +104,7 @@ def fit(rule: Rule | nn.Module, train: Data, *, epochs: int,
         raise ValueError(f"checkpoint_every={checkpoint_every} needs checkpoint=, a folder")
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ValueError(f"checkpoint must be a folder, got the file {folder}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be above 0, got {clip}")
+    checks.above(0, clip=clip, optional=True)
     if autocast not in (None, torch.bfloat16):
         raise ValueError(f"autocast must be torch.bfloat16 or None, got {autocast}; float16 needs "
                          "scaled losses, which a rule's own update does not know")

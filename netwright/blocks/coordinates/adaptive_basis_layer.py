@@ -4,6 +4,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import layer_norm
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.catalogue.facets import method
 
@@ -58,12 +59,8 @@ class AdaptiveBasisLayer(nn.Module):
                  sparsity: float = 0.0, *, layers: int = 3, weights: Tensor | None = None,
                  activation: Activation = "relu", generator: Generator | None = None) -> None:
         super().__init__()
-        for name, size in (("n_basis", n_basis), ("hidden", hidden), ("layers", layers)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        for name, strength in (("ortho_penalty", ortho_penalty), ("sparsity", sparsity)):
-            if not strength >= 0:
-                raise ValueError(f"{name} must be at least 0, got {strength}")
+        checks.count(1, n_basis=n_basis, hidden=hidden, layers=layers)
+        checks.at_least(0, ortho_penalty=ortho_penalty, sparsity=sparsity)
         grid = torch.as_tensor(grid).detach()
         if not grid.is_floating_point():
             grid = grid.to(torch.get_default_dtype())

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 
@@ -76,14 +77,10 @@ class NBeats(nn.Module):
                  residual: bool = True) -> None:
         super().__init__()
         harmonics = max(1, horizon // 2) if harmonics is None else harmonics
-        for name, size in (("lookback", lookback), ("horizon", horizon), ("blocks", blocks),
-                           ("hidden", hidden), ("layers", layers), ("harmonics", harmonics)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if degree < 0:
-            raise ValueError(f"degree must be at least 0, got {degree}")
-        if period is not None and not period > 0:
-            raise ValueError(f"period must be above 0, got {period}")
+        checks.count(1, lookback=lookback, horizon=horizon, blocks=blocks, hidden=hidden,
+                     layers=layers, harmonics=harmonics)
+        checks.count(0, degree=degree)
+        checks.above(0, period=period, optional=True)
         if isinstance(stacks, str) or not len(stacks):
             raise ValueError(f"stacks must be a list of at least one stack, got {stacks!r}; try "
                              '["trend", "seasonality"] or ["generic"]')

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.blocks.coordinates.grids import check_coordinates, interpolate, neighbours
 from netwright.catalogue.facets import method
 
@@ -52,9 +53,7 @@ class FourierFeatures(nn.Module):
     def __init__(self, dims: int, frequencies: int = 256, *, deviation: float = 5.0,
                  generator: Generator | None = None) -> None:
         super().__init__()
-        for name, size in (("dims", dims), ("frequencies", frequencies)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dims=dims, frequencies=frequencies)
         self.dims = dims
         lengths = deviation * torch.randn(frequencies, generator=generator).abs()
         directions = torch.randn(dims, frequencies, generator=generator)
@@ -139,9 +138,7 @@ class SAPE(nn.Module):
                             if t.is_floating_point()), torch.zeros(()))
             self.features = encoding(example.new_zeros(1, dims)).shape[-1]
         blocks = max(1, self.features // 2) if blocks is None else blocks
-        for name, size in (("steps", steps), ("grid", grid), ("blocks", blocks)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, steps=steps, grid=grid, blocks=blocks)
         if blocks > self.features:
             raise ValueError(f"blocks must be at most the {self.features} features of the "
                              f"encoding, got {blocks}")

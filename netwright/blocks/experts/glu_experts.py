@@ -6,6 +6,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, linear
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import (
     GLU,
     Activation,
@@ -63,10 +64,7 @@ class GLUExperts(nn.Module):
         super().__init__()
         hidden = 8 * -(-dim // 3) if hidden is None else hidden
         out = dim if out is None else out
-        for name, size in (("dim", dim), ("hidden", hidden), ("n_experts", n_experts),
-                           ("out", out)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, hidden=hidden, n_experts=n_experts, out=out)
         self.dim, self.n_experts, self.out = dim, n_experts, out
         self.activation = activation_module(activation)
         for name, rows, inputs in (("gate", hidden, dim), ("up", hidden, dim),

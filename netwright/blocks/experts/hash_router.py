@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from netwright import checks
 from netwright.blocks.experts.routing import Routing, check_choice
 from netwright.catalogue.facets import method
 
@@ -58,8 +59,7 @@ class HashRouter(nn.Module):
                  generator: Generator | None = None) -> None:
         super().__init__()
         check_choice(n_experts, 1)
-        if vocabulary < 1:
-            raise ValueError(f"vocabulary must be at least 1, got {vocabulary}")
+        checks.count(1, vocabulary=vocabulary)
         if frequencies is not None and frequencies.shape != (vocabulary,):
             raise ValueError(f"frequencies must be ({vocabulary},), one for each id of the "
                              f"vocabulary, got {tuple(frequencies.shape)}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.experts.glu_experts import GLUExperts, bank_of
 from netwright.blocks.experts.routing import Routing, TopKRouter
 from netwright.catalogue.facets import method
@@ -110,11 +111,9 @@ class MixtureOfExperts(nn.Module):
         if n_experts not in (None, n):
             raise ValueError(f"n_experts must be the number of experts, {n}, got {n_experts}; "
                              "leave it out")
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
-        if capacity is not None and not capacity > 0:
-            raise ValueError(f"capacity must be above 0, got {capacity}; 1.25 leaves some room, "
-                             "None drops nothing")
+        checks.count(1, dim=dim)
+        checks.above(0, capacity=capacity, optional=True,
+                     advice="1.25 leaves some room, None drops nothing")
         self.router = TopKRouter(dim, n, k) if router is None else router
         if getattr(self.router, "n_experts", n) != n:
             raise ValueError(f"router must choose among the {n} experts, got one for "

@@ -4,6 +4,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
+from netwright import checks
 from netwright.catalogue.facets import method
 
 __all__ = ["Routing", "TopKRouter"]
@@ -40,8 +41,7 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 def check_choice(n_experts: int, k: int) -> None:
     """Raise ValueError where no token can choose `k` of `n_experts`."""
-    if n_experts < 1:
-        raise ValueError(f"n_experts must be at least 1, got {n_experts}")
+    checks.count(1, n_experts=n_experts)
     if not 1 <= k <= n_experts:
         raise ValueError(f"k must be between 1 and n_experts={n_experts}, got {k}; a token cannot "
                          "use an expert twice")

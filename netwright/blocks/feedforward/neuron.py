@@ -3,6 +3,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.catalogue.facets import method
 
@@ -53,8 +54,6 @@ class Neuron(nn.Sequential):
     def __init__(self, in_features: int,
                  activation: Literal["step"] | Activation | Callable[[], nn.Module] = "step", *,
                  units: int = 1) -> None:
-        for name, size in (("in_features", in_features), ("units", units)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, in_features=in_features, units=units)
         super().__init__(nn.Linear(in_features, units),
                          Step() if activation == "step" else activation_module(activation))

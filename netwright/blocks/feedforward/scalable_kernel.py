@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear, relu
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
 
@@ -84,8 +85,7 @@ class RandomFeatures(nn.Module):
         super().__init__()
         if dim < 1 or n_features < 1:
             raise ValueError(f"dim and n_features must be at least 1, got {dim} and {n_features}")
-        if not scale > 0:
-            raise ValueError(f"scale must be above 0, got {scale}")
+        checks.above(0, scale=scale)
         if isinstance(function, str) and function not in ("relu", *_SPECTRA):
             raise UnknownName("function", function, ("relu", *_SPECTRA))
         self.dim, self.n_features, self.scale = dim, n_features, scale
@@ -190,8 +190,7 @@ class SNNK(nn.Module):
                  layer: nn.Linear | None = None, scale: float = 1.0,
                  generator: Generator | None = None) -> None:
         super().__init__()
-        if dim_out < 1:
-            raise ValueError(f"dim_out must be at least 1, got {dim_out}")
+        checks.count(1, dim_out=dim_out)
         features = RandomFeatures(dim_in, n_features, function, scale=scale, generator=generator)
         layer = nn.Linear(dim_in, dim_out) if layer is None else layer
         if (layer.in_features, layer.out_features) != (dim_in, dim_out):
@@ -295,8 +294,7 @@ def solve_ridge(network: nn.Sequential, x: Tensor, y: Tensor, penalty: float = 1
     if not y.is_floating_point() or y.shape != (len(x), last.out_features) or not len(x):
         raise ValueError(f"y must be ({len(x)}, {last.out_features}) of floating point, one row "
                          f"at least, got {tuple(y.shape)} of {y.dtype}; use one_hot(y).float()")
-    if not penalty > 0:
-        raise ValueError(f"penalty must be above 0, got {penalty}")
+    checks.above(0, penalty=penalty)
     solved: Any = deepcopy(network)
     f, target = solved[:-1](x).double(), y.double()
     middle, center = f.mean(0), target.mean(0)

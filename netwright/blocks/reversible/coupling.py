@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
@@ -85,8 +86,7 @@ class AffineCoupling(ReversibleBlock):
     def __init__(self, f: nn.Module, g: nn.Module | None = None, dim: int = 1, *,
                  clamp: float | None = 2.0, sizes: Sequence[int] | None = None) -> None:
         super().__init__()
-        if clamp is not None and not clamp > 0:
-            raise ValueError(f"clamp must be above 0, got {clamp}; None leaves the scale free")
+        checks.above(0, clamp=clamp, optional=True, advice="None leaves the scale free")
         self.f, self.g, self.dim, self.clamp, self.sizes = f, g, dim, clamp, sizes
 
     def updates(self, *args: Any, **options: Any) -> list[Update]:

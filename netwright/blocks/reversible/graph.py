@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
@@ -121,8 +122,7 @@ class ReversibleGIN(nn.Module):
     def __init__(self, dim: int, depth: int, groups: int = 2, *, features: int | None = None,
                  classes: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
+        checks.count(1, depth=depth)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a share from 0 to below 1, got {dropout}")
         self.entry = nn.Identity() if features is None else nn.Linear(features, dim)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
@@ -154,14 +155,11 @@ class RevCol(nn.Module):
                  growth: float | None = 10.0, level: int | None = None, dim: int = 1,
                  exact: bool = False) -> None:
         super().__init__()
-        if columns < 1:
-            raise ValueError(f"columns must be at least 1, got {columns}")
+        checks.count(1, columns=columns)
         if len(make_level) != len(channels) or not channels:
             raise ValueError(f"channels must name one number for each of the {len(make_level)} "
                              f"levels of make_level, got {list(channels)}")
-        if growth is not None and not growth >= 1:
-            raise ValueError(f"growth must be at least 1, got {growth}; None keeps the last "
-                             "column only")
+        checks.at_least(1, growth=growth, optional=True, advice="None keeps the last column only")
         if level is not None and not -len(channels) <= level < len(channels):
             raise ValueError(f"level must be one of the {len(channels)} levels or None, got "
                              f"{level}")

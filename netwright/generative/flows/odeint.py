@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.catalogue.facets import method
 from netwright.errors import MissingExtra, UnknownName
@@ -252,8 +253,7 @@ def _check(f: nn.Module, ts: Tensor, steps: int) -> None:
     if not (bool((gaps > 0).all()) or bool((gaps < 0).all())):
         raise ValueError("ts must rise, or fall, from each time to the next, got "
                          f"{ts.detach().tolist()[:6]}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    checks.count(1, steps=steps)
 
 
 def _by_torchdiffeq(f: nn.Module, y0: Tensor, ts: Tensor, solver: str, backward: str, steps: int,

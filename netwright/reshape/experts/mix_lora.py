@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.anatomy.elementwise import is_linear, linear_sizes
 from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
 from netwright.catalogue.facets import method
@@ -70,9 +71,7 @@ def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank:
     >>> sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     47616
     """
-    for name, size in (("n_experts", n_experts), ("rank", rank)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+    checks.count(1, n_experts=n_experts, rank=rank)
     if not 1 <= k <= n_experts:
         raise ValueError(f"k must be between 1 and n_experts={n_experts}, got {k}")
     if not 0 <= dropout < 1:

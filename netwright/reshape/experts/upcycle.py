@@ -6,6 +6,7 @@ import torch
 from torch import Generator, nn
 from torch.nn.functional import linear
 
+from netwright import checks
 from netwright.blocks.experts import MixtureOfExperts, TopKRouter
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
@@ -136,8 +137,7 @@ def _check(models: list[nn.Module], n_experts: int, k: int, noise: float) -> Non
                          f"{n_experts}; each gives at least one")
     if not 1 <= k <= n_experts:
         raise ValueError(f"k must be between 1 and n_experts={n_experts}, got {k}")
-    if not noise >= 0:
-        raise ValueError(f"noise must be at least 0, got {noise}")
+    checks.at_least(0, noise=noise)
     shapes = [{name: tuple(p.shape) for name, p in m.named_parameters()} for m in models]
     for i, other in enumerate(shapes):
         if other != shapes[0]:

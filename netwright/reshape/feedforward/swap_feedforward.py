@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
+from netwright import checks
 from netwright.anatomy.exchanging import put_block, put_module
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
 from netwright.catalogue.facets import method
@@ -86,8 +87,7 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
     batches = batches_of(calibration)
     if example is None and batches:
         example = batches[0]
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    checks.count(1, steps=steps)
     chosen = choose(feedforwards(model, example), layers)
     swapped = deepcopy(model)
     blocks: list[tuple[FeedForwardLayer, nn.Module, float | None]] = []

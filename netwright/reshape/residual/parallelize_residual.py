@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from netwright import checks
 from netwright.anatomy.residual import trace
 from netwright.anatomy.residual_blocks import Block, Passed, example_of, respond, runs_of
 from netwright.catalogue.facets import method
@@ -67,8 +68,7 @@ def parallelize_residual(model: nn.Module, example: Any = None, *,
     >>> broad.parallel_changes, broad(x).shape
     (('1 to 3: 3 blocks (Block) side by side',), torch.Size([1, 16, 96]))
     """
-    if group is not None and group < 2:
-        raise ValueError(f"group must be at least 2, got {group}; leave it out for whole runs")
+    checks.count(2, group=group, optional=True, advice="leave it out for whole runs")
     if hasattr(model, "_orig_mod"):
         raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
                                "the module that was compiled, and compile the result")
