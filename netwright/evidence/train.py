@@ -19,8 +19,7 @@ from netwright.objectives.metrics import accuracy
 from netwright.rules import Backprop, Rule
 from netwright.training import fit
 
-__all__ = ["Loader", "Runs", "falling", "held_out_accuracy", "held_out_errors", "on_progress",
-           "train"]
+__all__ = ["Loader", "Runs", "falling", "held_out_accuracy", "held_out_errors", "train"]
 
 
 

@@ -5,7 +5,8 @@ from torch.nn.functional import mse_loss
 
 from netwright.data import Batches, Split
 from netwright.errors import Diverged
-from netwright.evidence import falling, held_out_accuracy, held_out_errors, on_progress, train
+from netwright.evidence import falling, held_out_accuracy, held_out_errors, train
+from netwright.evidence.train import on_progress
 from netwright.rules import Backprop
 from netwright.training import fit
 
