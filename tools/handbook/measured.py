@@ -23,6 +23,12 @@ def results() -> Mapping[str, Mapping[str, Any]]:
 
 
 @cache
+def ages() -> Mapping[str, str]:
+    """Return for each result whether it is of the code that there is now."""
+    return evidence.ages()
+
+
+@cache
 def comparison() -> Comparison:
     """Return the recorded comparison of the rules."""
     return Comparison.load(ROOT / "docs/comparison.json")
@@ -90,6 +96,7 @@ def shown_in_full(name: str, uri: str) -> list[str]:
     parts = [f"### {_capital(name.replace('_', ' '))} {{ #evidence-{name} }}", "",
              f"**Claim.** {result['claim']}", "",
              f"**Verdict: {verdict_of(name)}.** {result['note']}", "",
+             *_claims(result.get("claims", [])),
              f"![What was measured for {name}]({link(uri, f'pictures/{name}.svg')})", "",
              "??? abstract \"Every figure, and how it was measured\"", "",
              "    | measured | mean | deviation | seeds |", "    |---|---:|---:|---:|"]
@@ -100,8 +107,24 @@ def shown_in_full(name: str, uri: str) -> list[str]:
               f"    - run: scale {result['scale']}, {result['seconds']:.0f} s on "
               f"{machine['device']} (cores: {machine['cores']}, threads: {machine['threads']}), "
               f"PyTorch {machine['torch']}, {result['date']}",
+              f"    - code: {_code(name)}",
               f"    - again: `netwright evidence run {name}`", ""]
     return parts
+
+
+def _claims(claims: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return what was asked of the figures before the run, and what came of it."""
+    lines = [f"- {'holds' if claim['holds'] else 'does not hold'}: {claim['claim']}"
+             for claim in claims]
+    return ["Asked before the run:", "", *lines, ""] if lines else []
+
+
+def _code(name: str) -> str:
+    """Return which code gave a result, and whether that is the code that there is now."""
+    if "fingerprint" not in results()[name]:
+        return "not known"
+    result = results()[name]
+    return f"version {result['version']}, fingerprint {result['fingerprint']}, {ages()[name]}"
 
 
 def verdict_of(name: str) -> str:
@@ -184,16 +207,20 @@ def evidence_page() -> str:
     """Return the page that lists every claim beside its verdict."""
     counts = {verdict: sum(result["verdict"] == verdict for result in results().values())
               for verdict in ORDER[:-1]}
+    old = sum(age == "older than its code" for age in ages().values())
     parts = ["---", "hide: [toc]", "---", "", "# Evidence", "",
              "Each line is one experiment: the claim of a paper, what a run here said to it, and "
              f"the page that shows how. Of {len(results())} claims "
              f"{counts['shown']} showed in full at this scale, {counts['partly shown']} in part, "
-             f"and {counts['not shown']} did not. `netwright evidence run NAME` runs one again.",
+             f"and {counts['not shown']} did not. `netwright evidence run NAME` runs one again. "
+             f"{old} results are older than the code that they are about.",
              "", '<div class="filter" data-columns="verdict"></div>', "",
-             "| experiment | claim | paper | verdict | run |", "|---|---|---|---|---|"]
+             "| experiment | claim | paper | verdict | run | code |",
+             "|---|---|---|---|---|---|"]
     parts += [f"| [`{name}`]({link(EVIDENCE, homes()[name])}#evidence-{name}) | "
               f"{cell(result['claim'])} | {cell(papers.paper(result['paper']).title)} | "
-              f"{verdict_of(name)} | {result['date']} |" for name, result in results().items()]
+              f"{verdict_of(name)} | {result['date']} | {ages()[name]} |"
+              for name, result in results().items()]
     parts.append("")
     for name in results():
         if homes()[name] == EVIDENCE:
