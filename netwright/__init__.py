@@ -29,6 +29,7 @@ face(
         "Recipe": "netwright.compare.recipe",
         "Stages": "netwright.stages",
         "Task": "netwright.tasks",
+        "apply": "netwright.compare.apply",
         "changes": "netwright.reshape.change",
         "compare": "netwright.compare",
         "find": "netwright.catalogue.find",
