@@ -29,6 +29,7 @@ face(
         "Recipe": "netwright.compare.recipe",
         "Stages": "netwright.stages",
         "Task": "netwright.tasks",
+        "applicable": "netwright.advise.applicable",
         "changes": "netwright.reshape.change",
         "compare": "netwright.compare",
         "find": "netwright.catalogue.find",

@@ -19,6 +19,7 @@ __all__ = ["reparameterize"]
     papers=["004-039"],
     place="feedforward",
     saves=["inference time", "parameters", "file size", "inference memory"],
+    needs=["linear layers in a row"],
     keeps_function=True,
 )
 @reshape
