@@ -17,7 +17,7 @@ __all__ = ["reparameterize"]
 @method(
     "reshape",
     papers=["004-039"],
-    place="feedforward",
+    place="linear",
     saves=["inference time", "parameters", "file size", "inference memory"],
     needs=["linear layers in a row"],
     keeps_function=True,
