@@ -178,8 +178,14 @@ def _attention(seen: _Seen) -> str:
     return _told("attention layer", (part.name for part in seen.anatomy.attentions))
 
 
+def _dense(seen: _Seen) -> str:
+    return _told("feed-forward layer", (part.name for part in seen.anatomy.feedforwards
+                                        if part.dim == part.out))
+
+
 def _feedforward(seen: _Seen) -> str:
-    return _told("feed-forward layer", (part.name for part in seen.anatomy.feedforwards))
+    mixtures = [part.name for part in seen.anatomy.experts]
+    return _told("feed-forward layer", mixtures) if mixtures else _dense(seen)
 
 
 def _rows_of_feedforwards(seen: _Seen) -> str:
@@ -327,7 +333,8 @@ Look = Callable[[_Seen], str]
 INSIDE: dict[str, Look] = {
     "a chain of stages": _stages, "a circuit": _circuit, "a graph": _graph, "a mixer": _mixer,
     "a recurrent network": _recurrent, "a residual network": _residual,
-    "a transformer": _transformer, "coordinates": _coordinates, "experts": _experts,
+    "a transformer": _transformer, "coordinates": _coordinates,
+    "dense feed-forward layers": _dense, "experts": _experts,
     "feed-forward layers in a row": _rows_of_feedforwards, "images": _images,
     "linear layers": _linear_chain, "linear layers in a row": _linear_rows, "series": _series,
     "tokens": _tokens,

@@ -71,6 +71,7 @@ NEEDS = {
     "calibration data": "a batch or more of inputs, without labels",
     "classes": "targets that are classes",
     "coordinates": "positions as inputs",
+    "dense feed-forward layers": "feed-forward layers that are no mixture of experts",
     "experts": "a mixture of experts in the network",
     "feed-forward layers in a row": "sublayers with nothing but feed-forward layers between",
     "images": "a grid of positions as inputs",

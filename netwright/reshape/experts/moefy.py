@@ -36,7 +36,7 @@ Router = Literal["mlp", "similarity", "groundtruth"]
     papers=["003-070"],
     place="feedforward",
     saves=["inference time"],
-    needs=["calibration data"],
+    needs=["dense feed-forward layers", "calibration data"],
     keeps_function=False,
     search={"n_experts": [8, 16], "split": ["cluster", "coactivation"]},
 )

@@ -30,7 +30,7 @@ STARTS = ("new", "first")
     papers=["003-064"],
     place="feedforward",
     saves=["parameters", "file size", "inference memory", "inference time"],
-    needs=["training"],
+    needs=["dense feed-forward layers", "training"],
     keeps_function=False,
     search={"hidden": [None, "budget"], "start": ["new", "first"]},
 )

@@ -13,7 +13,13 @@ from netwright.reshape.change import decided, reshape
 __all__ = ["interpolate_mixer"]
 
 
-@method("reshape", papers=["003-084"], place="token mixing", needs=["a mixer"], keeps_function=False)
+@method(
+    "reshape",
+    papers=["003-084"],
+    place="token mixing",
+    needs=["a mixer"],
+    keeps_function=False,
+)
 @reshape
 def interpolate_mixer(model: nn.Module, size: int | Sequence[int]) -> nn.Module:
     """Return a copy of a mixer for images of another size, by bicubic interpolation of its tokens.
