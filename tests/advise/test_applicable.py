@@ -1,4 +1,5 @@
 import copy
+import inspect
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 import netwright as nw
 from netwright.advise.applicable import INSIDE, PLACES, applicable
 from netwright.catalogue import facets
-from netwright.errors import UnknownName
+from netwright.errors import NothingToReshape, UnknownName
 from netwright.models import cnn, gcn, gpt, mlp
 
 TOKENS = torch.zeros(2, 16, dtype=torch.long)
@@ -125,3 +126,37 @@ def test_what_is_printed_is_a_table():
     assert any(line.startswith("reshape.prune_sublayers") for line in lines)
     assert repr(applicable(nn.Identity(), torch.randn(2), need="labels", kind="reshape")
                 ) == "nothing applies; all=True says why"
+
+
+@pytest.mark.parametrize(("network", "x"), [
+    (gpt(96, context=16, width=16, depth=3), TOKENS), (cnn(3, (16, 16), 10), IMAGES),
+    (mlp(16, 4, hidden=(8, 8)), torch.randn(2, 16)),
+    (nw.blocks.MLPMixer(3, (16, 16), 10, width=16, depth=2), IMAGES)],
+    ids=["gpt", "cnn", "mlp", "mixer"])
+def test_a_reshape_that_applies_finds_its_places_and_one_that_does_not_finds_none(network, x):
+    tried = 0
+    for change in applicable(network.eval(), x, kind="reshape", all=True):
+        arguments = given(change.method.value, x)
+        if arguments is None:
+            continue
+        tried += 1
+        try:
+            change.method.value(network, **arguments)
+        except NothingToReshape:
+            assert not change.applies, change.method.name
+        except ValueError:  # it has found its places, and refuses them for a reason of its own
+            assert change.applies, change.method.name
+        else:
+            assert change.applies, change.method.name
+    assert tried >= 5
+
+
+def given(reshape, x):
+    """Return arguments for a reshape, None where it asks for more than the data and has no way."""
+    arguments = dict(next(iter(facets.facets(reshape).variants.values()), {}))
+    for name, parameter in [*inspect.signature(reshape).parameters.items()][1:]:
+        if name in ("calibration", "example"):
+            arguments[name] = x
+        elif parameter.default is parameter.empty and name not in arguments:
+            return None
+    return arguments
