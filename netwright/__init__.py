@@ -30,6 +30,7 @@ face(
         "Stages": "netwright.stages",
         "Task": "netwright.tasks",
         "applicable": "netwright.advise.applicable",
+        "apply": "netwright.compare.apply",
         "changes": "netwright.reshape.change",
         "compare": "netwright.compare",
         "find": "netwright.catalogue.find",

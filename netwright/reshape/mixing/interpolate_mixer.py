@@ -1,6 +1,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -19,6 +20,9 @@ __all__ = ["interpolate_mixer"]
     place="token mixing",
     needs=["a mixer"],
     keeps_function=False,
+    variants={"wider": {"size": (8, 12)}},
+    network=lambda: MLPMixer(3, (8, 8), 4, patch=4, width=8, depth=2),
+    batch=lambda: torch.randn(2, 3, 8, 12),
 )
 @reshape
 def interpolate_mixer(model: nn.Module, size: int | Sequence[int]) -> nn.Module:
