@@ -152,8 +152,9 @@ def test_a_reshape_that_applies_finds_its_places_and_one_that_does_not_finds_non
 
 
 def given(reshape, x):
-    """Return arguments for a reshape, None where it asks for more than the data and has no way."""
-    arguments = dict(next(iter(facets.facets(reshape).variants.values()), {}))
+    """Return arguments for a reshape, None where those that are known are for another network."""
+    said = facets.facets(reshape)
+    arguments = {} if said.network else dict(next(iter(said.variants.values()), {}))
     for name, parameter in [*inspect.signature(reshape).parameters.items()][1:]:
         if name in ("calibration", "example"):
             arguments[name] = x
