@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from netwright.runtime.modes import evaluating
-from netwright.stages import call
+from netwright.signals import call
 
 __all__ = ["Units", "hidden_units"]
 

@@ -2,4 +2,4 @@
 
 from netwright.runtime.faces import face
 
-face(__name__)
+face(__name__, "netwright.anatomy.exchanging", "netwright.anatomy.feedforwards")

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 from torch import nn
 
+from netwright.anatomy.calls import Call, link
+from netwright.signals import tensors
 from netwright.stages._members import MemberChain, MemberContext, MemberStage, entry_of, members_of
-from netwright.stages._structure import tensors
-from netwright.stages._watch import Call, link
 from netwright.stages.stage import Stages
 
 

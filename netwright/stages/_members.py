@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from netwright.anatomy.calls import Call, link, version
 from netwright.errors import CannotStage
 from netwright.runtime.modes import rehearsing
 from netwright.runtime.random_state import random_state, set_random_state
-from netwright.stages._structure import Path, at, found, replace, tensors
+from netwright.signals import Path, apply, at, found, replace, tensor_of, tensors
 from netwright.stages._transformers import fresh, is_cache
-from netwright.stages._watch import Call, link, version
-from netwright.stages.stage import Context, Stage, apply, tensor_of
+from netwright.stages.stage import Context, Stage
 
 
 class _Stop(BaseException):

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from netwright.anatomy.layers import weighted
 from netwright.errors import CannotStage
-from netwright.stages._weights import weighted
-from netwright.stages.stage import Context, Stage, Stages, apply, tensor_of
+from netwright.signals import apply, tensor_of
+from netwright.stages.stage import Context, Stage, Stages
 
 
 class SequentialStage(Stage):

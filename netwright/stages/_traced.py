@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from netwright.anatomy.layers import reversible, weighted
 from netwright.errors import CannotStage
 from netwright.stages._bind import bound
-from netwright.stages._weights import reversible, weighted
 from netwright.stages.stage import Context, Stage, Stages
 
 _LEAVES = ("torch.nn", "torch.ao.nn", "torch_geometric.nn", "transformers.")

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright.anatomy.calls import Call, watching
 from netwright.errors import CannotStage
 from netwright.runtime.modes import evaluating, rehearsing, training
 from netwright.runtime.random_state import RandomState, random_state, set_random_state
-from netwright.stages._structure import tensors
-from netwright.stages._watch import Call, watching
+from netwright.signals import tensors
 from netwright.stages.stage import Stages, call
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from netwright.anatomy.calls import Call, watch
 from netwright.errors import CannotStage, UnknownName
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages._chains import (
@@ -24,7 +25,6 @@ from netwright.stages._sequential import sequential_stages
 from netwright.stages._traced import NotTraceable, traced_stages
 from netwright.stages._transformers import example_for, is_pretrained, options_for
 from netwright.stages._verify import check_example, difference, parameters_reached
-from netwright.stages._watch import Call, watch
 from netwright.stages.stage import Stages
 
 __all__ = ["stages"]

@@ -1,58 +1,14 @@
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from netwright.errors import CannotStage
 from netwright.runtime.modes import evaluating, rehearsing
+from netwright.signals import call
 
 __all__ = ["Stage", "Stages", "call"]
-
-
-def call(model: nn.Module, x: Any) -> Tensor:
-    """Return the output tensor of `model` for `x`: a tensor, a tuple or a mapping of arguments.
-
-    Where the model returns a `ModelOutput` its logits are returned, and its last hidden state
-    where it has none.
-
-    Raises:
-        CannotStage: the output holds no such tensor.
-
-    >>> import torch
-    >>> call(nn.Bilinear(2, 3, 4), (torch.randn(5, 2), torch.randn(5, 3))).shape
-    torch.Size([5, 4])
-    """
-    output = model(x) if isinstance(x, Tensor) else apply(model, x)
-    return output if isinstance(output, Tensor) else tensor_of(output)
-
-
-def apply(function: Callable[..., Any], x: Any, **options: Any) -> Any:
-    """Return `function` of `x`: a tensor, a tuple of arguments or a mapping of keywords."""
-    if isinstance(x, Tensor):  # asked first, since that takes the least time
-        return function(x, **options)
-    if isinstance(x, Mapping):
-        return function(**{**x, **options})
-    if isinstance(x, (tuple, list)):
-        return function(*x, **options)
-    return function(x, **options)
-
-
-def tensor_of(output: Any) -> Tensor:
-    """Return the tensor that is meant when a model has returned `output`."""
-    if isinstance(output, Tensor):
-        return output
-    for name in ("logits", "last_hidden_state"):
-        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(value, Tensor):
-            return value
-    if isinstance(output, (tuple, list)):
-        for value in output:
-            if isinstance(value, Tensor) and value.ndim:  # a scalar is the loss that labels make
-                return value
-    raise CannotStage(f"the network returned {type(output).__name__}, which has no tensor called "
-                      "logits; wrap it in a module whose forward returns one tensor")
 
 
 class Context:

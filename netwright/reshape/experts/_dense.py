@@ -12,7 +12,7 @@ from netwright.errors import NothingToReshape
 from netwright.reshape.feedforward import FeedForwardLayer, FeedForwardWeights, feedforwards
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
-from netwright.stages.stage import apply
+from netwright.signals import apply
 
 _KNOWN = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.ReLU6)
 

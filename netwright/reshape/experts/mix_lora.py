@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright.anatomy.layers import is_linear, linear_sizes
 from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape.experts._dense import activation_of, as_block, dense_layers
 from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights, with_blocks
-from netwright.reshape.feedforward._watching import is_linear, linear_sizes
 
 __all__ = ["mix_lora"]
 

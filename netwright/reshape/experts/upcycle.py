@@ -13,7 +13,7 @@ from netwright.reshape.experts._dense import activation_of, as_block, dense_laye
 from netwright.reshape.feedforward import feedforward_weights, with_blocks
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
-from netwright.stages.stage import apply
+from netwright.signals import apply
 
 __all__ = ["upcycle"]
 

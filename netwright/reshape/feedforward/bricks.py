@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from netwright.anatomy.exchanging import feedforward_weights, write_feedforward
+from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.reshape.feedforward.exchanging import feedforward_weights, write_feedforward
-from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
 from netwright.reshape.feedforward.swap_feedforward import batches_of, choose, unfused
 from netwright.runtime.modes import evaluating, rehearsing
-from netwright.stages.stage import apply
+from netwright.signals import apply
 
 __all__ = ["Bricks", "find_bricks", "keep_bricks"]
 

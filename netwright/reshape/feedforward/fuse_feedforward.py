@@ -6,21 +6,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from netwright.catalogue.facets import method
-from netwright.errors import NothingToReshape
-from netwright.reshape.feedforward.exchanging import (
+from netwright.anatomy.exchanging import (
     FeedForwardWeights,
     feedforward_weights,
     without_fused_paths,
     write_feedforward,
 )
-from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
+from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
+from netwright.anatomy.residual import Sublayer, trace
+from netwright.catalogue.facets import method
+from netwright.errors import NothingToReshape
 from netwright.reshape.feedforward.swap_feedforward import choose, unfused
-from netwright.reshape.pruning._residual import Sublayer, trace
 from netwright.reshape.pruning.prune_sublayers import without_sublayers
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.random_state import same_random_state
-from netwright.stages.stage import apply
+from netwright.signals import apply
 
 __all__ = ["FeedForwardRun", "feedforward_runs", "fuse_feedforward"]
 

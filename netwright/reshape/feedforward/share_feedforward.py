@@ -5,17 +5,17 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
-from netwright.reshape.feedforward.exchanging import (
+from netwright.anatomy.exchanging import (
     FeedForwardWeights,
     feedforward_weights,
     put_block,
     put_module,
     write_feedforward,
 )
-from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
-from netwright.reshape.pruning._residual import Place, Silent, trace
+from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
+from netwright.anatomy.residual import Place, Silent, trace
+from netwright.catalogue.facets import method
+from netwright.errors import UnknownName
 from netwright.runtime.random_state import same_random_state
 
 __all__ = ["share_feedforward"]

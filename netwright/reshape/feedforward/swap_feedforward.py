@@ -8,13 +8,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
+from netwright.anatomy.exchanging import put_block, put_module
+from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
 from netwright.catalogue.facets import method
 from netwright.errors import Diverged, UnknownName
-from netwright.reshape.feedforward.exchanging import put_block, put_module
-from netwright.reshape.feedforward.feedforwards import FeedForwardLayer, feedforwards
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.progress import Bar
-from netwright.stages.stage import apply
+from netwright.signals import apply
 
 __all__ = ["Swap", "swap_feedforward", "unswap_feedforward"]
 

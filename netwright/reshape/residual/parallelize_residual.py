@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from netwright.anatomy.residual import trace
+from netwright.anatomy.residual_blocks import Block, Passed, example_of, respond, runs_of
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.reshape.pruning._residual import trace
-from netwright.reshape.residual._blocks import Block, Passed, example_of, respond, runs_of
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from netwright.anatomy.residual import Silent, Trace, trace
+from netwright.anatomy.residual_blocks import Block, Passed, example_of, respond, runs_of
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse, NothingToReshape, UnknownName
-from netwright.reshape.pruning._residual import Silent, Trace, trace
-from netwright.reshape.residual._blocks import Block, Passed, example_of, respond, runs_of
 from netwright.reversing.engine import Add, Update
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state

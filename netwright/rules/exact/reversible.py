@@ -11,9 +11,9 @@ from netwright.errors import CannotReverse, CannotStage
 from netwright.objectives.losses import cross_entropy
 from netwright.reversing.engine import Step, Stored, chained, run
 from netwright.rules.rule import Rule, checked
+from netwright.signals import apply, tensor_of
 from netwright.stages import Stages, stages
 from netwright.stages._sequential import SequentialStage
-from netwright.stages.stage import apply, tensor_of
 
 __all__ = ["Reversible"]
 

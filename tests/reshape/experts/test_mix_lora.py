@@ -10,7 +10,7 @@ from netwright.errors import NothingToReshape
 from netwright.models import gpt, mlp
 from netwright.reshape import mix_lora
 from netwright.reshape.experts.mix_lora import LowRank, LowRankExperts
-from netwright.stages.stage import apply, tensor_of
+from netwright.signals import apply, tensor_of
 
 
 def tokens(batch=4):

@@ -10,7 +10,7 @@ from netwright.errors import NothingToReshape, UnknownName
 from netwright.models import gpt, mlp
 from netwright.reshape import moefy
 from netwright.reshape.experts.moefy import balanced_kmeans
-from netwright.stages.stage import apply, tensor_of
+from netwright.signals import apply, tensor_of
 
 
 def relu(dim, hidden):

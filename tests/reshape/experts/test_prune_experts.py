@@ -8,7 +8,7 @@ from netwright.blocks.experts import GLUExperts, MixtureOfExperts
 from netwright.blocks.feedforward import GLU, FeedForward
 from netwright.errors import NothingToReshape, UnknownName
 from netwright.reshape import prune_experts
-from netwright.stages.stage import apply, tensor_of
+from netwright.signals import apply, tensor_of
 
 
 def drawn(seed=0):

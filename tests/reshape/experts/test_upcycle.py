@@ -10,7 +10,7 @@ from netwright.errors import NothingToReshape
 from netwright.models import gpt
 from netwright.reshape import upcycle
 from netwright.reshape.experts.upcycle import SoftExperts
-from netwright.stages.stage import apply, tensor_of
+from netwright.signals import apply, tensor_of
 
 
 def drawn(seed=0):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from netwright.reshape.pruning._residual import Place, Silent, Sublayer, Trace
-from netwright.stages import call
+from netwright.anatomy.residual import Place, Silent, Sublayer, Trace
+from netwright.signals import call
 
 
 class Passed(nn.Module):

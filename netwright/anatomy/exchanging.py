@@ -9,15 +9,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
-from netwright.catalogue.facets import method
-from netwright.reshape.feedforward._watching import is_linear
-from netwright.reshape.feedforward.feedforwards import FeedForwardLayer
+from netwright.anatomy.feedforwards import FeedForwardLayer
+from netwright.anatomy.layers import is_linear
 
 __all__ = ["FeedForwardWeights", "feedforward_weights", "put_block", "with_blocks",
            "write_feedforward"]
 
 
-@method("reshape")
 class FeedForwardWeights(NamedTuple):
     """The weights of a feed-forward layer as matrices, one row of `up` and `gate` a hidden unit.
 
@@ -49,7 +47,6 @@ class FeedForwardWeights(NamedTuple):
                                   rows(self.up_bias), self.down_bias, rows(self.gate_bias))
 
 
-@method("reshape")
 def feedforward_weights(model: nn.Module, layer: FeedForwardLayer) -> FeedForwardWeights:
     """Return the weights of `layer` as plain matrices, whatever its linear layers' class is.
 
@@ -59,7 +56,7 @@ def feedforward_weights(model: nn.Module, layer: FeedForwardLayer) -> FeedForwar
         ValueError: `layer` is a block of experts.
 
     >>> from netwright.models import gpt
-    >>> from netwright.reshape.feedforward import feedforwards
+    >>> from netwright.anatomy.feedforwards import feedforwards
     >>> model = gpt(96, context=16)
     >>> weights = feedforward_weights(model, feedforwards(model)[0])
     >>> weights.up.shape, weights.down.shape
@@ -70,7 +67,6 @@ def feedforward_weights(model: nn.Module, layer: FeedForwardLayer) -> FeedForwar
                               up.bias, down.bias, None if gate is None else gate.bias)
 
 
-@method("reshape")
 def write_feedforward(model: nn.Module, layer: FeedForwardLayer,
                       weights: FeedForwardWeights) -> None:
     """Give the linear layers of `layer` new weights, in place; call it on a copy.
@@ -101,7 +97,6 @@ def write_feedforward(model: nn.Module, layer: FeedForwardLayer,
             _write(part, matrix, bias)
 
 
-@method("reshape")
 def put_block(model: nn.Module, layer: FeedForwardLayer, block: nn.Module) -> nn.Module:
     """Put `block` in the place of `layer`, in place; return the model. Call it on a copy.
 
@@ -129,12 +124,11 @@ def put_block(model: nn.Module, layer: FeedForwardLayer, block: nn.Module) -> nn
     return model
 
 
-@method("reshape")
 def with_blocks(model: nn.Module, blocks: Mapping[FeedForwardLayer, nn.Module]) -> nn.Module:
     """Return a copy of `model` with each layer's block in its place; see `put_block`.
 
     >>> from netwright.models import gpt
-    >>> from netwright.reshape.feedforward import feedforwards
+    >>> from netwright.anatomy.feedforwards import feedforwards
     >>> model = gpt(96, context=16)
     >>> first, second = feedforwards(model)
     >>> linear = with_blocks(model, {first: nn.Linear(64, 64)})

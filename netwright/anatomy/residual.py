@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from netwright.runtime.modes import evaluating
-from netwright.stages import call
+from netwright.signals import call
 
 _SUM = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _SAME_BRANCH = {"mul", "mul_", "__mul__", "__rmul__", "to", "type_as", "dropout"}

@@ -1,0 +1,91 @@
+"""What networks take and return: calling them, and the tensors inside nested arguments."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from netwright.errors import CannotStage
+
+Path = tuple[Any, ...]
+
+
+def call(model: nn.Module, x: Any) -> Tensor:
+    """Return the output tensor of `model` for `x`: a tensor, a tuple or a mapping of arguments.
+
+    Where the model returns a `ModelOutput` its logits are returned, and its last hidden state
+    where it has none.
+
+    Raises:
+        CannotStage: the output holds no such tensor.
+
+    >>> import torch
+    >>> call(nn.Bilinear(2, 3, 4), (torch.randn(5, 2), torch.randn(5, 3))).shape
+    torch.Size([5, 4])
+    """
+    output = model(x) if isinstance(x, Tensor) else apply(model, x)
+    return output if isinstance(output, Tensor) else tensor_of(output)
+
+
+def apply(function: Callable[..., Any], x: Any, **options: Any) -> Any:
+    """Return `function` of `x`: a tensor, a tuple of arguments or a mapping of keywords."""
+    if isinstance(x, Tensor):  # asked first, since that takes the least time
+        return function(x, **options)
+    if isinstance(x, Mapping):
+        return function(**{**x, **options})
+    if isinstance(x, (tuple, list)):
+        return function(*x, **options)
+    return function(x, **options)
+
+
+def tensor_of(output: Any) -> Tensor:
+    """Return the tensor that is meant when a model has returned `output`."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "last_hidden_state"):
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(output, (tuple, list)):
+        for value in output:
+            if isinstance(value, Tensor) and value.ndim:  # a scalar is the loss that labels make
+                return value
+    raise CannotStage(f"the network returned {type(output).__name__}, which has no tensor called "
+                      "logits; wrap it in a module whose forward returns one tensor")
+
+
+def replace(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Return `value` with `leaf` applied to whatever its tuples, lists and mappings hold."""
+    if isinstance(value, (tuple, list)):
+        items = [replace(item, leaf) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        entries = {key: replace(item, leaf) for key, item in value.items()}
+        return entries if type(value) is dict else type(value)(**entries)
+    return leaf(value)
+
+
+def found(value: Any, wanted: Callable[[Any], bool]) -> list[Any]:
+    """Return what inside `value` is `wanted`."""
+    hits: list[Any] = []
+    replace(value, lambda v: hits.append(v) if wanted(v) else None)
+    return hits
+
+
+def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Yield each tensor inside `value` with the path that leads to it."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            yield from tensors(item, (*path, i))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from tensors(item, (*path, key))
+
+
+def at(value: Any, path: Path) -> Any:
+    """Return what `path` leads to inside `value`."""
+    for key in path:
+        value = value[key]
+    return value
