@@ -1,16 +1,16 @@
 """Every feed-forward block in the same two networks, at equal parameters and at equal arithmetic.
 
-    python benchmarks/feedforward_blocks.py               # all of them
-    python benchmarks/feedforward_blocks.py GEGLU Star    # these anew, the others as they were
+    python -m benchmarks.feedforward_blocks               # all of them
+    python -m benchmarks.feedforward_blocks GEGLU Star    # these anew, the others as they were
 
 The character model of tinyshakespeare and the patch classifier of CIFAR-10 from
-`netwright.evidence.small_models`, whose feed-forward blocks are made by a line of `BLOCKS`. Each
+`evidence.small_models`, whose feed-forward blocks are made by a line of `BLOCKS`. Each
 block's `hidden` is chosen twice: for as many parameters as the network has with the plain block,
 and for as many floating-point operations. The learning rate and the steps are the same for all. The
 time of a step and of a plain network's step are taken in turns; a ratio is the median over the
 turns of the processor's time. Stored bytes are those that wait for the backward pass.
 
-`docs/blocks/ranking.md` is drawn from what this writes.
+The page of the ranking is made from what this writes.
 """
 
 import json
@@ -25,6 +25,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from evidence.small_models import (
+    images,
+    language_model,
+    parameters,
+    patch_classifier,
+    text,
+    train,
+)
 from netwright.blocks.experts import MixtureOfExperts
 from netwright.blocks.feedforward import (
     AGLU,
@@ -40,14 +48,6 @@ from netwright.blocks.feedforward import (
 )
 from netwright.blocks.kan import AFKANFeedForward, KANFeedForward, RationalFeedForward
 from netwright.data import Split
-from netwright.evidence.small_models import (
-    images,
-    language_model,
-    parameters,
-    patch_classifier,
-    text,
-    train,
-)
 from netwright.measure import cost
 from netwright.objectives.losses import cross_entropy
 from netwright.runtime.machine import machine

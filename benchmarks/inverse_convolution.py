@@ -1,6 +1,6 @@
 """The inverse of a convolution: its backward pass beside that of a dense triangular solve.
 
-    python benchmarks/inverse_convolution.py
+    python -m benchmarks.inverse_convolution
 
 The solve over an image's anti-diagonals, its backward pass, and autograd through
 `torch.linalg.solve_triangular` on the convolution written as a matrix, by the image's side. Both
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from netwright.evidence.flows.convolution_flows import dense_matrix
+from evidence.flows.convolution_flows import dense_matrix
 from netwright.generative.flows.corner import inverse_convolution, starting_weight
 from netwright.runtime.machine import machine
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from netwright.evidence import machine
 from netwright.measure import cost
 from netwright.models import cnn, mlp
 from netwright.rules import Backprop, ForwardGradient, NoProp, Rule
+from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "forward_gradient.json"
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

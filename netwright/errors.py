@@ -24,6 +24,10 @@ class Diverged(NetwrightError, ArithmeticError):
     """A loss or a weight is no longer finite."""
 
 
+class BrokenContract(NetwrightError, AssertionError):
+    """A method does not keep to what every method of its kind keeps to."""
+
+
 class MissingData(NetwrightError, FileNotFoundError):
     """A data set's files are not where they were looked for."""
 

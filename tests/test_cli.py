@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -51,6 +52,32 @@ def test_papers(netwright):
     status, out, _ = netwright("papers", "--family", "rule", "--missing", "--json")
     assert status == 0
     assert all(not entry["names"] and entry["family"] == "rule" for entry in json.loads(out))
+
+
+def test_find(netwright):
+    status, out, _ = netwright("find", "--need", "inference time", "--kind", "reshapes", "--json")
+    assert status == 0
+    rows = json.loads(out)
+    assert "reshape.prune_sublayers" in [row["name"] for row in rows]
+    assert all("inference time" in row["saves"] for row in rows)
+    assert "reshape.prune_sublayers (reshape, residual stream)" in netwright("find", "finercut")[1]
+    assert "No method fits" in netwright("find", "xyzzy")[1]
+    status, _, err = netwright("find", "--place", "feedforwards")
+    assert (status, "did you mean feedforward?" in err) == (2, True)
+
+
+def test_list(netwright):
+    out = netwright("list")[1]
+    for what in ("rules", "reshapes", "blocks", "tasks", "data", "papers"):
+        assert what in out
+        status, found, _ = netwright("list", what, "--json")
+        assert status == 0
+        assert json.loads(found)
+    assert "rules.MonoForward" in netwright("list", "rules")[1]
+    assert "char-gpt" in netwright("list", "tasks")[1]
+    assert "mnist1d" in netwright("list", "data")[1]
+    status, _, err = netwright("list", "rulez")
+    assert (status, "did you mean rules?" in err) == (2, True)
 
 
 def test_evidence_list_shows_the_verdicts(netwright):
@@ -188,7 +215,11 @@ def test_missing_data_says_what_was_looked_for(netwright, monkeypatch):
 
 
 def test_the_module_runs_as_a_program():
-    found = subprocess.run([sys.executable, "-m", "netwright.cli", "papers", "finercut"],
+    found = subprocess.run([sys.executable, "-m", "netwright", "papers", "finercut"],
                            capture_output=True, text=True)
     assert found.returncode == 0
     assert "FinerCut" in found.stdout
+
+
+def test_the_version(netwright):
+    assert netwright("--version")[:2] == (0, f"netwright {version('netwright')}\n")

@@ -1,4 +1,4 @@
-"""The docs build without a warning, and every Python block in them runs as it stands."""
+"""Every method has its page, the site builds without a warning, and the pages' code runs."""
 
 import os
 import re
@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 
-import netwright as nw
+from netwright.catalogue.facets import methods
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")),
+         *sorted((ROOT / "netwright").rglob("*.md"))]
+
+pytest.importorskip("mkdocs")
+sys.path.insert(0, str(ROOT / "tools"))
+
+from handbook import measured, tables  # noqa: E402 - the tools are no part of the package
+from handbook.method_page import method_page  # noqa: E402
+from handbook.pages import folders, page_of, pages  # noqa: E402
 
 
 def blocks(page: Path) -> str:
@@ -28,25 +36,79 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     assert exec(code, {"__name__": "__page__"}) is None
 
 
-@pytest.mark.parametrize("rule", sorted(set(nw.rules.__all__) - {"Rule"}))
-def test_every_rule_has_a_page_in_the_menu_and_a_line_in_the_map(rule):
-    (page,) = [page for page in PAGES if f"::: netwright.rules.{rule}\n" in
-               page.read_text(encoding="utf-8")]
-    text, rules = page.read_text(encoding="utf-8"), ROOT / "docs" / "rules"
-    assert page.parent == rules
-    assert f"rules/{page.name}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert f"[`{rule}`]({page.name})" in (rules / "index.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", methods())
+def test_every_method_has_a_page_with_its_facts_its_reference_and_its_evidence(name):
+    page, entry = page_of(name), methods()[name]
+    text = method_page(page)
+    assert text.startswith("# ")
+    assert f"::: netwright.{name}\n" in text
+    if entry in page.main:
+        assert f"`nw.{name}`" in text
+        assert all(word in text for word in (*entry.facets.saves, *entry.facets.needs,
+                                             entry.facets.kind, entry.facets.place))
+    for paper in entry.facets.papers:
+        found = measured.evidence_of([paper])
+        assert found, f"no experiment is about the paper {paper} of {name}"
+        assert all(measured.results()[result]["claim"] in text for result in found)
+
+
+def test_every_method_that_stands_by_itself_is_in_the_table_and_in_the_index_of_its_room():
+    table = tables.methods_page()
+    indexes = {room: tables.folder_page(room) for room in folders()[""]}
+    alone = [entry for entry in methods().values() if entry.facets.kind != "companion"]
+    for entry in alone:
+        if entry in page_of(entry.name).main:
+            link = f"[`{entry.name.rpartition('.')[2]}`]"
+            assert link in table
+            assert link in indexes[page_of(entry.name).uri.partition("/")[0]]
+
+
+def test_every_text_beside_the_code_belongs_to_a_page():
+    places = {f"netwright/{page.uri}" for page in pages()}
+    places |= {f"netwright/{folder}/index.md" for folder in folders() if folder}
+    texts = {page.relative_to(ROOT).as_posix() for page in (ROOT / "netwright").rglob("*.md")}
+    assert texts
+    assert texts <= places
+
+
+@pytest.mark.parametrize("rule", [page for page in pages() if any(
+    entry.facets.kind == "rule" for entry in page.methods.values())], ids=lambda page: page.uri)
+def test_every_rule_says_what_it_costs_and_how_it_differs_from_its_paper(rule):
     for part in ("What it costs.", "When to use it.", "Options.", "What differs from the paper"):
-        assert f"**{part}" in text, f"{page.name} does not say: {part}"
+        assert f"**{part}" in rule.text, f"{rule.uri} does not say: {part}"
+    assert set(rule.facts) == {"how the signal travels", "what it takes", "activations kept"}
 
 
+def test_what_a_page_asks_for_is_listed_by_need_with_each_family_in_turn():
+    lines = tables.asked('methods saves="training memory"', "index.md").splitlines()
+    listed = [line for line in lines if line.startswith("- ")]
+    assert len(listed) == tables.MOST
+    assert len({re.search(r"\((.*)/", line)[1] for line in listed}) > 3
+    assert lines[-1].endswith("(methods/index.md?saves=training+memory)")
+    for line in listed:
+        name = re.search(r"`(\w+)`", line)[1]
+        assert any("training memory" in entry.facets.saves for entry in methods().values()
+                   if entry.name.endswith(name))
+
+
+def test_a_result_stands_in_full_on_one_page_alone():
+    sections = [line for page in pages() for line in method_page(page).splitlines()
+                if line.startswith("### ") and "#evidence-" in line]
+    names = [re.search(r"#evidence-(\w+)", line)[1] for line in sections]
+    assert sorted(names) == sorted(name for name, home in measured.homes().items()
+                                   if home != measured.EVIDENCE)
+
+
+@pytest.mark.check
+@pytest.mark.timeout(900)
 def test_the_site_builds_without_warnings(tmp_path):
-    pytest.importorskip("mkdocs")
     built = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict",
                             "--site-dir", str(tmp_path / "site")],
                            cwd=ROOT, capture_output=True, text=True,
                            env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
     assert built.returncode == 0, built.stdout + built.stderr
     assert "WARNING" not in built.stderr
-    evidence = (tmp_path / "site" / "evidence" / "index.html").read_text(encoding="utf-8")
-    assert "Verdict" in evidence
+    site = tmp_path / "site"
+    assert "Verdict" in (site / "rules/local/mono_forward/index.html").read_text(encoding="utf-8")
+    assert 'class="filter"' in (site / "methods/index.html").read_text(encoding="utf-8")
+    assert not [path for path in site.rglob("*") if path.suffix == ".py"]

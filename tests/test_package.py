@@ -40,14 +40,17 @@ def wheel(tmp_path_factory):
     return path
 
 
+@pytest.mark.check
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {"netwright/py.typed", "netwright/catalogue/catalogue.jsonl"} <= set(names)
-    assert any(name.startswith("netwright/evidence/results/") for name in names)
+    assert not any("/results/" in name for name in names)  # the experiments stay in the checkout
+    assert not any(name.endswith(".md") for name in names)  # and so do the site's texts
     assert {name.split("/")[0] for name in names} <= {
         "netwright", f"netwright-{nw.__version__}.dist-info"}
 
 
+@pytest.mark.check
 def test_the_wheel_installs_into_an_empty_environment_and_runs(wheel, tmp_path):
     venv.create(tmp_path / "empty", with_pip=True)
     python = tmp_path / "empty" / "bin" / "python"
@@ -59,6 +62,6 @@ def test_the_wheel_installs_into_an_empty_environment_and_runs(wheel, tmp_path):
     out = subprocess.run([tmp_path / "empty" / "bin" / "netwright", "papers", "finercut"],
                          cwd=tmp_path, check=True, capture_output=True, text=True)
     assert "FinerCut" in out.stdout
-    where = subprocess.run([python, "-c", "import netwright; print(netwright.__file__)"],
+    where = subprocess.run([python, "-I", "-c", "import netwright; print(netwright.__file__)"],
                            cwd=tmp_path, check=True, capture_output=True, text=True)
     assert where.stdout.startswith(str(tmp_path))

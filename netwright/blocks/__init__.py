@@ -1,4 +1,4 @@
-"""Building blocks: modules that networks are made of, by family and all together."""
+"""Blocks: modules that networks are made of, by family and all together."""
 
 from netwright.runtime.faces import face
 

@@ -1,5 +1,1 @@
-"""The papers, and what of them netwright has."""
-
-from netwright.runtime.faces import face
-
-face(__name__)
+"""The papers, what of them netwright has, and how it is found."""

@@ -1,6 +1,7 @@
 """What a method is for, said on the method itself; everything that lists methods reads it there."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,7 +12,7 @@ from torch import nn
 from netwright.errors import UnknownName
 from netwright.runtime.faces import declared, files
 
-__all__ = ["Facets", "Method", "facets", "method", "methods"]
+__all__ = ["Facets", "Method", "facets", "gist", "method", "methods", "searched"]
 
 M = TypeVar("M")
 
@@ -28,27 +29,70 @@ KINDS = {
     "companion": "goes with another method",
     "formal": "learning as mathematics: learners, lenses, circuits",
 }
-PLACES = ("activation", "attention", "convolution", "embedding", "experts", "feedforward", "head",
-          "linear", "normalisation", "residual stream", "router", "time series", "token mixing",
-          "transform", "whole network")
-SAVES = ("communication", "data", "file size", "inference memory", "inference time", "labels",
-         "parameters", "training memory", "training time", "tuning")
-NEEDS = ("calibration data", "labels", "training", "a black box", "a graph", "a recurrent network",
-         "a residual network", "a transformer", "experts", "images", "several models",
-         "several processes", "tokens")
+PLACES = {
+    "activation": "a function of each number",
+    "attention": "tokens look at one another",
+    "convolution": "a layer over a grid",
+    "downsampling": "where a grid gets smaller",
+    "embedding": "what an input is made of first",
+    "experts": "what a router chooses among",
+    "feedforward": "the layers that see each token by itself",
+    "head": "what makes the answer of the last features",
+    "linear": "one linear layer",
+    "normalisation": "what scales and shifts features",
+    "residual block": "one of the equal blocks that a network is a row of",
+    "residual stream": "what is added up along the network, and the branches that add to it",
+    "router": "what says which expert sees which token",
+    "token mixing": "tokens look at one another, without attention",
+    "transform": "a step of a flow",
+    "whole network": "from the input to the answer",
+}
+SAVES = {
+    "backpropagation": "the exact gradient need not be carried back through the whole network",
+    "communication": "what machines send one another",
+    "derivatives": "parts of the network need not have a derivative",
+    "file size": "what is stored on disk",
+    "inference memory": "what has to be in memory to use the network",
+    "inference time": "the time that an answer takes",
+    "labels": "samples that somebody has to label",
+    "parameters": "numbers that are trained",
+    "training memory": "what has to be in memory to train the network",
+    "training time": "the time until the network is trained",
+    "tuning": "trials to find good settings",
+}
+NEEDS = {
+    "a chain of stages": "a network of three stages or more",
+    "a circuit": "a network of Boolean or modular functions",
+    "a graph": "nodes and edges as inputs",
+    "a recurrent network": "layers that run over time",
+    "a residual network": "blocks that add to what they are given",
+    "a transformer": "attention and feed-forward layers on a residual stream",
+    "calibration data": "a batch or more of inputs, without labels",
+    "classes": "targets that are classes",
+    "coordinates": "positions as inputs",
+    "experts": "a mixture of experts in the network",
+    "images": "a grid of positions as inputs",
+    "labels": "targets to learn from",
+    "linear layers": "a chain of linear layers with activations between them",
+    "series": "values over time, or curves",
+    "several processes": "a device or a process for each part",
+    "tokens": "a row of symbols or of patches as inputs",
+    "training": "training after the change",
+}
 
 
 @dataclass(frozen=True)
 class Facets:
     """What a method says of itself.
 
-    `place` is where a block goes, or what a reshape changes, and `takes` are the arguments of a
-    block's constructor that the place supplies. `saves` and `needs` are words of `SAVES` and
-    `NEEDS`. `keeps_function` says whether outputs stay as they were, None where that makes no
-    sense. `search` holds what is tuned: (low, high) or a list of choices for an argument.
-    `variants` are the few sets of arguments that take another path through the code, by a label,
-    the first of them what a contract builds first; `network` builds a small network to try them
-    on where an ordinary one will not do.
+    `place`, of `PLACES`, is where a block goes, or what a reshape changes; `takes` are the
+    arguments of a block's constructor that the place supplies. `saves` and `needs` are words of
+    `SAVES` and `NEEDS`: what a method spares the one who uses it, by construction or as its
+    evidence shows, and what it cannot do without. `keeps_function` says whether outputs stay as
+    they were, None where that makes no sense. `search` holds what is tuned: (low, high) or a list
+    of choices for an argument. `variants` are the few sets of arguments that take another path
+    through the code, by a label, the first of them what a contract builds first. `network` builds
+    a small network to try them on, and `batch` draws what goes in, where ordinary ones will not do.
     """
 
     kind: str
@@ -61,6 +105,7 @@ class Facets:
     search: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     network: Callable[[], nn.Module] | None = None
+    batch: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +116,21 @@ class Method:
     value: Any
     facets: Facets
 
+    @property
+    def gist(self) -> str:
+        """The first sentence of its docstring."""
+        return gist(self.value)
+
+    def __repr__(self) -> str:
+        return f"<nw.{self.name}, a {self.facets.kind}: {self.gist}>"
+
 
 def method(kind: str, *, papers: Sequence[str] = (), place: str = "", takes: Sequence[str] = (),
            saves: Sequence[str] = (), needs: Sequence[str] = (),
            keeps_function: bool | None = None, search: Mapping[str, Any] | None = None,
            variants: Mapping[str, Mapping[str, Any]] | None = None,
-           network: Callable[[], nn.Module] | None = None) -> Callable[[M], M]:
+           network: Callable[[], nn.Module] | None = None,
+           batch: Callable[[], Any] | None = None) -> Callable[[M], M]:
     """Say of a class or a function what it is for, see `Facets`; it is returned as it was.
 
     Raises:
@@ -95,7 +149,7 @@ def method(kind: str, *, papers: Sequence[str] = (), place: str = "", takes: Seq
             if word not in known:
                 raise UnknownName(what, word, known)
     said = Facets(kind, tuple(papers), place, tuple(takes), tuple(saves), tuple(needs),
-                  keeps_function, search or {}, variants or {}, network)
+                  keeps_function, search or {}, variants or {}, network, batch)
 
     def say(value: M) -> M:
         value.facets = said  # type: ignore[attr-defined]
@@ -110,6 +164,27 @@ def facets(value: Any) -> Facets | None:
     """
     said = vars(value).get("facets") if hasattr(value, "__dict__") else None
     return said if isinstance(said, Facets) else None
+
+
+def searched(value: Any) -> Mapping[str, Any]:
+    """Return what is tuned of a class or function; what it inherits from speaks for it here.
+
+    A class or function that says nothing by `method` may have an attribute `search` instead.
+    """
+    own = getattr(value, "search", None)
+    said = getattr(value, "facets", None)
+    if isinstance(own, Mapping):
+        return own
+    return said.search if isinstance(said, Facets) else {}
+
+
+def gist(value: Any) -> str:
+    """Return the first sentence of a docstring on one line.
+
+    >>> gist(gist)
+    'Return the first sentence of a docstring on one line.'
+    """
+    return " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
 
 
 @cache

@@ -2,11 +2,13 @@
 
 import importlib
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from netwright.catalogue.facets import methods
 from netwright.errors import UnknownName
 
 __all__ = ["FAMILIES", "Paper", "find", "paper", "papers", "resolve"]
@@ -31,7 +33,9 @@ class Paper:
     """One paper: what it does, what it claims, and where netwright has it.
 
     `experiment` is the small run that would show the claim. `names` are the netwright names that
-    implement it, as in `rules.MonoForward`; `evidence` are the experiments that were run.
+    implement it, as in `rules.MonoForward`, and `evidence` the experiments that were run: both
+    follow from what methods and experiments say themselves. `left_out` says why netwright shall
+    not have it, where that was decided.
     """
 
     id: str
@@ -40,8 +44,16 @@ class Paper:
     gist: str
     claim: str
     experiment: str
+    left_out: str = ""
     names: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> str:
+        """Return "works" with a method and evidence, "left out" with a reason, else "open"."""
+        if self.left_out:
+            return "left out"
+        return "works" if self.names and self.evidence else "open"
 
     def implementations(self) -> list[Any]:
         """Return what the names stand for, importing it."""
@@ -50,16 +62,43 @@ class Paper:
 
 @cache
 def papers() -> tuple[Paper, ...]:
-    """Return the whole catalogue, in the order of the ids.
+    """Return the whole catalogue, in the order of the ids; finding the names imports all methods.
 
     >>> len(papers())
     635
     """
-    lines = (Path(__file__).parent / "catalogue.jsonl").read_text(encoding="utf-8").splitlines()
-    entries = (json.loads(line) for line in lines)
-    found = (Paper(**{**entry, "names": tuple(entry["names"]),
-                      "evidence": tuple(entry["evidence"])}) for entry in entries)
+    names = defaultdict(list)
+    for method in methods().values():
+        for id in method.facets.papers:
+            names[id].append(method.name)
+    entries = (json.loads(line) for line in _text("catalogue.jsonl").splitlines())
+    found = (Paper(**entry, names=tuple(names[entry["id"]]), evidence=tuple(verdicts(entry["id"])))
+             for entry in entries)
     return tuple(sorted(found, key=lambda paper: paper.id))
+
+
+def verdicts(id: str) -> dict[str, str]:
+    """Return what came of the experiments on a paper's claims, by the experiments' names.
+
+    >>> verdicts("001-164")
+    {'dual_propagation': 'shown'}
+    """
+    return {name: said["verdict"] for name, said in measurements().items() if said["paper"] == id}
+
+
+@cache
+def measurements() -> dict[str, Any]:
+    """Return the summaries of what was measured of the papers' claims, by the experiments' names.
+
+    >>> measurements()["dual_propagation"]["paper"]
+    '001-164'
+    """
+    found: dict[str, Any] = json.loads(_text("evidence.json"))
+    return found
+
+
+def _text(file: str) -> str:
+    return (Path(__file__).parent / file).read_text(encoding="utf-8")
 
 
 def paper(id: str) -> Paper:

@@ -3,20 +3,23 @@
 import math
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from netwright import measure
+from netwright.compare.changes import RATE, Change
 from netwright.compare.display import Progress
-from netwright.compare.recipe import Change
 from netwright.compare.trials import Job, Ledger, Standing
 from netwright.data.batches import Batches
 from netwright.errors import Diverged, NetwrightError
+from netwright.rules import Rule
 from netwright.runtime.fingerprint import fingerprint
 from netwright.runtime.random_state import same_random_state
 from netwright.tasks import Task
@@ -25,6 +28,8 @@ from netwright.training import fit
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Look:
-    """How a cell stands: what is open, whether it is finished, and why it failed."""
+    """How a cell stands: what is open, whether it is finished, and why it failed.
+
+    `rehearsed` says whether the change is known to run.
+    """
 
     job: Job | None
     ledger: Ledger | None
     finished: bool
     failure: str
     progress: Progress
+    rehearsed: bool = False
 
 
 class Cell:
@@ -70,7 +79,7 @@ class Cell:
             "task": task.name, "change": change.label, "metric": task.metric_name,
             "maximize": task.maximize, "seeds": plan.seeds, "trials": plan.trials,
             "place": place, "epochs": task.epochs, "batch_size": task.batch_size,
-            "device": plan.device}
+            "device": plan.device, "recipe": change.recipe.plain()}
         asked = {} if forgiven else {"asked": time.time(), "netwright": self.about}
         self.tune = Ledger(storage, name, maximize=task.maximize, attributes=asked)
         self.final = Ledger(storage, f"{name}/final", maximize=task.maximize, attributes={})
@@ -101,7 +110,8 @@ class Cell:
                 return self._seen(None, None, tuned, {}, failure=first.failure)
             if any(s.done is None and s.failed is None for s in tuned.values()):
                 job = next((job for job in self.jobs if tuned[job.key].open), None)
-                return self._seen(job, self.tune, tuned, {})
+                found = self._seen(job, self.tune, tuned, {})
+                return replace(found, rehearsed=first.rehearsed)
             best = best_of(self.about, trials)
             if best is None:
                 return self._seen(None, None, tuned, {}, failure=_diverged([*tuned.values()]))
@@ -140,31 +150,59 @@ class Cell:
         return Look(job, ledger, over, failure, Progress(
             self.task.name, self.change.label, ended, total, seconds, running, failure))
 
+    def rehearse(self) -> bool:
+        """Find out whether the change can run at all, where nobody has yet; return whether."""
+        first, look = self.jobs[0], self.look()
+        if look.job is not first or look.rehearsed:
+            return False
+        trial = self.tune.claim(first)
+        if trial is None:
+            return False
+        def rehearsed() -> bool:
+            try:
+                with self.tune.beating(trial):
+                    _rehearse(self.task, self.change, first.settings, self.plan.device)
+            except Diverged:
+                pass  # it runs, and its trials tell how well
+            return True
+        if _tried(rehearsed, self.tune, trial):
+            self.tune.release(trial)
+        return True
+
     def work(self) -> bool:
         """Do one job of the cell, if one is open and nobody else takes it; return whether."""
         look = self.look()
-        if look.job is None or look.ledger is None:
+        job, ledger, tuning = look.job, look.ledger, look.ledger is self.tune
+        if job is None or ledger is None:
             return False
-        trial = look.ledger.claim(look.job)
+        trial = ledger.claim(job)
         if trial is None:
             return False
-        ledger, tuning = look.ledger, look.ledger is self.tune
-        seed = 0 if tuning else int(look.job.key.split()[1])
-        try:
+        seed = 0 if tuning else int(job.key.split()[1])
+
+        def ran() -> dict[str, Any]:
             with ledger.beating(trial) as tell:
-                found = _run(self.task, self.change, look.job.settings, seed, tuning=tuning,
-                             device=self.plan.device, tell=tell)
-        except Diverged as error:
-            # A comparison keeps no checkpoints, and takes no advice on them.
-            ledger.fail(trial, message_of(error).split("; no checkpoint")[0], diverged=True)
-        except Exception as error:  # the row says what failed, and the others go on
-            ledger.fail(trial, message_of(error), traceback=traceback.format_exc()[-4000:])
-        except BaseException:
-            ledger.fail(trial, "")
-            raise
-        else:
+                return _run(self.task, self.change, job.settings, seed, tuning=tuning,
+                            device=self.plan.device, tell=tell)
+        found = _tried(ran, ledger, trial)
+        if found is not None:
             ledger.complete(trial, found["score"], found)
         return True
+
+
+def _tried(action: Callable[[], T], ledger: Ledger, trial: int) -> T | None:
+    """Return what `action` gives; record why it failed where it does."""
+    try:
+        return action()
+    except Diverged as error:
+        # A comparison keeps no checkpoints, and takes no advice on them.
+        ledger.fail(trial, message_of(error).split("; no checkpoint")[0], diverged=True)
+    except Exception as error:  # the row says what failed, and the others go on
+        ledger.fail(trial, message_of(error), traceback=traceback.format_exc()[-4000:])
+    except BaseException:
+        ledger.fail(trial, "")
+        raise
+    return None
 
 
 def cells_of(plan: Plan, storage: "BaseStorage",
@@ -177,7 +215,9 @@ def cells_of(plan: Plan, storage: "BaseStorage",
 
 
 def work(cells: list[Cell]) -> None:
-    """Do jobs until every cell is finished, whoever finished it."""
+    """Do jobs until every cell is finished, whoever finished it; see first what can run."""
+    while any(cell.rehearse() for cell in cells):
+        pass
     while cells:
         if not any(cell.work() for cell in cells):
             cells = [cell for cell in cells if not cell.look().finished]
@@ -217,21 +257,37 @@ def message_of(error: BaseException) -> str:
     return text if plain and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
+def _rehearse(task: Task, change: Change, settings: Mapping[str, Any], device: str) -> None:
+    """Build the change and make one step with it."""
+    with same_random_state():
+        torch.manual_seed(0)
+        rule = change.build(task.network(), task, settings).to(device)
+        task = change.task(task)
+        batch = _moved(change.batch(*task.batch), device)
+        fit(rule, [batch], epochs=1, optimizer=_optimizer(task, rule, settings), progress=False)
+
+
+def _optimizer(task: Task, rule: Rule, settings: Mapping[str, Any]) -> Optimizer | None:
+    if rule.updates_weights:
+        return None
+    return task.optimize([p for p in rule.parameters() if p.requires_grad],
+                         settings.get(RATE, task.learning_rate))
+
+
 def _run(task: Task, change: Change, settings: Mapping[str, Any], seed: int, *, tuning: bool,
          device: str, tell: Any) -> dict[str, Any]:
     """Train once; return the score, the curve and, for a final run, what a step costs."""
     with same_random_state():
         torch.manual_seed(seed)
         rule = change.build(task.network(), task, settings).to(device)
+        task = change.task(task)
         parts = task.parts(seed, tuning=tuning)
-        train, held_out = (_On(part, device) if device != "cpu" else part
-                           for part in (parts.train, parts.validation if tuning else parts.test))
-        parameters = [p for p in rule.parameters() if p.requires_grad]
-        optimizer = (None if rule.updates_weights else
-                     task.optimize(parameters, settings["learning_rate"]))
-        history = fit(rule, train, epochs=task.epochs, optimizer=optimizer, validation=held_out,
-                      metric=task.score, higher_is_better=task.maximize, progress=False,
-                      on_epoch=lambda epoch: tell(epoch.epoch))
+        train: Any = _Mapped(parts.train, change.batch) if change.recipe.data else parts.train
+        train, held_out = (_Mapped(part, partial(_on, device)) if device != "cpu" else part
+                           for part in (train, parts.validation if tuning else parts.test))
+        history = fit(rule, train, epochs=task.epochs, optimizer=_optimizer(task, rule, settings),
+                      validation=held_out, metric=task.score, higher_is_better=task.maximize,
+                      progress=False, on_epoch=lambda epoch: tell(epoch.epoch))
         score = history[-1].metric
         if not math.isfinite(score):
             raise Diverged(f"the {task.metric_name} is {score} after {task.epochs} epochs; "
@@ -245,18 +301,23 @@ def _run(task: Task, change: Change, settings: Mapping[str, Any], seed: int, *, 
         return found
 
 
-class _On:
-    """Batches, moved to a device one by one."""
+class _Mapped:
+    """Batches, each made into another when it is its turn."""
 
-    def __init__(self, loader: Any, device: str) -> None:
-        self.loader, self.device = loader, device
+    def __init__(self, loader: Any, function: Callable[[Any, Tensor], tuple[Any, Tensor]]) -> None:
+        self.loader, self.function = loader, function
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        return (_moved(batch, self.device) for batch in self.loader)
+        return (self.function(x, y) for x, y in self.loader)
 
     def set_epoch(self, epoch: int) -> None:
-        if isinstance(self.loader, Batches):
+        if isinstance(self.loader, (Batches, _Mapped)):
             self.loader.set_epoch(epoch)
+
+
+def _on(device: str, x: Any, y: Tensor) -> tuple[Any, Tensor]:
+    moved: tuple[Any, Tensor] = _moved((x, y), device)
+    return moved
 
 
 def _moved(batch: Any, device: str) -> Any:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from netwright.compare import recipe as catalogue
 from netwright.compare.cells import Plan, best_of, cells_of, done, final_key, trial_key
+from netwright.compare.changes import Change
+from netwright.compare.changes import changes as read
 from netwright.compare.display import Display
-from netwright.compare.recipe import Change
 from netwright.compare.results import Comparison, Row
 from netwright.compare.trials import Ledger, patient, storage_at, without_password
 from netwright.compare.workers import elsewhere, here, payload_of, why_not
@@ -46,7 +46,7 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
     after the last epoch, then trains with its best settings once for each of the same `seeds`
     and is scored on the test samples. `task` is a `Task`, the name of a built-in one, the path
     of a file that defines some, or a list of those; `changes` a list, or a mapping of label to
-    change, as `netwright.compare.recipe.changes` reads them.
+    change, each what `nw.recipe` reads.
 
     Every run is recorded in `storage`, an SQLite file (runs/netwright.db where it is None) or
     any Optuna storage URL. What is recorded under the same settings and the same code is not run
@@ -54,7 +54,8 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
     same comparison on one storage share its runs. `workers` processes run on this machine, one
     a core and at most four where it is None.
 
-    A change that cannot run on a task gives a row with its `failure`; the others go on.
+    Before anything is trained each change is built once and makes one step. One that cannot run
+    on a task gives a row with its `failure`; the others go on.
 
     Raises:
         UnknownName: a task or a change has a name that is not known.
@@ -71,7 +72,7 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
     ('Backprop', True)
     """
     chosen = tasks(list(TASKS) if task is None else task)
-    wanted = catalogue.changes(list(CHANGES) if changes is None else changes)
+    wanted = read(list(CHANGES) if changes is None else changes)
     plan = _plan(chosen, wanted, seeds=seeds, trials=trials, epochs=epochs, device=device)
     for entry in plan.tasks:
         check_ready(entry)
@@ -183,14 +184,15 @@ def _digest(task: Task, change: Change, device: str, version: str) -> str:
     parts = {name: value for name, value in vars(task).items() if name != "file"}
     source = task.file.read_text(encoding="utf-8") if task.file is not None else ""
     space = {name: repr(kind) for name, kind in change.space(task).items()}
-    return fingerprint(parts, source, list(change.steps), space, device, version)
+    return fingerprint(parts, source, change.recipe, space, device, version)
 
 
 def _row(about: Mapping[str, Any], tune: "Mapping[str, list[FrozenTrial]]",
          final: "Mapping[str, list[FrozenTrial]]", failure: str) -> Row:
     row = Row(about["task"], about["change"], about["metric"], about["maximize"],
               trials=sum(done(tune.get(trial_key(k), [])) is not None
-                         for k in range(about["trials"])), failure=failure)
+                         for k in range(about["trials"])), failure=failure,
+              recipe=about.get("recipe", {}))
     best = best_of(about, tune)
     runs = [] if best is None else [run for seed in about["seeds"] if (
         run := done(final.get(final_key(seed, best.params), []))) is not None]

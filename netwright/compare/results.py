@@ -19,7 +19,7 @@ class Row:
     Times are in seconds, sizes in bytes; `flops` are those of one training step. `curves` holds
     for each seed the (epoch, seconds, training loss, metric) of each epoch. `alignment` maps a
     stage's name to the cosine between the rule's update and the exact gradient. `failure` says
-    why there are no figures, where there are none.
+    why there are no figures, where there are none. `recipe` is the change as plain data.
     """
 
     task: str
@@ -38,6 +38,7 @@ class Row:
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     trials: int = 0
     failure: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:

@@ -130,11 +130,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Standing:
-    """How one job stands: what it gave, why it failed, or who is at it."""
+    """How one job stands: what it gave, why it failed, or who is at it.
+
+    One that is open may have been rehearsed.
+    """
 
     done: "FrozenTrial | None" = None
     failed: "FrozenTrial | None" = None
     running: "FrozenTrial | None" = None
+    rehearsed: bool = False
 
     @property
     def open(self) -> bool:
@@ -221,6 +225,11 @@ class Ledger:
         about = {"failure": failure} if failure else {"abandoned": True}
         self._end(trial, TrialState.FAIL, None, {**about, **details})
 
+    def release(self, trial: int) -> None:
+        """Record that a job can be done, and give it back."""
+        from optuna.trial import TrialState
+        self._end(trial, TrialState.PRUNED, None, {"rehearsed": True})
+
     @contextmanager
     def beating(self, trial: int) -> Iterator[Callable[[int], None]]:
         """Show signs of life for a trial while the body runs; yield what tells its epoch."""
@@ -262,7 +271,7 @@ class Ledger:
                 and (t in begun or t.user_attrs.get("died"))]
         if failed or len(dead) >= LIVES:
             return Standing(failed=(failed or dead)[-1])
-        return Standing()
+        return Standing(rehearsed=any(t.user_attrs.get("rehearsed") for t in trials))
 
     def _lives(self, trial: "FrozenTrial") -> bool:
         """Return whether a trial runs and its worker lives; end it where the worker has died."""

@@ -1,16 +1,8 @@
-"""One experiment for each claim, with the results that were measured."""
+"""What experiments on the papers' claims are written with, and how they are found, run and kept.
 
-from netwright.evidence.evidence import (
-    Curve,
-    Experiment,
-    Outcome,
-    evidence,
-    experiment,
-    experiments,
-    machine,
-    recorded,
-    run,
-)
+The experiments themselves stand in the folder `evidence` beside the package.
+"""
 
-__all__ = ["Curve", "Experiment", "Outcome", "evidence", "experiment", "experiments", "machine",
-           "recorded", "run"]
+from netwright.runtime.faces import face
+
+face(__name__)

@@ -1,4 +1,4 @@
-"""Learning as mathematics: learners and lenses that compose, circuits of discrete values."""
+"""Formal: learning as mathematics, in learners and lenses that compose and in circuits of bits."""
 
 from netwright.runtime.faces import face
 

@@ -116,6 +116,12 @@ class PolynomialCircuit(nn.Module):
     `weight` holds the parameters, zeros to begin with, as bytes; it takes no gradient, and
     `ReverseDerivativeAscent` trains it. It may be drawn: `circuit.weight.random_(semiring.size)`.
 
+    Args:
+        function: makes the outputs' wires of the parameters' and the inputs'.
+        parameters: how many there are.
+        inputs: how many there are.
+        semiring: what sums and products mean; by default bits, with "exclusive or" and "and".
+
     Shapes: x (batch, inputs), whole numbers or bools below `semiring.size`; weight (parameters,);
     y and dy (batch, outputs).
 

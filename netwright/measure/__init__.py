@@ -1,4 +1,4 @@
-"""What a network, a rule or a change costs, and how it behaves."""
+"""Measures: what a network, a rule or a change costs, and how it behaves."""
 
 from netwright.runtime.faces import face
 

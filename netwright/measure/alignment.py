@@ -16,7 +16,7 @@ from netwright.stages import call, stages
 __all__ = ["alignment"]
 
 
-@method("measure")
+@method("measure", needs=["labels"])
 def alignment(rule: Rule, batch: tuple[Any, Tensor]) -> dict[str, float]:
     """Return, for each stage, the cosine between the rule's update and the exact gradient.
 
@@ -31,6 +31,10 @@ def alignment(rule: Rule, batch: tuple[Any, Tensor]) -> dict[str, float]:
     zero has nan. The result is empty where the rule moves no parameter of `rule.network`, as
     where it trains copies or heads of its own: then there is nothing to compare. A network that
     cannot be staged counts as one stage, called `network`.
+
+    Args:
+        rule: whose update is compared.
+        batch: the pair (x, y) that it is made on.
 
     Raises:
         ValueError: `batch` is not a pair.

@@ -62,6 +62,13 @@ def cost(rule_or_model: nn.Module | Stages, batch: tuple[Any, Any], *,
     forward-mode derivatives and of `torch.func` among them; elementwise and scatter operations
     have none.
 
+    Args:
+        rule_or_model: whose step is measured.
+        batch: the pair (x, y) that it is taken on.
+        loss: of a model that is no rule.
+        repeats: steps that are timed; the median counts.
+        warmup: steps before them.
+
     Shapes: batch is (x, y) with x as the model takes it.
 
     Raises:

@@ -107,7 +107,7 @@ def fit_routed_scaling(n: Sequence[float], experts: Sequence[float], loss: Seque
                          float(numpy.sqrt(numpy.mean(missed ** 2))))
 
 
-@method("measure", papers=["001-134"])
+@method("companion", papers=["001-134"])
 def effective_params(n: float, experts: float, law: RoutedScaling) -> float:
     """Return the size of the dense network that has the loss of this one with experts.
 

@@ -100,6 +100,12 @@ def scaling_fit(runs: Sequence[tuple[Sequence[float], Sequence[float]]], *,
     single points that fell lucky do not turn the line. Confidence comes from `samples` fits of as
     many runs drawn with replacement, since the points of one run are not independent.
 
+    Args:
+        runs: pairs (compute, loss), each the course of one training.
+        irreducible: whether E is fitted.
+        samples: fits of drawn runs, for the confidence.
+        seed: where those are drawn.
+
     Shapes: a run is (compute, loss), two sequences of the same length, of positive numbers.
 
     Raises:

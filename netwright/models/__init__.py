@@ -1,4 +1,4 @@
-"""Small whole networks to try changes on."""
+"""Models: small whole networks to try changes on."""
 
 from netwright.runtime.faces import face
 

@@ -7,7 +7,13 @@ from netwright.catalogue.facets import method
 __all__ = ["cnn"]
 
 
-@method("model")
+@method(
+    "model",
+    place="whole network",
+    takes=("channels", "size", "classes"),
+    needs=["images"],
+    search={"kernel": [3, 5]},
+)
 def cnn(channels: int, size: Sequence[int], classes: int, *, widths: Sequence[int] = (16, 32),
         kernel: int = 3, activation: Callable[[], nn.Module] = nn.ReLU,
         norm: bool = False) -> nn.Sequential:
@@ -15,6 +21,15 @@ def cnn(channels: int, size: Sequence[int], classes: int, *, widths: Sequence[in
 
     `size` is an image's (height, width), or (length,) for signals; `norm` adds batch
     normalisation after each convolution.
+
+    Args:
+        channels: of an image.
+        size: its (height, width), or (length,) for signals.
+        classes: scores that are returned.
+        widths: channels of each convolution.
+        kernel: its size in every axis.
+        activation: makes what follows each convolution.
+        norm: whether a batch normalisation stands between.
 
     Shapes: x (batch, channels, *size); out (batch, classes).
 

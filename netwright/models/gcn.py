@@ -6,10 +6,23 @@ from netwright.errors import MissingExtra
 __all__ = ["gcn"]
 
 
-@method("model")
+@method(
+    "model",
+    place="whole network",
+    takes=("features", "classes"),
+    needs=["a graph"],
+    search={"width": [16, 64], "depth": [2, 3]},
+)
 def gcn(features: int, classes: int, *, width: int = 16, depth: int = 2,
         dropout: float = 0.5) -> nn.Module:
     """Return PyTorch Geometric's graph convolutional network.
+
+    Args:
+        features: of a node.
+        classes: scores of a node that are returned.
+        width: of the hidden layers.
+        depth: how many convolutions there are.
+        dropout: the share of a hidden layer that is dropped in training.
 
     Shapes: x ((nodes, features), (2, edges)); out (nodes, classes).
 

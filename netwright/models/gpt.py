@@ -9,7 +9,13 @@ from netwright.catalogue.facets import method
 __all__ = ["gpt"]
 
 
-@method("model")
+@method(
+    "model",
+    place="whole network",
+    takes=("characters", "context"),
+    needs=["tokens"],
+    search={"width": [32, 64], "depth": [1, 2, 4]},
+)
 def gpt(characters: int, context: int, *, width: int = 64, depth: int = 2,
         heads: int = 4,
         feedforward: Callable[[int, int], nn.Module] | None = None) -> nn.Sequential:
@@ -20,6 +26,14 @@ def gpt(characters: int, context: int, *, width: int = 64, depth: int = 2,
 
     `feedforward(width, 4 * width)` makes the mlp of each block, a module that takes and returns
     (batch, length, width); without it, two linear layers with a GELU between.
+
+    Args:
+        characters: that are told apart.
+        context: the longest row.
+        width: of the stream.
+        depth: how many blocks there are.
+        heads: of each attention.
+        feedforward: makes the mlp of a block, see above.
 
     Shapes: x (batch, length) of int64 with length <= context; out (batch, length, characters).
 

@@ -7,10 +7,16 @@ from netwright.catalogue.facets import method
 __all__ = ["mlp"]
 
 
-@method("model")
+@method("model", place="whole network", takes=("inputs", "classes"))
 def mlp(inputs: int, classes: int, *, hidden: Sequence[int] = (256, 256),
         activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
     """Return a multi-layer perceptron that flattens what it is given.
+
+    Args:
+        inputs: numbers of a sample.
+        classes: scores that are returned.
+        hidden: the width of each hidden layer.
+        activation: makes what follows each of them.
 
     Shapes: x (batch, *size) with prod(size) = inputs; out (batch, classes).
 

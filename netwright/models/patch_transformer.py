@@ -9,7 +9,13 @@ from netwright.models.gpt import Block
 __all__ = ["patch_transformer"]
 
 
-@method("model")
+@method(
+    "model",
+    place="whole network",
+    takes=("channels", "size", "classes"),
+    needs=["images"],
+    search={"width": [32, 64], "depth": [2, 4]},
+)
 def patch_transformer(channels: int, size: Sequence[int], classes: int, *, patch: int = 4,
                       width: int = 64, depth: int = 4, heads: int = 4,
                       feedforward: Callable[[int, int], nn.Module] | None = None) -> nn.Sequential:
@@ -18,6 +24,16 @@ def patch_transformer(channels: int, size: Sequence[int], classes: int, *, patch
     Each block is h := h + attention(norm(h)), then h := h + mlp(norm(h)); every patch sees every
     other. `feedforward(width, 4 * width)` makes the mlp of each block, a module that takes and
     returns (batch, patches, width); without it, two linear layers with a GELU between.
+
+    Args:
+        channels: of an image.
+        size: its (height, width).
+        classes: scores that are returned.
+        patch: the side of a patch.
+        width: of the stream.
+        depth: how many blocks there are.
+        heads: of each attention.
+        feedforward: makes the mlp of a block, see above.
 
     Shapes: x (batch, channels, *size); out (batch, classes).
 

@@ -1,4 +1,4 @@
-"""Closed forms and fixed points."""
+"""Numerics: closed forms, fixed points, and whole networks evaluated at once."""
 
 from netwright.runtime.faces import face
 

@@ -20,7 +20,7 @@ Method = Literal["jacobi", "gauss_seidel", "hybrid"]
 METHODS = ("jacobi", "gauss_seidel", "hybrid")
 
 
-@method("execution", papers=["003-015"])
+@method("execution", papers=["003-015"], saves=["inference time"], keeps_function=True)
 @torch.no_grad()
 def parallel_forward(network: nn.Module | Stages, x: Any, *, example: Any = None,
                      method: Method = "jacobi", blocks: int = 1, residual: bool = False,
@@ -48,6 +48,17 @@ def parallel_forward(network: nn.Module | Stages, x: Any, *, example: Any = None
     stages of an `nn.Sequential` are evaluated together, by one operation for all where
     `stacked` is True; False evaluates them one by one, for stages that `torch.vmap` cannot take.
     The network is in eval mode, and no graph is kept.
+
+    Args:
+        network: what is run.
+        x: its input.
+        example: an input to find the stages by, where they cannot be read off the network.
+        method: "jacobi", "gauss_seidel" or "hybrid".
+        blocks: that the stages are cut into, for the last two.
+        residual: whether what each stage adds is solved for.
+        tolerance: the most that a number may still move at the end.
+        max_iterations: after which the output is taken as it is.
+        stacked: whether alike stages are evaluated by one operation.
 
     Shapes: x as the network takes it; h_i (batch, *size), equal in a run.
 
@@ -86,7 +97,13 @@ def parallel_forward(network: nn.Module | Stages, x: Any, *, example: Any = None
     return h, steps
 
 
-@method("execution", papers=["003-015"])
+@method(
+    "execution",
+    papers=["003-015"],
+    saves=["inference time"],
+    needs=["a recurrent network"],
+    keeps_function=True,
+)
 @torch.no_grad()
 def parallel_recurrence(cell: Callable[[Tensor, Any], Any], x: Tensor, start: Any, *,
                         method: Method = "jacobi", blocks: int = 1, residual: bool = False,
@@ -97,12 +114,24 @@ def parallel_recurrence(cell: Callable[[Tensor, Any], Any], x: Tensor, start: An
     h_t = cell(x_t, h_{t-1}), t = 1..T, is solved for all t at once, as `parallel_forward` solves a
     run of stages: all times are rows of one call of the cell, in eval mode where it is a module.
 
+    Args:
+        cell: of (x_t, h_{t-1}), returns h_t.
+        x: the inputs of all times.
+        start: the state before the first.
+        method: "jacobi", "gauss_seidel" or "hybrid".
+        blocks: that the times are cut into, for the last two.
+        residual: whether what each time adds is solved for.
+        tolerance: the most that a number may still move at the end.
+        max_iterations: after which the states are taken as they are.
+
     Shapes: x (T, batch, inputs); start, or each of its tensors, (batch, units); the states
     (T, batch, units), in a tuple where `start` is one, as an `nn.LSTMCell` has it.
 
     Raises:
         UnknownName: `method` is none of those of `parallel_forward`.
         ValueError: `blocks` or `max_iterations` is below 1, or `tolerance` is negative.
+
+    Paper: that of `parallel_forward`.
 
     >>> cell, x = nn.GRUCell(4, 8), torch.randn(50, 2, 4)
     >>> states, steps = parallel_recurrence(cell, x, torch.zeros(2, 8), tolerance=1e-6)
@@ -127,7 +156,7 @@ def parallel_recurrence(cell: Callable[[Tensor, Any], Any], x: Tensor, start: An
     return (states if single else tuple(states.split(sizes, -1))), steps
 
 
-@method("execution", papers=["003-015"])
+@method("companion", papers=["003-015"])
 @torch.no_grad()
 def fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, *, tolerance: float = 0.0,
                 max_iterations: int) -> tuple[Tensor, int]:
@@ -139,8 +168,16 @@ def fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, *, tolerance:
     Where each of n parts of x depends on the parts before it alone, as when a sequence is sampled
     with given random numbers, n iterations give exactly what part after part would.
 
+    Args:
+        update: of x, returns one like it.
+        start: the first x.
+        tolerance: the most that a number may still move at the end.
+        max_iterations: after which x is taken as it is.
+
     Raises:
         ValueError: `max_iterations` is below 1, or `tolerance` is negative.
+
+    Paper: that of `parallel_forward`.
 
     >>> def doubled(x):  # x_i = 2 x_{i-1}, x_0 = 1
     ...     return torch.cat([torch.ones(1), 2 * x[:-1]])

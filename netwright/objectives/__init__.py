@@ -1,4 +1,4 @@
-"""Losses and metrics."""
+"""Objectives: losses and metrics."""
 
 from netwright.runtime.faces import face
 

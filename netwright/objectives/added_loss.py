@@ -27,7 +27,7 @@ def with_auxiliary(signal: Tensor, loss: Tensor) -> Tensor:
     return taught
 
 
-@method("objective")
+@method("companion")
 @contextmanager
 def auxiliary_scale(factor: float | Tensor) -> Iterator[None]:
     """Scale the losses that blocks add by themselves in the backward passes within.

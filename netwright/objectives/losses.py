@@ -7,7 +7,7 @@ from netwright.catalogue.facets import method
 __all__ = ["contrast_within", "cross_entropy", "mase", "smape"]
 
 
-@method("objective")
+@method("objective", needs=["classes"])
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy with the classes on the last axis; targets of -100 do not count.
 
@@ -24,7 +24,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, -2), y.flatten())
 
 
-@method("objective")
+@method("objective", needs=["series"])
 def smape(forecast: Tensor, target: Tensor) -> Tensor:
     """Mean symmetric absolute percentage error, between 0 and 200; where both are 0 it counts 0.
 
@@ -44,7 +44,7 @@ def smape(forecast: Tensor, target: Tensor) -> Tensor:
     return 200 * ((target - forecast).abs() / total.where(total > 0, 1.0)).mean()
 
 
-@method("objective")
+@method("objective", needs=["series"])
 def mase(forecast: Tensor, target: Tensor, history: Tensor, season: int = 1) -> Tensor:
     """Mean absolute error over that of repeating the season before, measured on the history.
 
@@ -52,6 +52,12 @@ def mase(forecast: Tensor, target: Tensor, history: Tensor, season: int = 1) -> 
 
     A history whose seasons all repeat exactly has no scale; it counts by the dtype's smallest
     normal number, so that any error is very large.
+
+    Args:
+        forecast: what was said.
+        target: what came.
+        history: what was known before.
+        season: the steps of time after which a series repeats itself, 1 where it does not.
 
     Shapes: forecast and target (*, horizon); history (*, length) with length > season.
 
@@ -76,7 +82,7 @@ def _same_shape(forecast: Tensor, target: Tensor) -> None:
                          f"{tuple(forecast.shape)}")
 
 
-@method("objective")
+@method("objective", search={"temperature": (0.03, 1.0)})
 def contrast_within(a: Tensor, b: Tensor, groups: Tensor | None = None,
                     temperature: float = 0.1) -> Tensor:
     """Mean cross-entropy of finding a row's partner among those of its own group.
@@ -85,6 +91,12 @@ def contrast_within(a: Tensor, b: Tensor, groups: Tensor | None = None,
     and the same with a and b exchanged.
 
     A row that is alone in its group adds nothing. Without groups this is InfoNCE.
+
+    Args:
+        a: rows.
+        b: their partners.
+        groups: the group of each row; all are one without it.
+        temperature: that the cosines are divided by.
 
     Shapes: a and b (rows, dim), partners in the same row; groups (rows,) of int64.
 

@@ -8,7 +8,7 @@ from netwright.catalogue.facets import method
 __all__ = ["accuracy"]
 
 
-@method("objective")
+@method("objective", needs=["classes"])
 @torch.no_grad()
 def accuracy(scores: Tensor, y: Tensor) -> float:
     """Return the share of the targets whose class scores highest; targets of -100 do not count.

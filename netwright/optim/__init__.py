@@ -1,4 +1,4 @@
-"""Optimizers that step on a block of the parameters at a time."""
+"""Optimizers: they step on the parameters, also on a block of them at a time."""
 
 from netwright.runtime.faces import face
 

@@ -16,7 +16,11 @@ Project = Callable[[Tensor], Tensor]
 Constraint = Literal["none", "nonnegative", "simplex"] | Project
 
 
-@method("optimizer", papers=["003-125"])
+@method(
+    "optimizer",
+    papers=["003-125"],
+    search={"prox_weight": (0.1, 10.0), "inner_steps": [10, 100]},
+)
 class BlockProximalDescent(Optimizer):
     """Minimise over one parameter after another, each held to where it was by a squared distance.
 
@@ -41,6 +45,13 @@ class BlockProximalDescent(Optimizer):
 
     `step(closure)` takes a function that returns the loss with its graph, without a call of
     `backward`; it returns the loss before the sweep.
+
+    Args:
+        params: what is minimised over, or groups of it.
+        prox_weight: what a move from where a parameter was costs.
+        constraint: "none", "nonnegative", "simplex" or a projection.
+        tolerance: of the first sweep's solves.
+        inner_steps: the most of a solve.
 
     Raises:
         ValueError: a number is out of range.
@@ -143,6 +154,8 @@ def stationarity_gap(closure: Callable[[], Tensor], params: Iterable[Tensor], *,
     theta - t grad f is at distance 1, or t as large as makes no difference, theta' is that point.
 
     `closure` returns the loss with its graph. `constraint` is one for all, or one for each.
+
+    Paper: that of `BlockProximalDescent`.
 
     >>> x = Parameter(torch.tensor([0.0, 2.0]))
     >>> round(stationarity_gap(lambda: x.sum(), [x], constraint="nonnegative"), 3)  # x[1] falls

@@ -18,7 +18,14 @@ Update = Literal["gradient", "matrix", "newton"]
 BOUNDED = ("gauss_southwell_diagonal", "gauss_southwell_quadratic")
 
 
-@method("optimizer", papers=["003-041"])
+@method(
+    "optimizer",
+    papers=["003-041"],
+    search={
+        "select": ["gauss_southwell_lipschitz", "gauss_southwell", "cyclic", "random"],
+        "blocks": ["parameters", 5],
+    },
+)
 class GreedyBlockDescent(Optimizer):
     """Step on the one block of coordinates that promises the most, as the rule reckons it.
 
@@ -57,6 +64,17 @@ class GreedyBlockDescent(Optimizer):
     `step(closure)` takes a function that returns the loss with its graph, without a call of
     `backward`: the optimizer differentiates it, as often as it needs. It returns the loss before
     the step. The last block is in `last_block`.
+
+    Args:
+        params: what is minimised over.
+        blocks: the size of a block, "parameters", or index tensors.
+        select: which block is taken, see above.
+        update: the step on it, see above.
+        bound: H.
+        lipschitz: what L_b starts from, where there is no H.
+        variable: whether a block is made anew at every step.
+        l1: what the sum of absolute values costs.
+        generator: where random blocks are drawn; PyTorch's global state without one.
 
     Raises:
         ValueError: the options do not go together, or a size is wrong.

@@ -1,4 +1,4 @@
-"""Learning rules: what can stand where `loss.backward()` stood."""
+"""Rules: what can stand where `loss.backward()` stood."""
 
 from netwright.runtime.faces import face
 

@@ -18,19 +18,27 @@ class Rule(nn.Module):
 
     A rule holds the network and whatever it adds to it (feedback matrices, auxiliary heads), so
     that `rule.parameters()` is what an optimizer steps and `rule.state_dict()` is all of it. It
-    adds to `.grad` as `backward()` does. `network` is a module or its `Stages`. `generator` is
-    where a rule draws what is random in it, PyTorch's global state where it is None.
+    adds to `.grad` as `backward()` does.
 
     A rule that must see the optimizer finds in `optimizer` the one that `nw.fit` steps.
 
     A rule that does not speak through `.grad` sets `updates_weights` and changes the weights
     itself when it is called. One that talks to the other processes in its calls sets `together`:
-    then every process must have a share of every batch. `resized` has the names in the state of
-    weights whose shapes change as it trains.
+    then every process must have a share of every batch. `remembers` says that a call leaves more
+    behind in the state than `.grad`: what the next update will need. `resized` has the names in
+    the state of weights whose shapes change as it trains.
+
+    Args:
+        network: what is trained: a module or its `Stages`.
+        example: an input as the network takes it, where its stages or their sizes cannot be known
+            without a run; most rules that take one do without it in an `nn.Sequential`.
+        loss: what the network's output and the target make a number of, a mean over targets.
+        generator: where the rule draws what is random in it; PyTorch's global state without one.
     """
 
     updates_weights = False
     together = False
+    remembers = False
     optimizer: Optimizer | None = None
     resized: Collection[str] = ()
 

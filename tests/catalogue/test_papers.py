@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import netwright
 from netwright import evidence, papers
+from netwright.catalogue.facets import methods
 from netwright.errors import UnknownName
 
 CATALOGUE = Path(papers.__file__).parent / "catalogue.jsonl"
@@ -16,7 +18,7 @@ def test_the_catalogue_is_whole():
     for entry in entries:
         assert entry["family"] in papers.FAMILIES
         assert all(entry[key] for key in ("title", "gist", "claim", "experiment"))
-        assert "abstract" not in entry
+        assert not {"abstract", "names", "evidence"} & set(entry)
 
 
 @pytest.mark.parametrize("paper", [p for p in papers.papers() if p.names], ids=lambda p: p.id)
@@ -41,8 +43,27 @@ def test_every_experiment_has_a_committed_result():
     assert set(evidence.experiments()) == set(evidence.recorded())
 
 
-def test_an_implemented_paper_has_evidence():
-    assert all(paper.evidence for paper in papers.papers() if paper.names)
+def test_an_implemented_paper_has_evidence_and_is_not_left_out():
+    for paper in papers.papers():
+        assert paper.status == ("works" if paper.names else "left out" if paper.left_out
+                                else "open")
+
+
+def test_every_paper_that_a_method_names_is_in_the_catalogue():
+    known = {paper.id for paper in papers.papers()}
+    for method in methods().values():
+        assert set(method.facets.papers) <= known, method.name
+
+
+def test_a_paper_left_out_says_why():
+    paper = papers.Paper("9", "A title", "rule", "gist", "claim", "experiment", left_out="no data")
+    assert paper.status == "left out"
+    assert replace(paper, left_out="").status == "open"
+    assert replace(paper, left_out="", names=("rules.Backprop",)).status == "open"
+
+
+def test_a_longer_name_resolves_too():
+    assert papers.resolve("blocks.experts.WideNet") is papers.resolve("blocks.WideNet")
 
 
 def test_find_by_words_family_and_missing():

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 from torch import nn
 
 import netwright as nw
+from netwright.compare.changes import Change
 from netwright.compare.compare import tasks
 from netwright.errors import BadTaskFile, Diverged, UnknownName, UnreachableStorage
 from netwright.rules import Backprop, Rule
@@ -98,7 +99,7 @@ def test_a_row_holds_what_a_hand_written_run_gives():
             rule(x, y)
             optimizer.step()
     (x, y), = parts.test
-    assert found.scores == [nw.metrics.accuracy(rule.predict(x), y)]
+    assert found.scores == [nw.objectives.accuracy(rule.predict(x), y)]
     assert (found.task, found.change, found.metric, found.trials) == (
         "points", "exact", "accuracy", 1)
     assert found.parameters == 67
@@ -134,7 +135,8 @@ def test_the_best_settings_are_used():
     storage = InMemoryStorage()
     row, = trained([Backprop], storage=storage).rows
     study = next(s for s in storage.get_all_studies() if not s.study_name.endswith("/final"))
-    best = max(storage.get_all_trials(study._study_id), key=lambda trial: trial.value)
+    complete = storage.get_all_trials(study._study_id, states=[TrialState.COMPLETE])
+    best = max(complete, key=lambda trial: trial.value)
     assert row.hyperparameters == best.params
 
 
@@ -186,7 +188,7 @@ def test_a_change_that_cannot_run_does_not_stop_the_others(monkeypatch):
             for trial in storage.get_all_trials(study._study_id, states=[TrialState.FAIL])
             ] == [failed.failure]
     # It is tried again the next time: what was missing may be there by then.
-    monkeypatch.setattr("netwright.compare.cells.Change.build",
+    monkeypatch.setattr(Change, "build",
                         lambda change, network, task, options: Backprop(network))
     assert trained([NeedsLabels], storage=storage).rows[0].failure == ""
 
@@ -227,7 +229,7 @@ def test_reshapes_and_lists():
 
 def test_lower_may_be_better():
     def error(scores, y):
-        return 1 - nw.metrics.accuracy(scores, y)
+        return 1 - nw.objectives.accuracy(scores, y)
     task = nw.Task("points", network, points, metric=error, higher_is_better=False, epochs=4,
                    batch_size=20, learning_rate=1e-2)
     storage = InMemoryStorage()

@@ -1,150 +1,122 @@
+import json
 from functools import partial
-from typing import ClassVar
 
 import pytest
 import torch
-from optuna.distributions import FloatDistribution
 from torch import nn
 
 import netwright as nw
-from netwright.compare.recipe import Change, changes
+from netwright.compare.recipe import Recipe, Step, recipe
 from netwright.errors import UnknownName
-from netwright.objectives.losses import cross_entropy
-from netwright.rules import Backprop, Rule
+
+TEXTS = ["MonoForward", "GLU", "swap_feedforward(make=StructuredFeedForward(rank=64)) + MonoForward",
+         "prune_sublayers(remove=2)", "mlp(hidden=[8, 4], activation=Tanh) + SGD(momentum=0.9)",
+         "MSELoss", "ForwardForward(threshold=-1.5, predict_by='softmax', blocks=None) + Adam"]
 
 
-class Tuned(Backprop):
-    search: ClassVar = {"strength": (0.5, 5.0), "rounds": (1, 8), "kind": ["a", "b"],
-                        "learning_rate": (1e-5, 1e-1)}
-
-    def __init__(self, network, example=None, *, num_classes, strength=2.0, rounds=3, kind="a",
-                 loss=cross_entropy):
-        super().__init__(network, loss=loss)
-        self.got = {"example": example, "num_classes": num_classes, "strength": strength,
-                    "rounds": rounds, "kind": kind}
-
-
-def linear():
-    return nn.Sequential(nn.Linear(6, 3))
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_data_and_json_tell_the_same(text):
+    found = recipe(text)
+    assert str(found) == text
+    data = json.loads(json.dumps(found.plain()))
+    assert data == found.plain()
+    assert recipe(data) == found
+    assert recipe(json.dumps(data)) == found
+    assert str(recipe(data)) == text
 
 
-def halved(loss_of):
-    return lambda logits, y: loss_of(logits, y) / 2
+def test_python_tells_the_same():
+    written = recipe("swap_feedforward(make=StructuredFeedForward(rank=64)) + MonoForward")
+    make = partial(nw.blocks.StructuredFeedForward, rank=64)
+    swap = partial(nw.reshape.swap_feedforward, make=make)
+    assert recipe([swap, nw.rules.MonoForward]) == written
+    assert recipe([swap, "MonoForward"]) == written
+    held = written.network[0].function().keywords["make"]
+    assert (held.func, held.keywords) == (make.func, make.keywords)
+    assert written.rule.function() is nw.rules.MonoForward
 
 
-@pytest.fixture
-def own():
-    x, y = torch.randn(20, 6), torch.arange(20) % 3
-    return nw.Task("own", linear, (x, y, x, y), batch_size=8)
+def test_each_step_has_its_slot():
+    found = recipe("mlp + GLU + MonoForward + SGD + MSELoss")
+    assert [str(step) for step in found.network] == ["mlp", "GLU"]
+    assert (str(found.rule), str(found.optimizer), str(found.objective)) == (
+        "MonoForward", "SGD", "MSELoss")
+    assert list(found.plain()) == ["network", "rule", "objective", "optimizer"]
+    assert recipe({"optimizer": "SGD", "network": ["mlp", {"name": "GLU"}], "rule": "MonoForward",
+                   "objective": nn.MSELoss}) == found
+    assert recipe({}) == Recipe()
+    assert str(Recipe()) == "Backprop"
 
 
-def test_a_rule_ends_a_change():
-    with pytest.raises(ValueError, match="must end with its one rule, got Backprop before"):
-        changes(["Backprop + MonoForward"])
-    with pytest.raises(ValueError, match="must end with its one rule"):
-        changes({"two": [partial(Tuned, strength=1.0), "Backprop"]})
+def test_a_name_may_be_written_in_three_ways(tmp_path):
+    assert recipe("GLU") == recipe("blocks.GLU") == recipe("nw.blocks.GLU")
+    assert recipe("torch.optim.SGD") == recipe("SGD") == recipe(torch.optim.SGD)
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe("GLU").plain()))
+    assert recipe(file) == recipe("GLU")
 
 
-def test_labels():
-    found = changes(["Backprop", Tuned, partial(Tuned, strength=1.0), [nn.Identity, "Backprop"],
-                     "prune_sublayers + Backprop"])
-    assert [change.label for change in found] == [
-        "Backprop", "Tuned", "Tuned(strength=1.0)", "Identity + Backprop",
-        "prune_sublayers + Backprop"]
-    assert [c.label for c in changes({"mine": Tuned, "theirs": "Backprop"})] == ["mine", "theirs"]
-    assert [c.label for c in changes("Backprop")] == ["Backprop"]
+def test_numbers_without_an_end_survive():
+    found = recipe(partial(nw.reshape.prune_sublayers, remove=float("inf")))
+    assert recipe(str(found)) == found
 
 
-def test_a_rule_gets_what_it_names(own):
-    change, = changes(Tuned)
-    rule = change.build(own.network(), own, {"learning_rate": 0.1, "strength": 4.0, "rounds": 5})
-    assert torch.equal(rule.got.pop("example"), own.first)
-    assert rule.got == {"num_classes": 3, "strength": 4.0, "rounds": 5, "kind": "a"}
-    assert rule.loss is cross_entropy
+def own(network):
+    return network
 
 
-def test_a_loss_of_ones_own_reaches_the_rule():
-    x, y = torch.randn(20, 6), torch.arange(20) % 3
-    loss = halved(cross_entropy)
-    task = nw.Task("own", linear, (x, y, x, y), loss=loss)
-    for given in (Tuned, "Backprop", nn.Sequential):
-        change, = changes({"any": given})
-        assert change.build(task.network(), task, {}).loss is loss
+def test_functions_of_ones_own_are_told_by_name():
+    found = recipe([own, partial(nw.rules.Backprop, loss=own)])
+    assert str(found) == "own + Backprop(loss=own)"
+    data = found.plain()
+    assert data["network"][0]["function"].endswith("test_recipe:own")
+    assert json.loads(json.dumps(data)) == data
+    with pytest.raises(ValueError, match="test_recipe:own is a function of one's own, of which"):
+        recipe(data)
 
 
-def test_what_a_partial_sets_is_not_tuned(own):
-    change, = changes(partial(Tuned, strength=1.0, kind="b"))
-    assert set(change.space(own)) == {"learning_rate", "rounds"}
-    rule = change.build(own.network(), own, {"rounds": 7})
-    assert (rule.got["strength"], rule.got["rounds"], rule.got["kind"]) == (1.0, 7, "b")
+@pytest.mark.parametrize(("text", "message"), [
+    ("MonoForwad", "no change is called 'MonoForwad'; did you mean MonoForward"),
+    ("prune_sublayers(removed=2)",
+     "no argument of prune_sublayers is called 'removed'; did you mean remove"),
+    ("prune_sublayers(2)", "must be written by name, such as calibration=..., got"),
+    ("GLU(**{})", "must be written by name"),
+    ("GLU +", "must be names with a plus between them"),
+    ("GLU - MLP", "must be names with a plus between them"),
+    ("3", "must be names with a plus between them"),
+    ("GLU(bias=1 if True else 2)", "must be a number, a string"),
+    ("GLU(bias=open('x'))", "no change is called 'open'"),
+    ("GLU(bias=b'x')", "must be a number, a string"),
+    ("Backprop + GLU", "must end with its one rule, got Backprop before"),
+    ("SGD + Adam", "must have at most one optimizer, got SGD and Adam"),
+    ("measure.cost", "cost is of the kind measure, which a recipe cannot hold"),
+    ("__import__('os').system('true')", "must be names with a plus between them"),
+])
+def test_what_cannot_be_read_says_why(text, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(text)
 
 
-def test_functions_of_network_example_and_task(own):
-    seen = []
-
-    def positional(n, e, t):
-        seen.extend([e, t])
-        return Backprop(n)
-
-    def named(network, calibration, batch):
-        seen.extend([calibration, batch])
-        return nn.Sequential(network, nn.Tanh())
-    for given in (positional, named, lambda network: network):
-        change, = changes({"any": given})
-        assert isinstance(change.build(own.network(), own, {}), Rule)
-    assert seen[1] is own
-    assert torch.equal(seen[0], own.first)
-    assert seen[2].shape == (8, 6)
-    assert torch.equal(seen[3][1], own.batch[1])
+def test_two_methods_of_one_name_want_the_longer():
+    with pytest.raises(ValueError, match=r"may be blocks.sublayers or reshape.sublayers; write"):
+        recipe("sublayers")
 
 
-def test_reshapes_come_before_the_rule(own):
-    def wider(network):
-        return nn.Sequential(*network, nn.Linear(3, 5))
-    change, = changes([[wider, wider_again, "Backprop"]])
-    rule = change.build(own.network(), own, {})
-    assert type(rule) is Backprop
-    assert len(rule.network) == 3
-    rule = changes([[wider]])[0].build(own.network(), own, {})
-    assert rule.predict(torch.zeros(2, 6)).shape == (2, 5)
+@pytest.mark.parametrize(("data", "error", "message"), [
+    ({"rules": []}, UnknownName, "no slot of a recipe is called 'rules'; did you mean rule"),
+    ({"rule": {"method": "Backprop"}}, ValueError, "must be a mapping with 'name' and 'arguments'"),
+    ({"rule": {"name": 3}}, ValueError, "must have a string as its 'name'"),
+    ({"rule": {"name": "GLU"}}, ValueError, "the slot 'rule' must hold what trains it, got GLU; "
+     "put it into 'network'"),
+    ({"rule": {"name": "LLS", "arguments": {"heat": 1}}}, UnknownName, "no argument of LLS"),
+    ("{not json", ValueError, "the recipe must be JSON"),
+])
+def test_data_that_is_no_recipe(data, error, message):
+    with pytest.raises(error, match=message):
+        recipe(data)
 
 
-def wider_again(network):
-    return nn.Sequential(*network, nn.Linear(5, 3))
-
-
-def test_proposals_start_with_the_defaults_and_fill_the_space(own):
-    change, = changes(Tuned)
-    few, many = change.proposals(own, 4), change.proposals(own, 200)
-    assert many[:4] == few
-    assert few[0] == {"learning_rate": 1e-3, "strength": 2.0, "rounds": 3, "kind": "a"}
-    rates = torch.tensor([p["learning_rate"] for p in many]).log10()
-    # Evenly spread on a logarithmic scale: each fifth of the range holds about a fifth.
-    assert torch.histc(rates, 5, min=-5, max=-1).sub(40).abs().max() <= 6
-    assert {p["rounds"] for p in many} == set(range(1, 9))
-    assert {p["kind"] for p in many} == {"a", "b"}
-    assert all(0.5 <= p["strength"] <= 5 for p in many)
-
-
-def test_every_change_has_the_learning_rate(own):
-    space = changes("Backprop")[0].space(own)
-    assert space == {"learning_rate": FloatDistribution(1e-4, 1e-2, log=True)}
-    assert len(changes("Backprop")[0].proposals(own, 1)) == 1
-
-
-def test_errors(own):
-    with pytest.raises(UnknownName, match="no change is called 'Backprob'; did you mean Backprop"):
-        changes(["Backprob"])
-    with pytest.raises(ValueError, match="must hold at least one change"):
-        changes([])
-    with pytest.raises(ValueError, match="got 'Backprop' 2 times; pass a mapping"):
-        changes(["Backprop", Backprop])
-    for wrong in (linear(), 3, []):
-        with pytest.raises(ValueError, match="a change must be a rule's name"):
-            changes([wrong])
-    with pytest.raises(ValueError, match=r"must end with its one rule, got Backprop as step 1"):
-        Change("two", (Backprop, Backprop)).build(own.network(), own, {})
-    with pytest.raises(ValueError, match="must give a Rule or a network, got int from <lambda>"):
-        Change("int", (lambda network: 3,)).build(own.network(), own, {})
-    with pytest.raises(ValueError, match="needs strange, which a comparison does not know"):
-        Change("odd", (lambda network, strange: network,)).build(own.network(), own, {})
+def test_nothing_is_run_by_reading():
+    with pytest.raises(ValueError, match="no change is called"):
+        recipe({"rule": {"name": "os.system", "arguments": {"command": "true"}}})
+    assert Step(nw.blocks.GLU, {"bias": True}).values() == {"bias": True}

@@ -185,6 +185,7 @@ def server():
         shutil.rmtree(folder)
 
 
+@pytest.mark.check
 @pytest.mark.postgres
 def test_two_machines_share_a_database_and_lose_nothing_when_one_is_killed(server, tmp_path):
     file = tmp_path / "slow.py"
@@ -219,6 +220,7 @@ def test_two_machines_share_a_database_and_lose_nothing_when_one_is_killed(serve
         row.hyperparameters for row in alone.rows]
 
 
+@pytest.mark.check
 @pytest.mark.postgres
 def test_processes_of_one_machine_share_a_database(server, tmp_path):
     file = tmp_path / "quick.py"
@@ -229,6 +231,7 @@ def test_processes_of_one_machine_share_a_database(server, tmp_path):
     assert len(row.scores) == 2
 
 
+@pytest.mark.check
 @pytest.mark.postgres
 def test_a_database_that_is_gone_says_so(server):
     script = ("import netwright as nw; nw.compare('digits-mlp', ['Backprop'], "

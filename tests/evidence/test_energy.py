@@ -1,4 +1,4 @@
-from netwright.evidence.rules.energy_efficient_training import joules
+from evidence.rules.energy_efficient_training import joules
 
 
 def test_energy_is_read_from_the_packages_counters_or_absent(tmp_path):

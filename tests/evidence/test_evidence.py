@@ -4,7 +4,7 @@ import pytest
 
 from netwright.errors import UnknownName
 from netwright.evidence import Curve, Outcome, evidence, experiment, experiments, recorded, run
-from netwright.evidence.evidence import _known
+from netwright.evidence.experiments import _known
 
 
 @pytest.fixture

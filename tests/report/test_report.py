@@ -294,6 +294,7 @@ class Page:
         return all(url.startswith(("file:", "data:", "blob:")) for url in self.asked)
 
 
+@pytest.mark.check
 @pytest.mark.browser
 def test_the_page_works_in_a_browser_without_a_network(browser, tmp_path):
     opened = Page(browser, plausible(), tmp_path / "report.html")
@@ -332,6 +333,7 @@ def test_the_page_works_in_a_browser_without_a_network(browser, tmp_path):
     assert opened.quiet()
 
 
+@pytest.mark.check
 @pytest.mark.browser
 def test_strange_rows_are_shown_in_a_browser(browser, tmp_path):
     opened = Page(browser, strange(), tmp_path / "report.html", color_scheme="dark")
@@ -343,6 +345,7 @@ def test_strange_rows_are_shown_in_a_browser(browser, tmp_path):
     assert opened.quiet()
 
 
+@pytest.mark.check
 @pytest.mark.browser
 @pytest.mark.parametrize("comparison", [Comparison([]), Comparison([row(
     "digits", "Backprop", *CHANGES["Backprop"], seeds=1)])], ids=["empty", "one row"])
@@ -350,6 +353,7 @@ def test_small_comparisons_are_shown_in_a_browser(browser, tmp_path, comparison)
     assert Page(browser, comparison, tmp_path / "report.html").quiet()
 
 
+@pytest.mark.check
 @pytest.mark.browser
 def test_the_page_fits_a_narrow_screen(browser, tmp_path):
     opened = Page(browser, plausible(), tmp_path / "report.html")

@@ -1,4 +1,4 @@
-"""Functions of coordinates, curves and time series."""
+"""Coordinates: functions of coordinates, curves and time series."""
 
 from netwright.runtime.faces import face
 

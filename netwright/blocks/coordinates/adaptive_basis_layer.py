@@ -10,7 +10,7 @@ from netwright.catalogue.facets import method
 __all__ = ["AdaptiveBasisLayer"]
 
 
-@method("block", papers=["003-132"])
+@method("block", papers=["003-132"], place="embedding", takes=("grid",), needs=["series"])
 class AdaptiveBasisLayer(nn.Module):
     """Describe a curve by its products with a few functions that are learnt with the network.
 

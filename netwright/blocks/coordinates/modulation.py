@@ -9,7 +9,13 @@ from netwright.catalogue.facets import method
 __all__ = ["CoordinateAwareModulation"]
 
 
-@method("block", papers=["003-196"])
+@method(
+    "block",
+    papers=["003-196"],
+    place="normalisation",
+    takes=("grid_shape", "dim"),
+    needs=["coordinates"],
+)
 class CoordinateAwareModulation(nn.Module):
     """Scale and shift hidden features by values that grids hold at each coordinate.
 

@@ -13,7 +13,14 @@ __all__ = ["NBeats"]
 Stack = Literal["generic", "trend", "seasonality"] | tuple[Tensor, Tensor]
 
 
-@method("block", papers=["003-081"])
+@method(
+    "block",
+    papers=["003-081"],
+    place="whole network",
+    takes=("lookback", "horizon"),
+    needs=["series"],
+    search={"blocks": [1, 3], "hidden": [64, 256]},
+)
 class NBeats(nn.Module):
     """Forecast a series by blocks that each explain a part of it and pass on what is left.
 

@@ -13,7 +13,14 @@ _POOLS: dict[int, Callable[..., Tensor]] = {
     1: nn.functional.avg_pool1d, 2: nn.functional.avg_pool2d, 3: nn.functional.avg_pool3d}
 
 
-@method("block", papers=["003-174"])
+@method(
+    "block",
+    papers=["003-174"],
+    place="embedding",
+    takes=("dims",),
+    needs=["coordinates"],
+    search={"deviation": (0.5, 50.0)},
+)
 class FourierFeatures(nn.Module):
     """Sines and cosines of a coordinate along random directions, from slow to fast.
 
@@ -63,7 +70,13 @@ class FourierFeatures(nn.Module):
         return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).to(x.dtype)
 
 
-@method("block", papers=["003-174"])
+@method(
+    "block",
+    papers=["003-174"],
+    place="embedding",
+    takes=("encoding", "dims"),
+    needs=["coordinates"],
+)
 class SAPE(nn.Module):
     """Unmask an encoding's features from slow to fast, in each place as long as the error remains.
 

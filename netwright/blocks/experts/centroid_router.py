@@ -7,7 +7,7 @@ from netwright.catalogue.facets import method
 __all__ = ["CentroidRouter"]
 
 
-@method("block", papers=["002-138"])
+@method("block", papers=["002-138"], place="router")
 class CentroidRouter(nn.Module):
     """Send each input to the expert whose centroid is nearest.
 

@@ -7,7 +7,7 @@ from netwright.catalogue.facets import method
 __all__ = ["ExpertChoiceRouter"]
 
 
-@method("block")
+@method("block", place="router", takes=("dim", "n_experts"), search={"k": [1.0, 2.0]})
 class ExpertChoiceRouter(nn.Module):
     """Let each expert choose its tokens: the load is even, and tokens differ in their experts.
 

@@ -28,7 +28,7 @@ _SLOPES: dict[type[nn.Module], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 
-@method("block", papers=["003-001"])
+@method("block", papers=["003-001"], place="experts", takes=("dim", "hidden", "n_experts"))
 class GLUExperts(nn.Module):
     """Gated feed-forward experts whose weights lie in one tensor for each layer.
 

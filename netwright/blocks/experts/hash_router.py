@@ -12,7 +12,13 @@ from netwright.catalogue.facets import method
 __all__ = ["HashRouter", "feed_token_ids"]
 
 
-@method("block", papers=["003-147"])
+@method(
+    "block",
+    papers=["003-147"],
+    place="router",
+    takes=("n_experts", "vocabulary"),
+    needs=["tokens"],
+)
 class HashRouter(nn.Module):
     """Send each token to the expert that a fixed table names for its id.
 

@@ -9,7 +9,13 @@ from netwright.catalogue.facets import method
 __all__ = ["LossFreeRouter"]
 
 
-@method("block", papers=["002-130"])
+@method(
+    "block",
+    papers=["002-130"],
+    place="router",
+    takes=("dim", "n_experts"),
+    search={"k": [1, 2], "bias_rate": (0.0001, 0.01)},
+)
 class LossFreeRouter(nn.Module):
     """Send tokens to the experts with the best biased scores; the bias evens their load.
 

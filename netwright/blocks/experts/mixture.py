@@ -32,7 +32,13 @@ class Usage(NamedTuple):
     z_loss: Tensor
 
 
-@method("block", papers=["003-001"])
+@method(
+    "block",
+    papers=["003-001"],
+    place="feedforward",
+    takes=("dim",),
+    search={"k": [1, 2], "balance": (0.001, 0.1)},
+)
 class MixtureOfExperts(nn.Module):
     """Run each token through the few experts that a router chooses for it.
 

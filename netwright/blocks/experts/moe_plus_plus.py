@@ -13,7 +13,7 @@ __all__ = ["ConstantExpert", "CopyExpert", "PathwayRouter", "ZeroExpert", "link_
            "moe_plus_plus"]
 
 
-@method("block")
+@method("block", place="experts", saves=["training time", "inference time"])
 class ZeroExpert(nn.Module):
     """Return zeros: the token is left as it is by a residual network's block.
 
@@ -33,7 +33,7 @@ class ZeroExpert(nn.Module):
         return torch.zeros_like(x)
 
 
-@method("block")
+@method("block", place="experts", saves=["training time", "inference time"])
 class CopyExpert(nn.Module):
     """Return the token itself.
 
@@ -53,7 +53,13 @@ class CopyExpert(nn.Module):
         return x
 
 
-@method("block", papers=["000-010"])
+@method(
+    "block",
+    papers=["000-010"],
+    place="experts",
+    takes=("dim",),
+    saves=["training time", "inference time"],
+)
 class ConstantExpert(nn.Module):
     """Replace the token by a learnt vector, in part.
 
@@ -85,7 +91,13 @@ class ConstantExpert(nn.Module):
         return shares[..., :1] * x + shares[..., 1:] * self.constant
 
 
-@method("block", papers=["000-010"])
+@method(
+    "block",
+    papers=["000-010"],
+    place="router",
+    takes=("dim", "n_experts"),
+    search={"k": [1, 2]},
+)
 class PathwayRouter(nn.Module):
     """A top-k router that also reads the logits of the layer before: gating residuals.
 
@@ -179,7 +191,14 @@ def link_gates(network: nn.Module) -> nn.Module:
     return network
 
 
-@method("companion", papers=["000-010"])
+@method(
+    "block",
+    papers=["000-010"],
+    place="feedforward",
+    takes=("dim",),
+    saves=["training time", "inference time"],
+    search={"share": [0.5, 0.75], "k": [1, 2]},
+)
 def moe_plus_plus(dim: int, experts: Sequence[nn.Module] | Callable[[], nn.Module],
                   n_experts: int | None = None, *, zero: int = 1, copy: int = 1, constant: int = 2,
                   k: int = 2, share: float = 0.75, capacity: float | None = None,

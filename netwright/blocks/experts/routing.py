@@ -47,7 +47,13 @@ def check_choice(n_experts: int, k: int) -> None:
                          "use an expert twice")
 
 
-@method("block", papers=["003-001"])
+@method(
+    "block",
+    papers=["003-001"],
+    place="router",
+    takes=("dim", "n_experts"),
+    search={"k": [1, 2], "softmax": ["chosen", "all"]},
+)
 class TopKRouter(nn.Module):
     """Send each token to the k experts with the largest logits of a linear layer.
 

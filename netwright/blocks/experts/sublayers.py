@@ -11,7 +11,7 @@ from netwright.errors import UnknownName
 __all__ = ["SelfAttention", "Sublayer", "par_pattern", "sublayers"]
 
 
-@method("block")
+@method("block", place="attention", takes=("dim", "heads"))
 class SelfAttention(nn.Module):
     """Attention of tokens over one another, with as many heads as you like.
 
@@ -50,7 +50,7 @@ class SelfAttention(nn.Module):
         return y
 
 
-@method("block")
+@method("block", place="residual stream", takes=("dim", "module"))
 class Sublayer(nn.Module):
     """Add to the signal what a module makes of a normalised copy.
 

@@ -8,7 +8,14 @@ from netwright.catalogue.facets import method
 __all__ = ["WideNet"]
 
 
-@method("block", papers=["000-006"])
+@method(
+    "block",
+    papers=["000-006"],
+    place="residual block",
+    takes=("dim", "depth"),
+    saves=["parameters", "file size"],
+    search={"n_experts": [2, 4], "k": [1, 2]},
+)
 class WideNet(nn.Module):
     """Run one transformer block with experts again and again, with norms of its own each time.
 

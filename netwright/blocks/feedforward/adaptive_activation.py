@@ -9,7 +9,7 @@ __all__ = ["AGLU", "APA"]
 LEAST = 1e-4  # what lambda stays above: there the function is Gumbel's to four digits
 
 
-@method("block", papers=["002-089"])
+@method("block", papers=["002-089"], place="activation")
 class APA(nn.Module):
     """An activation between 0 and 1 whose steepness and skew are learnt.
 
@@ -59,7 +59,7 @@ class APA(nn.Module):
         return a.to(z.dtype).view(z.shape)
 
 
-@method("block", papers=["002-089"])
+@method("block", papers=["002-089"], place="activation")
 class AGLU(APA):
     """The input times an adaptive activation of itself.
 

@@ -12,7 +12,14 @@ __all__ = ["ConvGLU"]
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-@method("block", papers=["004-006"])
+@method(
+    "block",
+    papers=["004-006"],
+    place="feedforward",
+    takes=("dim", "hidden"),
+    needs=["images"],
+    search={"kernel": [3, 5], "activation": ["gelu", "relu", "silu"]},
+)
 class ConvGLU(nn.Module):
     """A gated feed-forward block whose gate also sees a token's neighbours in the grid.
 

@@ -28,7 +28,14 @@ class TreeUsage(NamedTuple):
     balance_loss: Tensor
 
 
-@method("block", papers=["003-023", "003-034"])
+@method(
+    "block",
+    papers=["003-023", "003-034"],
+    place="feedforward",
+    takes=("dim", "hidden"),
+    saves=["inference time"],
+    search={"depth": [2, 3, 4], "hardening": (0.3, 30.0), "balance": [0.0, 0.1]},
+)
 class FastFeedforward(nn.Module):
     """A wide feed-forward block that is a tree: in use each input runs one small leaf of it.
 

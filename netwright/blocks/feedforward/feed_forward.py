@@ -34,7 +34,13 @@ def activation_module(activation: Activation) -> nn.Module:
     return _ACTIVATIONS[activation]()
 
 
-@method("block", papers=["003-002"])
+@method(
+    "block",
+    papers=["003-002"],
+    place="feedforward",
+    takes=("dim", "hidden"),
+    search={"layers": [2, 3], "activation": ["gelu", "relu", "silu"]},
+)
 class FeedForward(nn.Sequential):
     """A feed-forward block of 1 to n linear layers with an activation between them.
 
@@ -88,7 +94,13 @@ class FeedForward(nn.Sequential):
         return super().__getitem__(index)
 
 
-@method("block", papers=["003-047"])
+@method(
+    "block",
+    papers=["003-047"],
+    place="feedforward",
+    takes=("dim", "hidden"),
+    search={"activation": ["silu", "gelu", "relu", "sigmoid"]},
+)
 class GLU(nn.Module):
     """A gated feed-forward block: one linear branch is multiplied by an activation of another.
 

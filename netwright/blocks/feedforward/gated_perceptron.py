@@ -8,7 +8,7 @@ from netwright.catalogue.facets import method
 __all__ = ["GatedPerceptron"]
 
 
-@method("block", papers=["003-118"])
+@method("block", papers=["003-118"], place="linear", takes=("in_features", "out_features"))
 class GatedPerceptron(nn.Module):
     """A linear layer that also sees the product of its inputs.
 

@@ -10,7 +10,13 @@ from netwright.errors import UnknownName
 __all__ = ["LehmerMultiplet"]
 
 
-@method("block", papers=["003-040"])
+@method(
+    "block",
+    papers=["003-040"],
+    place="linear",
+    takes=("inputs", "units"),
+    search={"mean": ["lehmer", "gini"]},
+)
 class LehmerMultiplet(nn.Module):
     """Neurons that take means instead of sums: several means with the same weights.
 

@@ -9,7 +9,7 @@ from netwright.catalogue.facets import method
 __all__ = ["Neuron", "Step"]
 
 
-@method("block")
+@method("block", place="activation")
 class Step(nn.Module):
     """1 where z >= 0, else 0: what McCulloch's and Pitts' neuron does.
 
@@ -23,7 +23,7 @@ class Step(nn.Module):
         return (z >= 0).to(z.dtype)
 
 
-@method("block", papers=["003-036"])
+@method("block", papers=["003-036"], place="linear", takes=("in_features",))
 class Neuron(nn.Sequential):
     """A neuron: a weighted sum of its inputs, a threshold and an activation.
 

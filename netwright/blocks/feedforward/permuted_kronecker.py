@@ -13,7 +13,14 @@ __all__ = ["PermutedKroneckerLinear", "channels_for", "effective_width"]
 Permutation = Literal["none", "transpose", "random"] | tuple[Tensor, Tensor]
 
 
-@method("block", papers=["003-194"])
+@method(
+    "block",
+    papers=["003-194"],
+    place="linear",
+    takes=("in_features", "out_features"),
+    saves=["parameters", "file size"],
+    search={"copies": [2, 4]},
+)
 class PermutedKroneckerLinear(nn.Module):
     """A wide linear layer that uses one small matrix many times, between two permutations.
 

@@ -7,7 +7,14 @@ from netwright.catalogue.facets import method
 __all__ = ["ProjectionHead", "maxsim"]
 
 
-@method("block", papers=["004-002"])
+@method(
+    "block",
+    papers=["004-002"],
+    place="head",
+    takes=("dim", "out"),
+    needs=["tokens"],
+    search={"layers": [1, 2], "gated": [False, True]},
+)
 class ProjectionHead(nn.Module):
     """What makes a token's vector for late interaction of an encoder's output.
 

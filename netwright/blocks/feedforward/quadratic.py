@@ -11,7 +11,13 @@ from netwright.errors import NothingToReshape, UnknownName
 __all__ = ["QuadraticFeedForward", "QuadraticLinear", "relinear_groups"]
 
 
-@method("block", papers=["001-102"])
+@method(
+    "block",
+    papers=["001-102"],
+    place="linear",
+    takes=("inputs", "outputs"),
+    search={"start": ["linear", "random"]},
+)
 class QuadraticLinear(nn.Module):
     """A layer of quadratic neurons: a product of two linear functions, and squares.
 
@@ -74,7 +80,13 @@ class QuadraticLinear(nn.Module):
         return f"{self.inputs}, {self.outputs}"
 
 
-@method("block", papers=["001-102"])
+@method(
+    "block",
+    papers=["001-102"],
+    place="feedforward",
+    takes=("dim", "hidden"),
+    search={"activation": ["gelu", "relu", "silu"]},
+)
 class QuadraticFeedForward(nn.Sequential):
     """A feed-forward block of two quadratic layers with an activation between them.
 

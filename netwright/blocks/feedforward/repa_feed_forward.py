@@ -7,7 +7,14 @@ from netwright.catalogue.facets import method
 __all__ = ["RePaFeedForward"]
 
 
-@method("block", papers=["004-039"])
+@method(
+    "block",
+    papers=["004-039"],
+    place="feedforward",
+    takes=("dim", "hidden"),
+    saves=["inference time", "file size", "inference memory"],
+    search={"idle_ratio": [0.5, 0.75]},
+)
 class RePaFeedForward(nn.Module):
     """A feed-forward block most of whose hidden units have no activation, so that they can go.
 

@@ -17,7 +17,7 @@ Function = Literal["sin", "cos", "relu"] | Spectrum
 _SPECTRA: dict[str, Spectrum] = {"sin": ([1.0], [-1j]), "cos": ([1.0], [1.0])}
 
 
-@method("block")
+@method("block", place="activation")
 class Sine(nn.Module):
     """The sine, as an activation.
 
@@ -30,7 +30,13 @@ class Sine(nn.Module):
         return x.sin()
 
 
-@method("block", papers=["000-022"])
+@method(
+    "block",
+    papers=["000-022"],
+    place="embedding",
+    takes=("dim", "n_features"),
+    search={"function": ["sin", "cos", "relu"], "scale": (0.1, 10.0)},
+)
 class RandomFeatures(nn.Module):
     """Fixed random features of inputs and of weights, whose product is a layer on average.
 
@@ -142,7 +148,14 @@ class RandomFeatures(nn.Module):
                              f"got {tuple(x.shape)}")
 
 
-@method("block", papers=["000-022"])
+@method(
+    "block",
+    papers=["000-022"],
+    place="linear",
+    takes=("dim_in", "dim_out"),
+    saves=["parameters", "file size"],
+    search={"n_features": [16, 64, 256]},
+)
 class SNNK(nn.Module):
     """A layer s(W x + b) by random features: what is trained meets the input in one dot product.
 
@@ -193,7 +206,7 @@ class SNNK(nn.Module):
         return linear(self.features(x), self.weight)
 
 
-@method("companion", papers=["000-022"])
+@method("companion", papers=["000-022"], saves=["parameters", "file size"])
 @torch.no_grad()
 def bundle(mlp: nn.Sequential, n_features: int, example: Tensor | None = None, *,
            generator: Generator | None = None) -> nn.Sequential:

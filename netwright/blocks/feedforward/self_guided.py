@@ -10,7 +10,7 @@ from netwright.catalogue.facets import method
 __all__ = ["SelfGuided", "guide", "unguide"]
 
 
-@method("block", papers=["003-004"])
+@method("companion", papers=["003-004"])
 class SelfGuided(nn.Module):
     """Train a structured layer with a dense matrix beside it, which fades until it is gone.
 

@@ -6,7 +6,13 @@ from netwright.catalogue.facets import method
 __all__ = ["Star", "StarBlock"]
 
 
-@method("block", papers=["001-045"])
+@method(
+    "block",
+    papers=["001-045"],
+    place="feedforward",
+    takes=("dim", "hidden"),
+    search={"activation": ["relu6", "gelu", "silu"]},
+)
 class Star(nn.Module):
     """A feed-forward block of the star operation: two linear branches, multiplied.
 
@@ -55,7 +61,14 @@ class Star(nn.Module):
         return y
 
 
-@method("block", papers=["001-045"])
+@method(
+    "block",
+    papers=["001-045"],
+    place="residual block",
+    takes=("dim",),
+    needs=["images"],
+    search={"kernel": [3, 5, 7]},
+)
 class StarBlock(nn.Module):
     """A block of StarNet: the star operation between two convolutions of each channel alone.
 

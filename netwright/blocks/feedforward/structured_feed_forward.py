@@ -7,7 +7,14 @@ from netwright.catalogue.facets import method
 __all__ = ["LowRankFeedForward", "StructuredFeedForward"]
 
 
-@method("block", papers=["003-004"])
+@method(
+    "block",
+    papers=["003-004"],
+    place="feedforward",
+    takes=("dim", "hidden"),
+    saves=["parameters", "file size", "inference memory", "inference time", "training time"],
+    search={"kind": ["lowrank", "blockdense", "blockshuffle"], "share": [0.16, 0.32, 0.63]},
+)
 class StructuredFeedForward(nn.Sequential):
     """A feed-forward block of two layers whose matrices are products of smaller or sparser ones.
 
@@ -60,7 +67,14 @@ class StructuredFeedForward(nn.Sequential):
         super().__init__(*parts, layer(hidden, out, feature_major=False))
 
 
-@method("block", papers=["003-009"])
+@method(
+    "block",
+    papers=["003-009"],
+    place="feedforward",
+    takes=("dim", "hidden"),
+    saves=["parameters", "file size", "inference memory", "inference time", "training time"],
+    search={"activation": ["gelu", "relu", "silu"]},
+)
 class LowRankFeedForward(StructuredFeedForward):
     """A feed-forward block of two layers, each a product of two dense matrices of inner size rank.
 

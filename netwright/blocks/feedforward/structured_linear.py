@@ -16,7 +16,14 @@ Kind = Literal["lowrank", "blockdense", "blockshuffle"]
 KINDS = ("lowrank", "blockdense", "blockshuffle")
 
 
-@method("block", papers=["003-004"])
+@method(
+    "block",
+    papers=["003-004"],
+    place="linear",
+    takes=("in_features", "out_features"),
+    saves=["parameters", "file size", "inference memory", "inference time", "training time"],
+    search={"kind": ["lowrank", "blockdense", "blockshuffle"], "share": [0.16, 0.32, 0.63]},
+)
 class StructuredLinear(nn.Module):
     """A linear layer whose matrix is a product of two smaller or sparser ones.
 
@@ -156,7 +163,7 @@ class Premerged(nn.Module):
         return y
 
 
-@method("companion", papers=["003-004"])
+@method("companion", papers=["003-004"], keeps_function=True)
 @torch.no_grad()
 def premerge(model: nn.Module, rows: int | None = None) -> nn.Module:
     """Return a copy for inference in which each structured layer's factors are multiplied out.

@@ -25,7 +25,13 @@ _COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 _REDUCTIONS = ("global", "spatial", "linear", "none")
 
 
-@method("block", papers=["003-121"])
+@method(
+    "block",
+    papers=["003-121"],
+    place="linear",
+    takes=("inputs", "outputs"),
+    search={"grid": [3, 5]},
+)
 class AFKANLinear(nn.Module):
     """A Kolmogorov-Arnold layer whose functions are combinations of two shifted activations.
 
@@ -135,7 +141,13 @@ class AFKANLinear(nn.Module):
         return f.sum(1) * (scores / self.temperature.clamp(min=1)).softmax(1)
 
 
-@method("block", papers=["003-121"])
+@method(
+    "block",
+    papers=["003-121"],
+    place="feedforward",
+    takes=("dim", "hidden"),
+    search={"grid": [3, 5], "reduce": ["global", "spatial", "linear", "none"]},
+)
 class AFKANFeedForward(nn.Sequential):
     """A feed-forward block of two activation-based Kolmogorov-Arnold layers.
 

@@ -10,7 +10,13 @@ from netwright.catalogue.facets import method
 __all__ = ["KANAutoencoder"]
 
 
-@method("block", papers=["003-176"])
+@method(
+    "block",
+    papers=["003-176"],
+    place="whole network",
+    takes=("sizes",),
+    search={"grid": [3, 5, 8]},
+)
 class KANAutoencoder(nn.Module):
     """An autoencoder of Kolmogorov-Arnold layers: a narrow code of x, and x again.
 

@@ -20,7 +20,13 @@ _RANGE = 4.0  # where the first coefficients fit their function
 _BLOCK = 2 ** 16  # entries of a block on a processor, which stay in its cache
 
 
-@method("block", papers=["004-052"])
+@method(
+    "block",
+    papers=["004-052"],
+    place="activation",
+    takes=("dim",),
+    search={"fit": ["swish", "gelu"]},
+)
 class GroupRational(nn.Module):
     """An activation that is learnt: a quotient of two polynomials for each group of channels.
 
@@ -117,7 +123,13 @@ class GroupRational(nn.Module):
         return max(1, (_BLOCK if x.device.type == "cpu" else 2 ** 24) // self.dim)
 
 
-@method("block", papers=["004-052"])
+@method(
+    "block",
+    papers=["004-052"],
+    place="feedforward",
+    takes=("dim", "hidden"),
+    search={"groups": [1, 4, 8]},
+)
 class RationalFeedForward(nn.Module):
     """The feed-forward block of the Kolmogorov-Arnold transformer: two rational layers.
 

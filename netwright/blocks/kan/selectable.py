@@ -17,7 +17,13 @@ Select = Literal["soft", "hard", "sum"]
 _PLAIN = [name for name, basis in BASES.items() if basis.plain]
 
 
-@method("block", papers=["003-098"])
+@method(
+    "block",
+    papers=["003-098"],
+    place="linear",
+    takes=("inputs", "outputs"),
+    search={"grid": [3, 5, 8], "select": ["soft", "hard", "sum"]},
+)
 class SelectableKANLinear(nn.Module):
     """A Kolmogorov-Arnold layer whose outputs choose the family of functions on their edges.
 
@@ -201,7 +207,7 @@ class SelectableKANLinear(nn.Module):
                                                      output_size=self.weight.shape[1])[..., None]
 
 
-@method("block", papers=["003-098"])
+@method("companion", papers=["003-098"])
 class PrunedKANLinear(nn.Module):
     """What is left of a selectable layer when each output keeps the basis it has chosen.
 
@@ -250,7 +256,13 @@ class PrunedKANLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-@method("block", papers=["003-098"])
+@method(
+    "block",
+    papers=["003-098"],
+    place="feedforward",
+    takes=("dim", "hidden"),
+    search={"grid": [3, 5, 8], "select": ["sum", "soft", "hard"]},
+)
 class KANFeedForward(nn.Sequential):
     """A feed-forward block of two Kolmogorov-Arnold layers.
 

@@ -1,4 +1,4 @@
-"""Blocks that mix tokens with linear layers in place of attention."""
+"""Token mixing: linear layers in place of attention."""
 
 from netwright.runtime.faces import face
 

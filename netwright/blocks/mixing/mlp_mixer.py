@@ -14,7 +14,7 @@ MakeTokenMixing = Callable[[int, int], nn.Module]  # of tokens and dim
 MakeFeedForward = Callable[[int, int], nn.Module]  # of dim and hidden
 
 
-@method("block")
+@method("block", place="token mixing", takes=("tokens",), search={"layers": [1, 2]})
 class TokenMixing(nn.Module):
     """Mix tokens with linear layers that every channel shares.
 
@@ -52,7 +52,7 @@ class TokenMixing(nn.Module):
         return y
 
 
-@method("block")
+@method("block", place="residual block", takes=("tokens", "dim"))
 class MixerBlock(nn.Module):
     """Mix tokens, then channels, each on a normalised copy of the signal.
 
@@ -101,7 +101,13 @@ class MixerBlock(nn.Module):
         return y
 
 
-@method("block")
+@method(
+    "block",
+    place="whole network",
+    takes=("channels", "size", "classes"),
+    needs=["images"],
+    search={"depth": [2, 4], "width": [32, 64]},
+)
 class MLPMixer(nn.Sequential):
     """An image classifier of patches whose blocks mix tokens and channels without attention.
 

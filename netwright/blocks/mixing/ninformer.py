@@ -9,7 +9,7 @@ from netwright.catalogue.facets import method
 __all__ = ["NiNBlock"]
 
 
-@method("block", papers=["003-076"])
+@method("block", papers=["003-076"], place="residual block", takes=("tokens", "dim"))
 class NiNBlock(nn.Module):
     """Gate each token by what a mixer inside the block makes of all tokens, then mix channels.
 

@@ -10,7 +10,15 @@ from netwright.catalogue.facets import method
 __all__ = ["RaftBlock", "RaftTokenMixing"]
 
 
-@method("block", papers=["003-084"])
+@method(
+    "block",
+    papers=["003-084"],
+    place="token mixing",
+    takes=("height", "width", "channels"),
+    saves=["parameters"],
+    needs=["images"],
+    search={"raft_size": [1, 2, 4]},
+)
 class RaftTokenMixing(nn.Module):
     """Mix tokens down the columns of a grid, then along its rows, some channels with each other.
 
@@ -81,7 +89,15 @@ class RaftTokenMixing(nn.Module):
         return mixed.flatten(-4, -3).flatten(-2)
 
 
-@method("block", papers=["003-084"])
+@method(
+    "block",
+    papers=["003-084"],
+    place="residual block",
+    takes=("height", "width", "dim"),
+    saves=["parameters"],
+    needs=["images"],
+    search={"raft_size": [1, 2, 4]},
+)
 class RaftBlock(nn.Module):
     """Mix tokens by `RaftTokenMixing`, then channels by a feed-forward block.
 

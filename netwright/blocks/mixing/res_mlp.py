@@ -10,7 +10,7 @@ from netwright.catalogue.facets import method
 __all__ = ["Affine", "ResMLP", "ResMLPBlock"]
 
 
-@method("block", papers=["003-003"])
+@method("block", papers=["003-003"], place="normalisation", takes=("dim",))
 class Affine(nn.Module):
     """Scale and shift each channel: y = a * x + b, with a = 1 and b = 0 at first.
 
@@ -44,7 +44,13 @@ class Affine(nn.Module):
         return torch.addcmul(self.bias, self.weight, x)
 
 
-@method("block", papers=["003-003"])
+@method(
+    "block",
+    papers=["003-003"],
+    place="residual block",
+    takes=("tokens", "dim"),
+    search={"expansion": [2, 4]},
+)
 class ResMLPBlock(nn.Module):
     """A linear layer across patches, then a feed-forward block within each; no normalisation.
 
@@ -89,7 +95,14 @@ class ResMLPBlock(nn.Module):
         return torch.addcmul(x, self.channel_scale, self.feedforward(self.channel_affine(x)))
 
 
-@method("block", papers=["003-003"])
+@method(
+    "block",
+    papers=["003-003"],
+    place="whole network",
+    takes=("channels", "size", "classes"),
+    needs=["images"],
+    search={"depth": [4, 12]},
+)
 class ResMLP(MLPMixer):
     """An image classifier of `ResMLPBlock`s: patches, blocks, an affine layer, their mean, classes.
 

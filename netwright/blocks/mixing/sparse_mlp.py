@@ -10,7 +10,13 @@ from netwright.catalogue.facets import method
 __all__ = ["ImportanceRouter", "SparseMLPBlock"]
 
 
-@method("block", papers=["003-100"])
+@method(
+    "block",
+    papers=["003-100"],
+    place="router",
+    takes=("dim", "n_experts"),
+    search={"k": [1, 2]},
+)
 class ImportanceRouter(TopKRouter):
     """Send each token to its k best experts, the most important tokens of the batch first.
 
@@ -52,7 +58,14 @@ class ImportanceRouter(TopKRouter):
         return routing._replace(experts=experts, weights=weights, tokens=tokens.repeat(self.k))
 
 
-@method("block", papers=["003-100"])
+@method(
+    "block",
+    papers=["003-100"],
+    place="residual block",
+    takes=("tokens", "dim"),
+    needs=["images"],
+    search={"k": [1, 2], "balance": (0.001, 0.1)},
+)
 class SparseMLPBlock(nn.Module):
     """Mix tokens by experts that each channel chooses, then channels by experts of each token.
 

@@ -12,7 +12,7 @@ from netwright.reversing.engine import Regroup, Step, Update, forth, undo
 __all__ = ["ReversibleBlock"]
 
 
-@method("block")
+@method("companion")
 class ReversibleBlock(nn.Module):
     """What a block is whose input can be reconstructed from its output.
 

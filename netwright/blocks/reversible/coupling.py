@@ -12,7 +12,7 @@ from netwright.reversing.engine import Add, Update
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 
 
-@method("block")
+@method("block", place="residual stream", takes=("f", "g"), saves=["training memory"])
 class AdditiveCoupling(ReversibleBlock):
     """Add to each half of the input what a module makes of the other half.
 
@@ -53,7 +53,7 @@ class AdditiveCoupling(ReversibleBlock):
         return [Add("f", self.f, (1,), 0, args, options), Add("g", self.g, (0,), 1, args, options)]
 
 
-@method("block")
+@method("block", place="residual stream", takes=("f", "g"), saves=["training memory"])
 class AffineCoupling(ReversibleBlock):
     """Scale and shift each half of the input by what a module makes of the other half.
 

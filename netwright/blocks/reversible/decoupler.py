@@ -18,7 +18,15 @@ __all__ = ["ReversibleDecoupler", "TransmissionPrompt"]
 LEAST_SCALE = 1e-3
 
 
-@method("block", papers=["001-003"])
+@method(
+    "block",
+    papers=["001-003"],
+    place="whole network",
+    takes=("inputs",),
+    saves=["training memory"],
+    needs=["images"],
+    search={"columns": [2, 4]},
+)
 class ReversibleDecoupler(nn.Module):
     """Separate what shines through a pane from what it reflects, by an encoder that can be undone.
 
@@ -111,7 +119,7 @@ class ReversibleDecoupler(nn.Module):
         return image - self.transmission(levels), image - self.reflection(levels)
 
 
-@method("block", papers=["001-003"])
+@method("companion", papers=["001-003"])
 class TransmissionPrompt(nn.Module):
     """Weigh channels by how much of each colour seems to shine through the pane.
 

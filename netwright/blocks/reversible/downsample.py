@@ -11,7 +11,13 @@ from netwright.reversing.engine import Regroup, Step
 __all__ = ["InjectivePad", "InvertibleDownsample"]
 
 
-@method("block", papers=["001-010"])
+@method(
+    "block",
+    papers=["001-010"],
+    place="downsampling",
+    saves=["training memory"],
+    needs=["images"],
+)
 class InvertibleDownsample(nn.Module):
     """Make every patch of an image one position with more channels: nothing is lost, only moved.
 
@@ -92,7 +98,7 @@ class InvertibleDownsample(nn.Module):
         return factors
 
 
-@method("block")
+@method("companion")
 class InjectivePad(nn.Module):
     """Append channels of zeros, so that a reversible network may be wider than its input.
 

@@ -14,7 +14,15 @@ from netwright.reversing.engine import Add, Update
 __all__ = ["GroupedReversible", "ReversibleGIN"]
 
 
-@method("block", papers=["001-007"])
+@method(
+    "block",
+    papers=["001-007"],
+    place="residual stream",
+    takes=("make_conv", "channels"),
+    saves=["training memory"],
+    needs=["a graph"],
+    search={"groups": [2, 4]},
+)
 class GroupedReversible(ReversibleBlock):
     """Add to each group of channels what a convolution makes of the group before it.
 
@@ -66,7 +74,15 @@ class GroupedReversible(ReversibleBlock):
                 for i, conv in enumerate(self.convs)]
 
 
-@method("block", papers=["001-007"])
+@method(
+    "block",
+    papers=["001-007"],
+    place="whole network",
+    takes=("dim", "features", "classes"),
+    saves=["training memory"],
+    needs=["a graph"],
+    search={"groups": [2, 4]},
+)
 class ReversibleGIN(nn.Module):
     """A graph isomorphism network as deep as you like, in the memory of one layer.
 

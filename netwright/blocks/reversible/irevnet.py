@@ -14,7 +14,13 @@ from netwright.reversing.engine import Add, Regroup, Step, Update
 __all__ = ["IRevNet", "IRevNetBlock"]
 
 
-@method("block")
+@method(
+    "block",
+    place="convolution",
+    takes=("inputs", "channels"),
+    saves=["training memory"],
+    needs=["images"],
+)
 class IRevNetBlock(ReversibleBlock):
     """Add to one half of the channels what a bottleneck makes of the other, and swap the halves.
 
@@ -83,7 +89,14 @@ class IRevNetBlock(ReversibleBlock):
                 join]
 
 
-@method("block", papers=["001-010"])
+@method(
+    "block",
+    papers=["001-010"],
+    place="whole network",
+    takes=("inputs", "classes"),
+    saves=["training memory"],
+    needs=["images"],
+)
 class IRevNet(nn.Sequential):
     """A classifier that discards nothing before its last layer: its features give the image back.
 

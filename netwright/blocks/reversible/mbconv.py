@@ -13,7 +13,13 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-@method("block")
+@method(
+    "block",
+    place="convolution",
+    takes=("inputs", "outputs"),
+    needs=["images"],
+    search={"expand": [2.0, 4.0, 6.0]},
+)
 class MBConv(nn.Sequential):
     """Expand the channels, convolve each by itself, and project them: an inverted bottleneck.
 
@@ -70,7 +76,15 @@ class MBConv(nn.Sequential):
         super().__init__(*layers, conv(wide, outputs, 1, bias=False), norm(outputs))
 
 
-@method("block", papers=["001-001"])
+@method(
+    "block",
+    papers=["001-001"],
+    place="residual stream",
+    takes=("channels",),
+    saves=["training memory"],
+    needs=["images"],
+    search={"expand": [2.0, 4.0, 6.0]},
+)
 class ReversibleMBConv(ReversibleBlock):
     """Add to each half of the channels an inverted bottleneck of the other half.
 

@@ -12,7 +12,13 @@ from netwright.reversing.engine import Add, Update
 __all__ = ["DropVelocity", "MomentumBlock", "StartVelocity"]
 
 
-@method("block")
+@method(
+    "block",
+    place="residual stream",
+    takes=("f",),
+    saves=["training memory"],
+    search={"gamma": [0.5, 0.9]},
+)
 class MomentumBlock(ReversibleBlock):
     """Let a residual function push a velocity, and the velocity move the features.
 
@@ -73,7 +79,7 @@ class MomentumBlock(ReversibleBlock):
         return f"gamma={self.gamma}, dim={self.dim}, weight={self.weight:g}"
 
 
-@method("block")
+@method("companion")
 class StartVelocity(nn.Module):
     """Join a velocity to the features: nothing, or what a module makes of them.
 
@@ -108,7 +114,7 @@ class StartVelocity(nn.Module):
         return y.narrow(self.dim, 0, y.shape[self.dim] // 2).contiguous()
 
 
-@method("block")
+@method("companion")
 class DropVelocity(nn.Module):
     """Return the features without their velocity: an ordinary layer, which cannot be undone.
 

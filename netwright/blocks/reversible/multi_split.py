@@ -24,7 +24,14 @@ Data = Iterable[tuple[Any, Tensor]]
 MakeOptimizer = Callable[[list[Parameter]], Optimizer]
 
 
-@method("block", papers=["001-002"])
+@method(
+    "block",
+    papers=["001-002"],
+    place="residual stream",
+    takes=("ops",),
+    saves=["training memory"],
+    search={"splits": [2, 4]},
+)
 class MultiSplitReversible(ReversibleBlock):
     """Add to each split of the input, in turn, a weighted mixture of operations on the others.
 
@@ -111,7 +118,7 @@ class MultiSplitReversible(ReversibleBlock):
         return [mixed for mixed in self.mixed if isinstance(mixed, _Mixed)]
 
 
-@method("block")
+@method("companion")
 class Zero(nn.Module):
     """Return zeros: the operation that leaves a split as it is.
 
@@ -149,7 +156,7 @@ class ReversibleSearch(NamedTuple):
         return nn.Sequential(deepcopy(entry), ReversibleSequential(*found), deepcopy(head))
 
 
-@method("companion", papers=["001-002"])
+@method("companion", papers=["001-002"], saves=["training memory"])
 def darts_reversible(space: Space, train: Data, validation: Data, *, entry: nn.Module,
                      head: nn.Module, splits: int = 2, depth: int = 4, shared: bool = True,
                      dim: int = -1, epochs: int = 10,

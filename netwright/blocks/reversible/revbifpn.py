@@ -16,7 +16,14 @@ __all__ = ["RevBiFPN", "RevSilo"]
 MakeFusion = Callable[[int, int], nn.Module]
 
 
-@method("block", papers=["001-006"])
+@method(
+    "block",
+    papers=["001-006"],
+    place="residual stream",
+    takes=("channels",),
+    saves=["training memory"],
+    needs=["images"],
+)
 class RevSilo(ReversibleBlock):
     """Let feature maps of several resolutions exchange what they hold, both ways, reversibly.
 
@@ -101,7 +108,14 @@ class RevSilo(ReversibleBlock):
         return streams
 
 
-@method("block", papers=["001-006"])
+@method(
+    "block",
+    papers=["001-006"],
+    place="whole network",
+    takes=("inputs",),
+    saves=["training memory"],
+    needs=["images"],
+)
 class RevBiFPN(nn.Module):
     """Make a pyramid of feature maps that exchange what they hold, all of it reversible.
 

@@ -17,7 +17,7 @@ __all__ = ["ColumnLevel", "ColumnSupervision", "RevCol", "RevColumn"]
 MakeLevel = Callable[[int], nn.Module]
 
 
-@method("block")
+@method("block", place="residual stream", takes=("levels", "channels"), saves=["training memory"])
 class RevColumn(ReversibleBlock):
     """Update every level of a feature hierarchy, from the lowest up, by what its neighbours hold.
 
@@ -100,7 +100,14 @@ class RevColumn(ReversibleBlock):
         return torch.stack([cast(_Scale, scale).least() for scale in self.scales]).amin()
 
 
-@method("block", papers=["001-004"])
+@method(
+    "block",
+    papers=["001-004"],
+    place="whole network",
+    takes=("channels",),
+    saves=["training memory"],
+    search={"shortcut_scale": [0.5, 1.0]},
+)
 class RevCol(nn.Module):
     """Refine a feature hierarchy in columns, and store the last column alone.
 
@@ -228,7 +235,7 @@ class RevCol(nn.Module):
         return kept
 
 
-@method("block")
+@method("companion")
 class ColumnLevel(nn.Module):
     """Make a level of its neighbours as the paper's convolutional network does.
 
@@ -274,7 +281,7 @@ class ColumnLevel(nn.Module):
         return self.blocks(h if self.up is None else h + self.up(above))
 
 
-@method("block", papers=["001-004"])
+@method("companion", papers=["001-004"])
 class ColumnSupervision(nn.Module):
     """Train a `RevCol` with heads at several columns, that early ones lose nothing of the input.
 

@@ -10,7 +10,13 @@ from netwright.catalogue.facets import method
 __all__ = ["RevNet"]
 
 
-@method("block")
+@method(
+    "block",
+    place="whole network",
+    takes=("inputs", "classes"),
+    saves=["training memory"],
+    needs=["images"],
+)
 class RevNet(nn.Sequential):
     """A residual classifier of additive couplings, with ordinary layers where the image shrinks.
 

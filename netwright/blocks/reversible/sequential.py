@@ -14,7 +14,7 @@ from netwright.reversing.engine import Step, Stored, Whole, chained, run
 __all__ = ["ReversibleSequential"]
 
 
-@method("block")
+@method("block", place="residual stream", saves=["training memory"])
 class ReversibleSequential(nn.Sequential):
     """Run invertible modules one after another, without storing what passes between them.
 
@@ -39,6 +39,10 @@ class ReversibleSequential(nn.Sequential):
 
     It can be differentiated once, not twice. `torch.compile` runs it uncompiled; compile the
     modules in the blocks. In `torch.func` transforms it is `nn.Sequential`.
+
+    Args:
+        modules: what runs in turn.
+        exact: whether what is reconstructed is exact, bit for bit.
 
     Shapes: x as the first module takes it: a tensor, or a tuple of tensors where the modules have
     several streams; the same is returned.

@@ -12,7 +12,7 @@ from netwright.reversing.engine import Add, Update
 __all__ = ["DoubleStreams", "MergeStreams", "ReversibleTransformerBlock"]
 
 
-@method("block")
+@method("block", place="residual block", takes=("dim", "heads"), saves=["training memory"])
 class ReversibleTransformerBlock(ReversibleBlock):
     """Add attention over one copy of the tokens to the other copy, and feed-forward back again.
 
@@ -75,7 +75,7 @@ class ReversibleTransformerBlock(ReversibleBlock):
                 Add("feed_forward", self.feed_forward, (0,), 1)]
 
 
-@method("block")
+@method("companion")
 class DoubleStreams(nn.Module):
     """Return two copies of `x` side by side, for the halves of reversible blocks.
 
@@ -98,7 +98,7 @@ class DoubleStreams(nn.Module):
         return torch.cat([x, x], self.dim)
 
 
-@method("block")
+@method("companion")
 class MergeStreams(nn.Module):
     """Return the mean of the two halves of `y`, after the last reversible block.
 

@@ -11,7 +11,14 @@ from netwright.catalogue.facets import method
 __all__ = ["ReversibleUNet"]
 
 
-@method("block", papers=["001-001"])
+@method(
+    "block",
+    papers=["001-001"],
+    place="whole network",
+    takes=("inputs", "outputs"),
+    saves=["training memory"],
+    needs=["images"],
+)
 class ReversibleUNet(nn.Module):
     """Label every voxel, with reversible blocks at each resolution of a U-Net.
 

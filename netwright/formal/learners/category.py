@@ -25,6 +25,12 @@ class Learner:
     and once back. A learner is a `ParaLens` whose ways back bear the types of its ways forward,
     with a point of P; `Learner.of(params, lens)` makes one of such a lens.
 
+    Args:
+        params: the parameters now, any nesting of tensors.
+        implement: what it does, of (p, a).
+        update: how it changes, of (p, a, b).
+        request: what it asks of its input, of (p, a, b).
+
     Paper: Fong, Spivak, Tuyéras, 2019, Backprop as Functor: A compositional perspective on
     supervised learning.
 

@@ -69,6 +69,11 @@ class ParaLens:
     The parameters of `f >> g` and of `f @ g` are the pair of both. `run(p, a)` returns b and the
     function that takes b' to (p', a').
 
+    Args:
+        get: the way forward, of (p, a).
+        put: the way back, of (p, a, b').
+        run: both in one, in their place, so that they share what they compute.
+
     Paper: Cruttwell, Gavranović, Ghani, Wilson, Zanasi, 2022, Categorical Foundations of
     Gradient-Based Learning.
 

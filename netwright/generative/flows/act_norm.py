@@ -11,7 +11,7 @@ from netwright.reversing.engine import Step, Update
 __all__ = ["ActNorm"]
 
 
-@method("generative")
+@method("generative", place="transform", takes=("channels",))
 class ActNorm(Transform):
     """Shift and scale each channel, at first so that the first batch has mean 0 and deviation 1.
 

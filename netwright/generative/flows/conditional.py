@@ -13,7 +13,13 @@ from netwright.reversing.engine import Regroup, Step, Update
 __all__ = ["ConditionalAffineCoupling", "ConditionalFlow"]
 
 
-@method("generative", papers=["003-079"])
+@method(
+    "generative",
+    papers=["003-079"],
+    place="transform",
+    takes=("channels", "condition_channels"),
+    needs=["images"],
+)
 class ConditionalAffineCoupling(Transform):
     """Scale and shift each half of an image's channels by the other half and by a condition.
 
@@ -142,7 +148,14 @@ class _Net(nn.Module):
         return y * self.gate(y)
 
 
-@method("generative", papers=["003-079"])
+@method(
+    "generative",
+    papers=["003-079"],
+    place="whole network",
+    takes=("channels", "condition_channels"),
+    needs=["images"],
+    search={"blocks": [2, 4]},
+)
 class ConditionalFlow(Flow):
     """The density of images that belong to other images, and samples of it: pan-sharpening.
 

@@ -12,7 +12,7 @@ __all__ = ["AdditiveCouplingTransform", "AffineCouplingTransform", "Permute",
            "SplineCouplingTransform"]
 
 
-@method("generative")
+@method("generative", place="transform", takes=("order",))
 class Permute(Transform):
     """Put the entries of a dimension in another order.
 
@@ -92,7 +92,7 @@ class _Coupling(Transform):
         return [torch.cat(streams[:2], 1), streams[2]]
 
 
-@method("generative")
+@method("generative", place="transform", takes=("net", "sizes"))
 class AdditiveCouplingTransform(_Coupling):
     """Add to one half of a sample what a network makes of the other half.
 
@@ -121,7 +121,7 @@ class AdditiveCouplingTransform(_Coupling):
         return _Additive("net", self.net, (read,), (write, 2), args)
 
 
-@method("generative")
+@method("generative", place="transform", takes=("net", "sizes"))
 class AffineCouplingTransform(_Coupling):
     """Scale and shift one half of a sample by what a network makes of the other half.
 
@@ -162,7 +162,7 @@ class AffineCouplingTransform(_Coupling):
         return affine
 
 
-@method("generative")
+@method("generative", place="transform", takes=("net", "sizes"), search={"bins": [4, 8, 16]})
 class SplineCouplingTransform(_Coupling):
     """Bend one half of a sample by monotonic splines whose knots a network makes of the other.
 

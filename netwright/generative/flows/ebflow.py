@@ -17,13 +17,16 @@ __all__ = ["EBFlow", "SmoothLeakyReLU", "score_matching_loss"]
 KINDS = ("exact", "sliced", "finite-difference", "denoising")
 
 
-@method("generative", papers=["003-139"])
+@method("generative", papers=["003-139"], place="activation")
 class SmoothLeakyReLU(Transform):
     """Bend every entry: a leaky ReLU without a kink, so that it has a second derivative.
 
     z = slope x + (1 - slope) log(1 + exp(x));  log_det = sum log(slope + (1 - slope) sigmoid(x)).
 
     The inverse is by Newton's method, which a convex function always leads to the root.
+
+    Args:
+        slope: far below 0, between 0 and 1.
 
     Shapes: x and z (batch, *size); log_det (batch,).
 
@@ -67,7 +70,13 @@ class SmoothLeakyReLU(Transform):
         return self.slope + (1 - self.slope) * torch.sigmoid(x)
 
 
-@method("generative", papers=["003-139"])
+@method(
+    "generative",
+    papers=["003-139"],
+    place="whole network",
+    takes=("layers", "size"),
+    saves=["training time"],
+)
 class EBFlow(Flow):
     """A flow seen as an energy, so that training needs no determinant of its linear layers.
 

@@ -15,7 +15,13 @@ from netwright.reversing.engine import Regroup, Step, Stored
 __all__ = ["FFJORD"]
 
 
-@method("generative", papers=["001-008"])
+@method(
+    "generative",
+    papers=["001-008"],
+    place="whole network",
+    takes=("net", "size"),
+    search={"trace": ["hutchinson", "exact"]},
+)
 class FFJORD(Flow, Transform):
     """A density that flows: samples move by an equation whose slope is any network.
 

@@ -12,7 +12,7 @@ from netwright.reversing.engine import Step, Update, chained, forth, run, undo
 __all__ = ["Flow", "Transform"]
 
 
-@method("generative")
+@method("companion")
 class Transform(nn.Module):
     """An invertible map of samples that knows how it changes volumes.
 
@@ -73,7 +73,7 @@ class _Map(Update):
         return [transform.inverse(y[0], *self.args), y[1]]
 
 
-@method("generative")
+@method("generative", place="whole network", takes=("transforms", "size"))
 class Flow(nn.Module):
     """A density: a simple one, seen through transforms that can be undone.
 

@@ -16,7 +16,7 @@ __all__ = ["GDN", "gaussianize_layerwise"]
 STEEPEST = 0.98  # what max_j alpha_ij epsilon_i stays below
 
 
-@method("generative", papers=["002-139"])
+@method("generative", papers=["002-139"], place="transform", takes=("channels",))
 class GDN(Transform):
     """Divide each entry by a pooled activity of all entries: generalised divisive normalisation.
 

@@ -10,7 +10,15 @@ from netwright.reversing.engine import Step
 __all__ = ["InvConv2d"]
 
 
-@method("generative", papers=["001-047"])
+@method(
+    "generative",
+    papers=["001-047"],
+    place="transform",
+    takes=("channels",),
+    saves=["inference time"],
+    needs=["images"],
+    search={"kernel_size": [3, 5]},
+)
 class InvConv2d(Transform):
     """Undo a convolution on the way to the base, so that a sample needs convolutions only.
 

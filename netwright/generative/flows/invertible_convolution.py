@@ -12,7 +12,7 @@ __all__ = ["InvertibleConv3x3"]
 PADS = {"top-left": "TL", "top-right": "TR", "bottom-left": "BL", "bottom-right": "BR"}
 
 
-@method("generative", papers=["001-038"])
+@method("generative", papers=["001-038"], place="transform", takes=("channels",), needs=["images"])
 class InvertibleConv3x3(Transform):
     """Convolve an image padded at one corner, which has an inverse and an exact determinant.
 

@@ -16,7 +16,14 @@ __all__ = ["InvertibleRescaler"]
 Size = tuple[int, int]
 
 
-@method("generative", papers=["002-011"])
+@method(
+    "generative",
+    papers=["002-011"],
+    place="whole network",
+    takes=("channels",),
+    needs=["images"],
+    search={"blocks": [2, 4]},
+)
 class InvertibleRescaler(nn.Module):
     """Make an image small so that it can be made large again, at any scale of either axis.
 

@@ -20,7 +20,14 @@ KERNELS: dict[str, Callable[[Tensor], Tensor]] = {  # of r^2 = sum_i ((x_i - u_i
 }
 
 
-@method("generative", papers=["002-108"])
+@method(
+    "generative",
+    papers=["002-108"],
+    place="transform",
+    takes=("dim",),
+    saves=["parameters"],
+    search={"n_inducing": [8, 16, 32]},
+)
 class KernelCoupling(Transform):
     """Scale and shift one half of a sample by a sum of kernels on the other half.
 

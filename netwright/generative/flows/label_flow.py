@@ -13,7 +13,14 @@ from netwright.reversing.engine import Regroup, Step, Update, run
 __all__ = ["LabelFlow", "weak_constraint_loss"]
 
 
-@method("generative", papers=["003-157"])
+@method(
+    "generative",
+    papers=["003-157"],
+    place="whole network",
+    takes=("label_dim", "cond_dim"),
+    saves=["labels"],
+    search={"blocks": [4, 8], "clamp": [0.5, 1.0]},
+)
 class LabelFlow(Flow):
     """A density of the labels that a sample may have, given the sample.
 

@@ -25,6 +25,9 @@ class U1Action(nn.Module):
     At large `beta` configurations of different topological charge are separated by barriers that
     hybrid Monte Carlo seldom crosses.
 
+    Args:
+        beta: the inverse coupling.
+
     Shapes: x (batch, 2, A, B), the angles of the links in the two directions; S (batch,).
 
     Raises:
@@ -191,7 +194,7 @@ def autocorrelation_time(series: Tensor) -> float:
     return float(times[int(window.int().argmax()) if bool(window.any()) else -1])
 
 
-@method("generative")
+@method("generative", place="transform", takes=("direction", "parity"))
 class GaugeTransform(Transform):
     """Move every other link of one direction along the force of its two plaquettes.
 

@@ -14,7 +14,7 @@ from netwright.reversing.engine import Regroup, Step, Update
 __all__ = ["LeapfrogLayer", "LeapfrogSampler"]
 
 
-@method("generative", papers=["002-099"])
+@method("generative", papers=["002-099"], place="transform", takes=("action", "size"))
 class LeapfrogLayer(ReversibleBlock):
     """A leapfrog step that is scaled, shifted and bent by networks, and can be undone.
 
@@ -201,7 +201,13 @@ def _log_slope(x: Tensor, s: Tensor) -> Tensor:
     return s - torch.log(half.cos().square() + (2 * s).exp() * half.sin().square())
 
 
-@method("generative", papers=["002-099"])
+@method(
+    "generative",
+    papers=["002-099"],
+    place="whole network",
+    takes=("action", "size"),
+    search={"layers": [2, 4], "step_size": (0.03, 0.3)},
+)
 class LeapfrogSampler(nn.Module):
     """A Markov chain whose proposals are leapfrog layers, run forward or backward by chance.
 

@@ -9,7 +9,7 @@ from netwright.generative.flows.flow import Transform
 __all__ = ["LinearTransform"]
 
 
-@method("generative", papers=["002-139"])
+@method("generative", papers=["002-139"], place="transform", takes=("dim",))
 class LinearTransform(Transform):
     """Multiply a sample by an invertible matrix, and add a bias.
 

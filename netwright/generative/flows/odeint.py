@@ -17,7 +17,13 @@ State = Tensor | Sequence[Tensor]
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-@method("generative", papers=["001-013"])
+@method(
+    "block",
+    papers=["001-013"],
+    place="residual stream",
+    takes=("f", "ts"),
+    saves=["training memory"],
+)
 class ReversibleHeun(ReversibleBlock):
     """Solve dy/dt = f(t, y) by a method whose every step can be undone.
 
@@ -86,7 +92,7 @@ class ReversibleHeun(ReversibleBlock):
         return found
 
 
-@method("companion", papers=["001-013"])
+@method("companion", papers=["001-013"], saves=["training memory"])
 def odeint(f: nn.Module, y0: State, ts: Tensor, *, solver: str = "reversible_heun",
            backward: str | None = None, steps: int = 1, rtol: float = 1e-7, atol: float = 1e-9,
            options: dict[str, Any] | None = None) -> Any:

@@ -12,11 +12,15 @@ from netwright.reversing.engine import Regroup, Step, Stored, chained
 __all__ = ["Part", "multi_scale"]
 
 
-@method("generative")
+@method("generative", place="transform", takes=("transforms", "channels"))
 class Part(Transform):
     """Run transforms on the first channels of a sample, and leave the others as they are.
 
     z = [f_n(... f_1(x[:, :channels])), x[:, channels:]];  log_det = that of the f.
+
+    Args:
+        transforms: what runs on the part, in order.
+        channels: of the part, the first of a sample.
 
     Shapes: x and z (batch, channels + others, *); the transforms must in the end keep the shape of
     their part, a `Squeeze` among them being undone by another with `back=True`.

@@ -22,7 +22,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 STEEP = (nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish)
 
 
-@method("generative", papers=["001-072"])
+@method("generative", papers=["001-072"], place="activation")
 class LipSwish(nn.Module):
     """Swish, scaled so that its slope is nowhere above 1.
 
@@ -49,7 +49,7 @@ class LipSwish(nn.Module):
         return x * torch.sigmoid(x * softplus(self.beta).to(x.dtype)) / 1.1
 
 
-@method("companion", papers=["001-072"])
+@method("companion", papers=["001-072"], keeps_function=False)
 def spectral_norm(net: nn.Module, lipschitz: float = 0.98, *,
                   size: int | Sequence[int] | None = None, tolerance: float = 1e-4) -> nn.Module:
     """Return a copy of `net` whose linear and convolutional layers stretch at most by `lipschitz`.
@@ -103,7 +103,13 @@ def spectral_norm(net: nn.Module, lipschitz: float = 0.98, *,
     return net
 
 
-@method("generative", papers=["001-072"])
+@method(
+    "generative",
+    papers=["001-072"],
+    place="transform",
+    takes=("net",),
+    search={"log_det_by": ["roulette", "series", "exact"]},
+)
 class ResidualTransform(Transform):
     """Add to a sample what a network makes of it that stretches less than 1.
 

@@ -9,7 +9,7 @@ from netwright.reversing.engine import Regroup, Step
 __all__ = ["Squeeze"]
 
 
-@method("generative")
+@method("generative", place="transform", needs=["images"])
 class Squeeze(Transform):
     """Make channels of the pixels of each small square of an image.
 

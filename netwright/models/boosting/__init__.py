@@ -1,4 +1,4 @@
-"""Networks that are grown by gradient boosting, as scikit-learn estimators."""
+"""Boosting: networks that are grown step by step, as scikit-learn estimators."""
 
 from netwright.runtime.faces import face
 

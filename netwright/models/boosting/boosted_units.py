@@ -73,7 +73,14 @@ class _BoostedUnits(Grown):
                              "0 is none")
 
 
-@method("model", papers=["004-020"])
+@method(
+    "model",
+    papers=["004-020"],
+    place="whole network",
+    saves=["inference time", "tuning"],
+    needs=["labels"],
+    search={"n_units": [1, 4], "learning_rate": (0.1, 1.0)},
+)
 class BoostedUnitsRegressor(_BoostedUnits, GrownRegressor):
     """A network with one hidden layer, grown by a few units at a time on what is still wrong.
 
@@ -95,6 +102,16 @@ class BoostedUnitsRegressor(_BoostedUnits, GrownRegressor):
     each (the paper has one for both). y is standardised inside, and the last layer undoes it; X
     should be standardised by the user. `network_` is an `nn.Sequential` of the precision of X.
 
+    Args:
+        n_steps: how often units are added.
+        n_units: that each step adds.
+        learning_rate: the part of each best step that is taken.
+        subsample: the share of the samples that a step's units are fitted to.
+        activation: "logistic", "tanh" or another of scikit-learn's names.
+        weight_decay: what the size of a step's weights costs.
+        iterations: the most of L-BFGS, in a step.
+        random_state: where weights and samples are drawn, as everywhere in scikit-learn.
+
     Shapes: X (n, inputs); A_t (n_units, inputs); B_t (outputs, n_units).
 
     Raises:
@@ -115,12 +132,23 @@ class BoostedUnitsRegressor(_BoostedUnits, GrownRegressor):
     """
 
 
-@method("model", papers=["004-020"])
+@method(
+    "model",
+    papers=["004-020"],
+    place="whole network",
+    saves=["inference time", "tuning"],
+    needs=["labels"],
+    search={"n_units": [1, 4], "learning_rate": (0.1, 1.0)},
+)
 class BoostedUnitsClassifier(_BoostedUnits, GrownClassifier):
     """A network with one hidden layer, grown by a few units at a time on what is still wrong.
 
     As `BoostedUnitsRegressor`, with the cross-entropy for a loss: y holds
     classes of any type, and the network returns a score for each.
+
+    Args: those of `BoostedUnitsRegressor`.
+
+    Paper: that of `BoostedUnitsRegressor`.
 
     >>> X, y = torch.rand(60, 3).numpy(), ["yes", "no"] * 30
     >>> model = BoostedUnitsClassifier(n_steps=5).fit(X, y)

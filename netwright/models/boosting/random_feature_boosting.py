@@ -126,7 +126,14 @@ class _RandomFeatureBoosting(Grown):
                              "leave it at 'gradient' for classes")
 
 
-@method("model", papers=["003-072"])
+@method(
+    "model",
+    papers=["003-072"],
+    place="whole network",
+    saves=["training time"],
+    needs=["labels"],
+    search={"n_blocks": [2, 5, 10], "ridge": (0.001, 10.0)},
+)
 class RandomFeatureBoostingRegressor(_RandomFeatureBoosting, GrownRegressor):
     """A residual network of random features, grown greedily, block by block.
 
@@ -159,6 +166,20 @@ class RandomFeatureBoostingRegressor(_RandomFeatureBoosting, GrownRegressor):
     `n_features` are drawn of each of phi and x. "diagonal" and "scalar" need as many as `width`
     of each, and add them up.
 
+    Args:
+        n_blocks: residual blocks.
+        n_features: random features of each block, drawn of phi and of x each.
+        width: of phi.
+        delta: how a block's Delta is found, "gradient", "dense", "diagonal" or "scalar".
+        shrinkage: the part of each best step that is taken.
+        ridge: what the size of Delta costs.
+        ridge_readout: what the size of a readout costs.
+        features: "swim" or "normal".
+        feature_scale: of the weights that features are drawn with.
+        activation: of the features.
+        normalize: whether what a block returns is normalised by the training set's statistics.
+        random_state: where features are drawn, as everywhere in scikit-learn.
+
     Shapes: X (n, inputs); phi (n, width); f (n, 2 n_features); W (outputs, width).
 
     Raises:
@@ -174,12 +195,23 @@ class RandomFeatureBoostingRegressor(_RandomFeatureBoosting, GrownRegressor):
     """
 
 
-@method("model", papers=["003-072"])
+@method(
+    "model",
+    papers=["003-072"],
+    place="whole network",
+    saves=["training time"],
+    needs=["labels"],
+    search={"n_blocks": [2, 5, 10], "ridge": (0.001, 10.0)},
+)
 class RandomFeatureBoostingClassifier(_RandomFeatureBoosting, GrownClassifier):
     """A residual network of random features, grown greedily, block by block.
 
     As `RandomFeatureBoostingRegressor`, with the cross-entropy for a loss: y holds
     classes of any type, and the network returns a score for each.
+
+    Args: those of `RandomFeatureBoostingRegressor`; `delta` is "gradient" alone for this loss.
+
+    Paper: that of `RandomFeatureBoostingRegressor`.
 
     >>> X, y = torch.rand(60, 3).numpy(), ["yes", "no"] * 30
     >>> model = RandomFeatureBoostingClassifier(2, n_features=16, width=8).fit(X, y)

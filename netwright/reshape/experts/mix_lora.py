@@ -15,7 +15,14 @@ from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights,
 __all__ = ["mix_lora"]
 
 
-@method("reshape", papers=["003-187"])
+@method(
+    "reshape",
+    papers=["003-187"],
+    place="feedforward",
+    needs=["training"],
+    keeps_function=True,
+    search={"n_experts": [4, 8], "rank": [4, 8, 16]},
+)
 @torch.inference_mode(False)
 def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank: int = 8,
              k: int = 2, alpha: float | None = None, dropout: float = 0.0,

@@ -27,7 +27,15 @@ Split = Literal["cluster", "coactivation", "random"]
 Router = Literal["mlp", "similarity", "groundtruth"]
 
 
-@method("reshape", papers=["003-070"])
+@method(
+    "reshape",
+    papers=["003-070"],
+    place="feedforward",
+    saves=["inference time"],
+    needs=["calibration data"],
+    keeps_function=False,
+    search={"n_experts": [8, 16], "split": ["cluster", "coactivation"]},
+)
 @torch.inference_mode(False)
 def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Split = "cluster",
           router: Router = "mlp", k: int | None = None, square: bool = True, rows: int = 8192,

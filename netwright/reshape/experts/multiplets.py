@@ -11,7 +11,13 @@ from netwright.reshape.experts._dense import dense_layers
 __all__ = ["multiplets"]
 
 
-@method("reshape", papers=["000-009"])
+@method(
+    "reshape",
+    papers=["000-009"],
+    place="feedforward",
+    needs=["training"],
+    keeps_function=False,
+)
 @torch.inference_mode(False)
 def multiplets(model: nn.Module, train: Callable[[nn.Module, list[nn.Module]], Any],
                example: Any = None, *, stages: int = 2, square: bool = True) -> list[nn.Module]:

@@ -17,7 +17,15 @@ _COUNTS = ("n_experts", "num_experts", "num_local_experts")
 _CHOSEN = ("k", "top_k", "num_experts_per_tok")
 
 
-@method("reshape", papers=["003-005"])
+@method(
+    "reshape",
+    papers=["003-005"],
+    place="experts",
+    saves=["parameters", "file size", "inference memory"],
+    needs=["experts", "calibration data"],
+    keeps_function=False,
+    search={"keep": [2, 4], "method": ["cluster_router", "usage"]},
+)
 @torch.inference_mode(False)
 @torch.no_grad()
 def prune_experts(model: nn.Module, task_data: Any, keep: int, *,

@@ -18,7 +18,14 @@ from netwright.signals import apply
 __all__ = ["upcycle"]
 
 
-@method("reshape", papers=["000-003"])
+@method(
+    "reshape",
+    papers=["000-003"],
+    place="feedforward",
+    needs=["training"],
+    keeps_function=True,
+    search={"n_experts": [2, 4, 8], "k": [1, 2]},
+)
 @torch.inference_mode(False)
 def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, n_experts: int = 8,
             k: int = 2, noise: float = 0.0, attention: Sequence[str] = (),

@@ -1,4 +1,4 @@
-"""Surgery on feed-forward layers, and what tells where they are."""
+"""Feed-forward layers: surgery on them, and what tells where they are."""
 
 from netwright.runtime.faces import face
 

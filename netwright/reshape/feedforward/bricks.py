@@ -16,7 +16,6 @@ from netwright.signals import apply
 __all__ = ["Bricks", "find_bricks", "keep_bricks"]
 
 
-@method("reshape")
 class Bricks(NamedTuple):
     """Groups of hidden units of a feed-forward layer: `units[i]` are the units of brick i."""
 
@@ -24,7 +23,7 @@ class Bricks(NamedTuple):
     units: tuple[Tensor, ...]
 
 
-@method("reshape", papers=["000-017"])
+@method("companion", papers=["000-017"], needs=["calibration data"])
 @torch.inference_mode(False)
 @torch.no_grad()
 def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
@@ -82,7 +81,13 @@ def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
             for layer in chosen]
 
 
-@method("reshape", papers=["000-017"])
+@method(
+    "reshape",
+    papers=["000-017"],
+    place="feedforward",
+    saves=["parameters", "file size", "inference memory", "inference time"],
+    keeps_function=False,
+)
 @torch.inference_mode(False)
 @torch.no_grad()
 def keep_bricks(model: nn.Module, found: Sequence[Bricks],

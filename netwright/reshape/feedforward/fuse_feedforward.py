@@ -25,7 +25,6 @@ from netwright.signals import apply
 __all__ = ["FeedForwardRun", "feedforward_runs", "fuse_feedforward"]
 
 
-@method("reshape")
 class FeedForwardRun(NamedTuple):
     """Feed-forward layers that follow one another on a stream, with nothing between them.
 
@@ -46,7 +45,15 @@ class _Branch:
     norm: str | None
 
 
-@method("reshape", papers=["003-177"])
+@method(
+    "reshape",
+    papers=["003-177"],
+    place="feedforward",
+    saves=["inference time"],
+    needs=["a residual network"],
+    keeps_function=False,
+    search={"dependence": (0.01, 1.0)},
+)
 @torch.inference_mode(False)
 @torch.no_grad()
 def fuse_feedforward(model: nn.Module, example: Any, layers: Sequence[str] | None = None, *,
@@ -124,7 +131,7 @@ def fuse_feedforward(model: nn.Module, example: Any, layers: Sequence[str] | Non
     return result
 
 
-@method("reshape")
+@method("companion")
 @torch.inference_mode(False)
 @torch.no_grad()
 def feedforward_runs(model: nn.Module, example: Any) -> list[FeedForwardRun]:

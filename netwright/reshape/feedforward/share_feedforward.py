@@ -23,7 +23,15 @@ __all__ = ["share_feedforward"]
 STARTS = ("new", "first")
 
 
-@method("reshape", papers=["003-064"])
+@method(
+    "reshape",
+    papers=["003-064"],
+    place="feedforward",
+    saves=["parameters", "file size", "inference memory", "inference time"],
+    needs=["training"],
+    keeps_function=False,
+    search={"hidden": [None, "budget"], "start": ["new", "first"]},
+)
 @torch.inference_mode(False)
 @torch.no_grad()
 def share_feedforward(model: nn.Module, hidden: int | Literal["budget"] | None = None,

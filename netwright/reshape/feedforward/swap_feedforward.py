@@ -23,7 +23,6 @@ ROWS = 2048  # about as many vectors are in a step of the distillation
 Samples = list[tuple[Tensor, Tensor]]
 
 
-@method("reshape")
 class Swap(NamedTuple):
     """A feed-forward layer that was swapped, and how near its block came to it.
 
@@ -35,7 +34,7 @@ class Swap(NamedTuple):
     error: float | None
 
 
-@method("reshape")
+@method("reshape", place="feedforward", needs=["training"], keeps_function=False)
 @torch.inference_mode(False)
 def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], example: Any = None,
                      *, calibration: Any = None, layers: Sequence[str] | None = None,
@@ -112,7 +111,7 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
     return result
 
 
-@method("reshape")
+@method("companion")
 @torch.inference_mode(False)
 def unswap_feedforward(swapped: nn.Module, model: nn.Module, *,
                        layers: Sequence[str] | None = None) -> nn.Module:

@@ -1,0 +1,1 @@
+"""Token mixing: surgery on what mixes tokens."""

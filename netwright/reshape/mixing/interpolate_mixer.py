@@ -12,7 +12,7 @@ from netwright.errors import NothingToReshape
 __all__ = ["interpolate_mixer"]
 
 
-@method("reshape", papers=["003-084"])
+@method("reshape", papers=["003-084"], place="token mixing", needs=["images"], keeps_function=False)
 def interpolate_mixer(model: nn.Module, size: int | Sequence[int]) -> nn.Module:
     """Return a copy of a mixer for images of another size, by bicubic interpolation of its tokens.
 

@@ -1,4 +1,4 @@
-"""Pruning, and what tells beforehand what could be pruned."""
+"""Pruning: what can go, and what tells beforehand what could."""
 
 from netwright.runtime.faces import face
 

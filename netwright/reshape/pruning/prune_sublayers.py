@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from netwright.anatomy.residual import Silent, Sublayer, Trace, trace
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
+from netwright.reshape._layouts import plain_silent, silent_of
+from netwright.reshape.change import decided, reshape
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
 from netwright.stages import call
@@ -18,8 +20,16 @@ __all__ = ["prune_sublayers", "sublayers", "without_sublayers"]
 Distance = Literal["angular", "euclidean", "jensen-shannon"] | Callable[[Tensor, Tensor], Tensor]
 
 
-@method("reshape", papers=["000-012"])
-@torch.inference_mode(False)
+@method(
+    "reshape",
+    papers=["000-012"],
+    place="residual stream",
+    saves=["parameters", "file size", "inference memory", "inference time"],
+    needs=["calibration data"],
+    keeps_function=False,
+    search={"remove": [1, 2, 4], "distance": ["angular", "euclidean", "jensen-shannon"]},
+)
+@reshape
 @torch.no_grad()
 def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
                     distance: Distance = "angular") -> nn.Module:
@@ -42,6 +52,12 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     softmax, or a function of (outputs, new outputs). The names of what was removed are in the
     result's `removed_sublayers`, in the order of their removal. Where a Hugging Face model
     numbers its attention layers for the key-value cache, those that stay are numbered anew.
+
+    Args:
+        model: a network with a residual stream.
+        calibration: inputs that the outputs are compared on.
+        remove: how many sublayers go.
+        distance: d: "angular", "euclidean", "jensen-shannon" or a function of two outputs.
 
     Shapes: calibration is what the model takes (a tensor, a tuple of positional or a mapping of
     keyword arguments) or a list of such batches; outputs (batch, *, classes).
@@ -67,23 +83,23 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     if not 1 <= remove <= len(found.sublayers):
         raise ValueError(f"remove must be between 1 and the {len(found.sublayers)} sublayers of "
                          f"the model ({_some(found)}), got {remove}")
-    pruned = deepcopy(model)
-    left, removed = list(found.sublayers), []
-    with same_random_state(), evaluating(pruned), same_buffers(pruned):
-        outputs = [call(pruned, x) for x in batches]
+    trial = deepcopy(model)
+    left, removed = list(found.sublayers), list[Sublayer]()
+    with same_random_state(), evaluating(trial), same_buffers(trial):
+        outputs = [call(trial, x) for x in batches]
         for _ in range(remove):
-            changes = [_change(pruned, sublayer, found, batches, outputs, measure)
-                       for sublayer in left]
-            if not all(map(math.isfinite, changes)):
+            moved = [_change(trial, sublayer, found, batches, outputs, measure)
+                     for sublayer in left]
+            if not all(map(math.isfinite, moved)):
                 raise ValueError("calibration must give finite outputs with any sublayer removed, "
                                  "got nan or infinity; check the inputs and the weights")
-            least = min(range(len(left)), key=changes.__getitem__)
-            _take_out(pruned, left[least], found)
-            removed.append(left.pop(least).name)
-    return _finished(pruned, removed)
+            least = min(range(len(left)), key=moved.__getitem__)
+            _take_out(trial, left[least], found)
+            removed.append(left.pop(least))
+    return decided(_decision(trial, removed, found, batches[0]))
 
 
-@method("reshape")
+@method("companion")
 @torch.inference_mode(False)
 def sublayers(model: nn.Module, example: Any) -> list[str]:
     """Return the names of the sublayers that `prune_sublayers` could remove, first to last.
@@ -95,8 +111,9 @@ def sublayers(model: nn.Module, example: Any) -> list[str]:
     return [sublayer.name for sublayer in _found(model, example).sublayers]
 
 
-@method("reshape")
-@torch.inference_mode(False)
+@method("companion")
+@reshape
+@torch.no_grad()
 def without_sublayers(model: nn.Module, example: Any, names: list[str]) -> nn.Module:
     """Return a copy without the sublayers called `names`, by a choice of one's own.
 
@@ -113,10 +130,82 @@ def without_sublayers(model: nn.Module, example: Any, names: list[str]) -> nn.Mo
     for name in names:
         if name not in known:
             raise UnknownName("sublayer", name, known)
-    pruned = deepcopy(model)
-    for name in dict.fromkeys(names):
-        _take_out(pruned, known[name], found)
-    return _finished(pruned, list(dict.fromkeys(names)))
+    trial = deepcopy(model)
+    removed = [known[name] for name in dict.fromkeys(names)]
+    for sublayer in removed:
+        _take_out(trial, sublayer, found)
+    return decided(_decision(trial, removed, found, example))
+
+
+@prune_sublayers.applies
+@without_sublayers.applies
+def taken_out(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
+    """Take the sublayers out of `model`, and the layers that nothing is left of."""
+    pruned: Any = model
+    for name, said in decision["silent"].items():
+        _replace(pruned, name, silent_of(said).train(pruned.get_submodule(name).training))
+    _without_fused_paths(pruned)
+    _number_anew(pruned)
+    if decision["layers"]:
+        _without_layers(pruned, decision["layers"])
+    pruned.removed_sublayers = (*getattr(pruned, "removed_sublayers", ()), *decision["removed"])
+    return pruned
+
+
+def _decision(trial: nn.Module, removed: list[Sublayer], found: Trace,
+              example: Any) -> dict[str, Any]:
+    """Return what is taken out, plainly; `trial` is the model without it."""
+    gone = [name for sublayer in removed for name in (sublayer.name, *sublayer.feeders)]
+    return {"removed": [sublayer.name for sublayer in removed],
+            "silent": {name: plain_silent(found.silent[name]) for name in gone},
+            "layers": _empty_layers(trial, example)}
+
+
+def _empty_layers(trial: Any, example: Any) -> list[int]:
+    """Return the layers that nothing is left of, where the model's config counts them."""
+    layers = _counted_layers(trial)
+    empty = [i for i, layer in enumerate(layers) if _is_empty(layer)]
+    if not empty:
+        return []
+    shorter = deepcopy(trial)
+    _without_fused_paths(trial)
+    _number_anew(trial)
+    _number_anew(shorter)
+    _without_layers(shorter, empty)
+    with same_random_state(), evaluating(trial), evaluating(shorter), same_buffers(trial):
+        same = torch.equal(call(trial, example), call(shorter, example))
+    return empty if same else []
+
+
+def _counted_layers(model: Any) -> nn.ModuleList:
+    """Return the one list of layers whose number a Hugging Face model's config has."""
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    lists = [part for part in model.modules()
+             if isinstance(part, nn.ModuleList) and len(part) == count]
+    return lists[0] if len(lists) == 1 else nn.ModuleList()
+
+
+def _is_empty(layer: nn.Module) -> bool:
+    return (any(isinstance(part, Silent) for part in layer.modules())
+            and not any(True for _ in layer.parameters()))
+
+
+def _without_layers(model: Any, empty: list[int]) -> None:
+    """Take whole layers out, and say so in the config."""
+    layers, config = _counted_layers(model), model.config
+    count = len(layers)
+    kept = [i for i in range(count) if i not in empty]
+    for name, value in vars(config).items():
+        if isinstance(value, (list, tuple)) and len(value) == count:  # a kind of each layer
+            setattr(config, name, type(value)(value[i] for i in kept))
+    for i in sorted(empty, reverse=True):
+        del layers[i]
+    config.num_hidden_layers = len(kept)
+    if _cached_by_kind(config):
+        for i, layer in enumerate(layers):
+            for part in layer.modules():
+                if isinstance(getattr(part, "layer_idx", None), int):
+                    part.layer_idx = i  # type: ignore[assignment]
 
 
 def _found(model: nn.Module, x: Any) -> Trace:
@@ -186,13 +275,6 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _finished(pruned: Any, removed: list[str]) -> nn.Module:
-    _without_fused_paths(pruned)
-    _number_anew(pruned)
-    pruned.removed_sublayers = (*getattr(pruned, "removed_sublayers", ()), *removed)
-    return pruned
-
-
 def _without_fused_paths(model: nn.Module) -> list[tuple[nn.TransformerEncoderLayer, int]]:
     """Keep encoder layers off the fused path that reads lost weights; return what they had."""
     touched = [layer for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer)
@@ -205,14 +287,18 @@ def _without_fused_paths(model: nn.Module) -> list[tuple[nn.TransformerEncoderLa
 
 def _number_anew(model: Any) -> None:
     """Number the attention layers that stay, which a key-value cache expects without gaps."""
-    kinds = getattr(getattr(model, "config", None), "layer_types", None) or ()
-    if len(set(kinds)) > 1:  # a cache of several kinds goes by the layers' own numbers
+    if _cached_by_kind(getattr(model, "config", None)):
         return
     numbered: list[Any] = [m for m in model.modules()
                            if isinstance(getattr(m, "layer_idx", None), int)]
     order = {index: i for i, index in enumerate(sorted({m.layer_idx for m in numbered}))}
     for module in numbered:
         module.layer_idx = order[module.layer_idx]
+
+
+def _cached_by_kind(config: Any) -> bool:
+    """Return whether a cache of several kinds goes by the layers' own numbers."""
+    return len(set(getattr(config, "layer_types", None) or ())) > 1
 
 
 def _measure(distance: Distance) -> Callable[[Tensor, Tensor], Tensor]:

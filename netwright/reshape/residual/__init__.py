@@ -1,0 +1,1 @@
+"""Residual networks: surgery on their blocks."""

@@ -16,7 +16,14 @@ from netwright.runtime.random_state import same_random_state
 __all__ = ["parallelize_residual"]
 
 
-@method("reshape", papers=["004-042"])
+@method(
+    "reshape",
+    papers=["004-042"],
+    place="residual stream",
+    needs=["training"],
+    keeps_function=False,
+    search={"group": [None, 2]},
+)
 @torch.inference_mode(False)
 def parallelize_residual(model: nn.Module, example: Any = None, *,
                          group: int | None = None) -> nn.Module:

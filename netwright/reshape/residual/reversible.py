@@ -24,7 +24,15 @@ __all__ = ["reversible"]
 How = Literal["coupling", "momentum"]
 
 
-@method("reshape", papers=["001-010"])
+@method(
+    "reshape",
+    papers=["001-010"],
+    place="residual stream",
+    saves=["training memory"],
+    needs=["a residual network", "training"],
+    keeps_function=False,
+    search={"how": ["coupling", "momentum"]},
+)
 @torch.inference_mode(False)
 def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
                gamma: float = 0.9, exact: bool | None = None) -> nn.Module:

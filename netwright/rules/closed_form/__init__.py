@@ -1,0 +1,1 @@
+"""Closed form: each stage is solved for."""

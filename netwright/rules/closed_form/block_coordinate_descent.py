@@ -1,6 +1,6 @@
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,7 +20,17 @@ Splitting = Literal["three", "two"]
 Loss = Literal["squared", "hinge", "cross_entropy"]
 
 
-@method("rule", papers=["003-108"])
+@method(
+    "rule",
+    papers=["003-108"],
+    saves=["backpropagation"],
+    needs=["labels", "linear layers"],
+    search={"gamma": (0.1, 10.0), "alpha": (0.5, 10.0)},
+    variants={"plain": {}, "two-splitting": {"splitting": "two"},
+              "kept samples": {"keep": 6}, "cross-entropy": {"output_loss": "cross_entropy"}},
+    network=lambda: nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(),
+                                  nn.Linear(12, 3)),
+)
 class BlockCoordinateDescent(Rule):
     """Train by minimising over each layer's weights, inputs and outputs in turn, in closed form.
 
@@ -60,6 +70,15 @@ class BlockCoordinateDescent(Rule):
     alpha >= ½. Labels of -100 are left out. The returned loss is the mean of the network's own
     before the call; `objective()` is F of the samples that are kept.
 
+    Args:
+        splitting: "three", with variables before and behind activations, or "two", behind alone.
+        output_loss: "squared", "hinge" or "cross_entropy".
+        gamma: what a disagreement of a stage with its activation costs, above 0.
+        rho: what a disagreement with a layer's weights costs, above 0.
+        alpha: what moving a variable costs, above 0.
+        sweeps: over the batch, in each call.
+        keep: samples whose variables stay from one call to the next, 0 for none.
+
     Shapes: x (batch, *size); V_i, U_i (batch, width_i); y (batch,), or (batch, outputs).
 
     Raises:
@@ -83,7 +102,6 @@ class BlockCoordinateDescent(Rule):
     kept_y: Tensor
     is_kept: Tensor
     updates_weights = True
-    search: ClassVar = {"gamma": (0.1, 10.0), "alpha": (0.5, 10.0)}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  splitting: Splitting = "three", output_loss: Loss = "squared", gamma: float = 1.0,

@@ -1,7 +1,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -22,7 +22,15 @@ __all__ = ["RandomFeatureBoosting"]
 Loss = Literal["cross_entropy", "squared"]
 
 
-@method("rule", papers=["003-072"])
+@method(
+    "rule",
+    papers=["003-072"],
+    saves=["backpropagation", "training time"],
+    needs=["labels", "a residual network"],
+    search={"ridge": (1e-3, 10.0), "ridge_readout": (1e-5, 0.1)},
+    variants={"plain": {}, "squared loss": {"output_loss": "squared"},
+              "kept samples": {"keep": 6}},
+)
 class RandomFeatureBoosting(Rule):
     """Train each residual stage's last layer in closed form, to lower the loss of a linear readout.
 
@@ -55,6 +63,13 @@ class RandomFeatureBoosting(Rule):
     The paper's blocks read the input besides phi, and end in a batch norm; here a block is what
     the network has. Its closed form for the squared loss alone is not here.
 
+    Args:
+        ridge: what the size of a stage's last layer costs, above 0.
+        ridge_readout: what the size of the readout costs, above 0.
+        shrinkage: the part of each stage's best step that is taken, at most 1.
+        output_loss: "cross_entropy" or "squared".
+        keep: samples of the training set to keep, 0 to fit each batch by itself.
+
     Shapes: f (n, features); phi and G (n, width); W (outputs, width), n counting samples, or
     tokens that have labels of their own; y (batch, *tokens), or (batch, *tokens, outputs).
 
@@ -76,7 +91,6 @@ class RandomFeatureBoosting(Rule):
     kept_y: Tensor
     seen: Tensor
     updates_weights = True
-    search: ClassVar = {"ridge": (1e-3, 10.0), "ridge_readout": (1e-5, 0.1)}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, ridge: float = 0.1,
                  ridge_readout: float = 0.01, shrinkage: float = 1.0,

@@ -1,0 +1,1 @@
+"""Denoising: each block mends a noisy label."""

@@ -24,7 +24,15 @@ __all__ = ["DiffusionBlocks"]
 WIDTH = 64  # of the vector that tells the noise level and the class
 
 
-@method("rule", papers=["003-037"])
+@method(
+    "rule",
+    papers=["003-037"],
+    saves=["backpropagation", "training memory"],
+    needs=["a residual network"],
+    variants={"two blocks": {"blocks": 2, "num_classes": 3}},
+    network=lambda: nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(),
+                                  nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 20)),
+)
 class DiffusionBlocks(Rule):
     """Train the blocks of a residual network apart, each as a denoiser of noise levels of its own.
 
@@ -51,6 +59,17 @@ class DiffusionBlocks(Rule):
     the classes, -100 where a sample shall count without one; without `num_classes` it is not
     looked at and may be None. `sample` draws data. `predict` is for `num_classes`: a class scores
     by how well the blocks restore x when they are told it.
+
+    Args:
+        blocks: how many runs of stages are trained apart.
+        num_classes: the number of classes, where the data have them and are to be told.
+        partition: "equal_mass" or "uniform": how the blocks share out the noise levels.
+        overlap: how far a band reaches into its neighbours in training, as a share of its width.
+        sigma_data: the standard deviation of the data.
+        noise_mean: the mean of log sigma in training.
+        noise_std: its standard deviation.
+        sigma_min: the least noise.
+        sigma_max: the most.
 
     Shapes: x, z (batch, *size); y (batch,) of int64; sigma (batch,).
 

@@ -27,7 +27,9 @@ from netwright.stages import Stages, call
 __all__ = ["NoProp"]
 
 
-@method("rule", papers=["003-168"])
+@method("rule", papers=["003-168"], saves=["backpropagation"], needs=["classes"],
+        variants={"three blocks": {"blocks": 3},
+                  "one-hot": {"blocks": 3, "embedding": "one-hot"}})
 class NoProp(Rule):
     """Train blocks that each denoise the label on their own; prediction runs them as a chain.
 
@@ -56,6 +58,17 @@ class NoProp(Rule):
     `predict` draws its noise from `seed`, so it gives the same scores for the same batch each
     time, and leaves the global random state alone. With `chains` above 1 it averages the
     probabilities of as many chains; the features of x are computed once.
+
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
+        blocks: T, the number of noise levels and of copies of the network.
+        eta: the weight of denoising in the loss.
+        embedding: "learned", "one-hot" or a tensor (num_classes, embedding_size) to start from.
+        embedding_size: numbers of a learned embedding.
+        width: units of each of the layers that the rule adds.
+        offset: where the cosine of abar begins.
+        chains: predictions that are averaged.
+        seed: where the noise of a prediction comes from.
 
     Shapes: x as the network takes it; y (batch, *) of int64; z, u (batch, *, embedding_size);
     W (num_classes, embedding_size).

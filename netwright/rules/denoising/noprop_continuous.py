@@ -1,5 +1,5 @@
 from math import pi
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -29,7 +29,15 @@ from netwright.stages import Stages, call
 __all__ = ["NoPropContinuous"]
 
 
-@method("rule", papers=["003-168"])
+@method(
+    "rule",
+    papers=["003-168"],
+    saves=["backpropagation"],
+    needs=["classes"],
+    search={"embedding": ["learned", "one-hot"]},
+    variants={"plain": {},
+              "cosine": {"schedule": "cosine", "embedding": "one-hot", "solver": "euler"}},
+)
 class NoPropContinuous(Rule):
     """Train one block to denoise the label at any time; prediction follows its flow to the label.
 
@@ -49,6 +57,19 @@ class NoPropContinuous(Rule):
     offset) / (1 + offset)). The times of a batch lie evenly, from a random start. `embedding`
     and its size, `width`, `chains` and `seed` are as in `NoProp`. Labels of -100 do not count.
 
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
+        eta: the weight of denoising in the loss.
+        steps: of the solver, in a prediction.
+        solver: "heun" or "euler".
+        schedule: "learned" or "cosine".
+        offset: where the cosine begins.
+        embedding: "learned", "one-hot" or a tensor (num_classes, embedding_size) to start from.
+        embedding_size: numbers of a learned embedding.
+        width: units of each of the layers that the rule adds.
+        chains: predictions that are averaged.
+        seed: where the noise of a prediction comes from.
+
     Shapes: x as the network takes it; y (batch, *) of int64; z, u (batch, *, embedding_size);
     W (num_classes, embedding_size).
 
@@ -66,8 +87,6 @@ class NoPropContinuous(Rule):
     >>> rule.predict(torch.randn(2, 4)).shape
     torch.Size([2, 3])
     """
-
-    search: ClassVar = {"embedding": ["learned", "one-hot"]}
 
     embedding: Tensor
 

@@ -1,4 +1,4 @@
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -25,7 +25,14 @@ from netwright.stages import Stages, call
 __all__ = ["NoPropFlow"]
 
 
-@method("rule", papers=["003-168"])
+@method(
+    "rule",
+    papers=["003-168"],
+    saves=["backpropagation"],
+    needs=["classes"],
+    search={"embedding": ["learned", "one-hot"]},
+    variants={"plain": {}, "learned embedding": {"embedding": "learned"}},
+)
 class NoPropFlow(Rule):
     """Train one block to point from noise to the label; prediction follows it there.
 
@@ -41,6 +48,15 @@ class NoPropFlow(Rule):
     features of x, which are computed once for a batch, in training and in prediction. The times
     of a batch lie evenly, from a random start. `embedding` and its size, `width`, `chains` and
     `seed` are as in `NoProp`. Labels of -100 do not count.
+
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
+        steps: of Euler's method, in a prediction.
+        embedding: "one-hot", "learned" or a tensor (num_classes, embedding_size) to start from.
+        embedding_size: numbers of a learned embedding.
+        width: units of each of the layers that the rule adds.
+        chains: predictions that are averaged.
+        seed: where the noise of a prediction comes from.
 
     Shapes: x as the network takes it; y (batch, *) of int64; z, u, v (batch, *, embedding_size).
 
@@ -58,8 +74,6 @@ class NoPropFlow(Rule):
     >>> rule.predict(torch.randn(2, 4)).shape
     torch.Size([2, 3])
     """
-
-    search: ClassVar = {"embedding": ["learned", "one-hot"]}
 
     embedding: Tensor
 

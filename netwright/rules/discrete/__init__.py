@@ -1,0 +1,1 @@
+"""Discrete: through a circuit of bits, as bits."""

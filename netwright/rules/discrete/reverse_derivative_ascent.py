@@ -6,7 +6,7 @@ from torch import Generator, Tensor, nn
 
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.formal.circuits import PolynomialCircuit
+from netwright.formal.circuits import PolynomialCircuit, evaluator
 from netwright.rules.rule import Rule, check_labels
 from netwright.runtime.modes import evaluating
 from netwright.stages import Stages
@@ -14,7 +14,14 @@ from netwright.stages import Stages
 __all__ = ["ReverseDerivativeAscent"]
 
 
-@method("rule", papers=["001-034"])
+@method(
+    "rule",
+    papers=["001-034"],
+    saves=["backpropagation", "derivatives"],
+    needs=["classes", "a circuit"],
+    network=lambda: evaluator(2, 3),
+    batch=lambda: _bits(),
+)
 class ReverseDerivativeAscent(Rule):
     """Train the bits of a circuit themselves, by the reverse derivative of its error.
 
@@ -32,6 +39,10 @@ class ReverseDerivativeAscent(Rule):
     by the digits of its number, the first output's the most significant (`"binary"`, the default
     for one output). The class that is predicted is the one from whose code the fewest outputs
     differ. The returned loss is the share of samples with a wrong output.
+
+    Args:
+        codes: "one-hot" or "binary"; by default binary where the circuit has one output.
+        num_classes: the number of classes; by default as many as the outputs can code.
 
     Shapes: x (batch, inputs) of whole numbers or bools; y (batch,); dw (parameters,).
 
@@ -139,3 +150,8 @@ def _codes(kind: str | None, classes: int | None, outputs: int, size: int) -> Te
         return torch.eye(count, dtype=torch.int64)
     powers = size ** torch.arange(outputs - 1, -1, -1)
     return torch.arange(count).unsqueeze(1) // powers % size
+
+
+def _bits() -> tuple[Tensor, Tensor]:
+    bits = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]] * 2)
+    return bits, bits.sum(1)

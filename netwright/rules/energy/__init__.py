@@ -1,0 +1,1 @@
+"""Energy: neighbours answer one another."""

@@ -29,7 +29,13 @@ ACTIVATIONS = frozenset({
     functional.threshold})
 
 
-@method("rule", papers=["001-164"])
+@method(
+    "rule",
+    papers=["001-164"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "dyads": {"means": "dyads"}, "alpha": {"alpha": 1.0}},
+)
 class DualPropagation(Rule):
     """Give each unit two states, whose mean is its activity and whose difference is its error.
 
@@ -52,6 +58,11 @@ class DualPropagation(Rule):
 
     A small `beta` or straight activations bring g to the exact gradient; at alpha = 1/2 what
     is off is of the order of beta^2. There is one sweep; the feedback gains between layers are 1.
+
+    Args:
+        alpha: the share of the error that s+ takes, between 0 and 1; s- takes the rest.
+        beta: the strength of the error at the top, above 0.
+        means: "forward" or "dyads": the activity at which the weights learn.
 
     Shapes: x as the network takes it; y as the loss takes it; s+ and s- as the activation returns.
 

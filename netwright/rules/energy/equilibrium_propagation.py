@@ -15,7 +15,8 @@ __all__ = ["EquilibriumPropagation"]
 HOLOMORPHIC = (nn.Sigmoid, nn.Tanh, nn.SiLU)
 
 
-@method("rule", papers=["002-006"])
+@method("rule", papers=["002-006"], saves=["backpropagation"], needs=["classes", "linear layers"],
+        variants={"plain": {}, "asymmetric": {"symmetric": False, "homeostasis": 1.0}})
 class EquilibriumPropagation(Rule):
     """Let a layered network settle freely and under complex nudges, then learn from how it moved.
 
@@ -38,6 +39,14 @@ class EquilibriumPropagation(Rule):
     The network is read as layers that answer one another. Its own forward pass, without B, is not
     what is trained: `predict` lets it settle. The loss is the cross-entropy, which the contour
     needs as a function of complex s. All is computed in at least float32.
+
+    Args:
+        radius: of the contour of nudges, above 0.
+        points: N, the nudges on it.
+        steps: until the free state is settled.
+        nudged_steps: from there, under each nudge.
+        symmetric: whether the way back is the transpose of the way forward.
+        homeostasis: the strength of what makes the way back like its transpose, where they differ.
 
     Shapes: x (batch, *size), flattened; s_i (batch, units_i); y (batch,).
 

@@ -16,7 +16,13 @@ from netwright.stages import Stages, stages
 __all__ = ["InferenceLearning"]
 
 
-@method("rule", papers=["003-179"])
+@method(
+    "rule",
+    papers=["003-179"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "few large steps": {"rate": 10.0, "steps": 4}},
+)
 class InferenceLearning(Rule):
     """Let the states settle where a step of the weights would leave them, and take that step.
 
@@ -38,6 +44,11 @@ class InferenceLearning(Rule):
     number of stages; None is 25, or that number if it is larger. Other optimizers than SGD, or
     another lr, can take g, but then the weights do not go where the states have settled. Dropout
     keeps one mask for all steps, and running statistics see the forward pass alone.
+
+    Args:
+        rate: the step of the weights that E reckons with, above 0; give SGD the same.
+        steps: of the states; by default 25, or the number of stages if that is larger.
+        state_rate: the first s.
 
     Shapes: x as the network takes it; h_i as stage i returns it; y as the loss takes it.
 

@@ -16,7 +16,13 @@ from netwright.stages import Stages, stages
 __all__ = ["PredictiveCoding"]
 
 
-@method("rule", papers=["003-167"])
+@method(
+    "rule",
+    papers=["003-167"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "incremental": {"incremental": True}},
+)
 class PredictiveCoding(Rule):
     """Let the states settle where the stages are least surprised, then learn from what is left.
 
@@ -33,6 +39,13 @@ class PredictiveCoding(Rule):
     targets: labels other than -100, or rows of the network's output where y does not hold whole
     numbers. Dropout keeps one mask for all steps, and running statistics see the forward pass
     alone.
+
+    Args:
+        steps: of the states; by default 2 (L - 2), and enough for the first stage to learn.
+        state_rate: the length of a step of the states, above 0.
+        nudge: the weight of the loss, above 0.
+        incremental: whether the weights learn with every step of the states.
+        weight_rate: the length of those steps of the weights.
 
     Shapes: x as the network takes it; h_i as stage i returns it; y as the loss takes it.
 

@@ -1,0 +1,1 @@
+"""Estimators: one number for the whole network."""

@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -53,7 +53,14 @@ class Prompt(nn.Module):
         return torch.cat([before, places, rest], 1)
 
 
-@method("rule", papers=["003-154"])
+@method(
+    "rule",
+    papers=["003-154"],
+    saves=["backpropagation", "derivatives"],
+    needs=["labels", "a transformer"],
+    search={"step": (0.1, 2.0)},
+    variants={"small": {"dimension": 4, "population": 4}},
+)
 class BlackBoxPrompt(Rule):
     """Tune prompts at every layer of a frozen network by an evolution strategy, layer by layer.
 
@@ -74,6 +81,14 @@ class BlackBoxPrompt(Rule):
 
     `layers="first"` tunes the first prompt alone. The returned loss is the mean over all
     candidates.
+
+    Args:
+        tokens: places of the prompt, where the input is token numbers.
+        dimension: numbers that the strategy searches over, for each layer.
+        population: candidates of a generation, at least 4.
+        step: the strategy's first standard deviation, above 0.
+        after: tokens of a row that stand before the prompt.
+        layers: "all", or "first" for the input's prompt alone.
 
     Shapes: h_i (batch, length, width); p_i (tokens, width), or like a sample's h_i; z_i
     (dimension,); A_i (dimension, numbers of p_i).
@@ -98,7 +113,6 @@ class BlackBoxPrompt(Rule):
     """
 
     updates_weights = True
-    search: ClassVar = {"step": (0.1, 2.0)}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, tokens: int = 50,
                  dimension: int = 500, population: int = 20, step: float = 0.5, after: int = 1,

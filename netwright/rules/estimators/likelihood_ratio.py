@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -18,7 +18,16 @@ __all__ = ["LikelihoodRatio"]
 Control = Literal["baseline", "antithetic"] | None
 
 
-@method("rule", papers=["002-042"])
+@method(
+    "rule",
+    papers=["002-042"],
+    saves=["backpropagation", "derivatives"],
+    needs=["labels"],
+    search={"noise": (0.01, 1.0), "copies": [4, 16]},
+    variants={"four copies": {"copies": 4},
+              "antithetic": {"copies": 2, "control": "antithetic"},
+              "no control": {"copies": 1, "control": None}},
+)
 class LikelihoodRatio(Rule):
     """Train every stage with noise on its output, times the loss that this noise led to.
 
@@ -43,6 +52,11 @@ class LikelihoodRatio(Rule):
     samples depend on each other (batch norm in training, graphs), which is found out at the first
     batch, all samples are taught by the whole loss, which keeps the mean and is noisier.
 
+    Args:
+        noise: the standard deviation of what is added to a stage's output, above 0.
+        copies: of the batch, each with noise of its own.
+        control: "baseline", "antithetic" or None.
+
     Shapes: x as the network takes it; f_i, e_i (batch, *size_i); y as the loss takes it.
 
     Raises:
@@ -60,8 +74,6 @@ class LikelihoodRatio(Rule):
     >>> network[0].weight.grad.shape
     torch.Size([8, 4])
     """
-
-    search: ClassVar = {"noise": (0.01, 1.0), "copies": [4, 16]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  noise: float = 0.1, copies: int = 16, control: Control = "baseline",

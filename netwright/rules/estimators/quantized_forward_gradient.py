@@ -1,7 +1,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,7 +21,15 @@ _LAYERS: dict[Any, int] = {functional.linear: 0, functional.conv1d: 0, functiona
                            functional.conv3d: 0, torch.addmm: 1}
 
 
-@method("rule", papers=["003-149"])
+@method(
+    "rule",
+    papers=["003-149"],
+    saves=["backpropagation", "derivatives", "training memory"],
+    needs=["labels"],
+    search={"rate": (0.2, 5.0)},
+    variants={"plain": {}, "half the weights": {"share": 0.5},
+              "whole layers": {"momentum": 0.0, "kernelwise": False}},
+)
 class QuantizedForwardGradient(Rule):
     """Train weights of 8 bits by forward passes alone, by which way of two the loss is lower.
 
@@ -51,6 +59,16 @@ class QuantizedForwardGradient(Rule):
     and one of them is what the network and the global random state keep. The rule does the step
     itself, so an optimizer has nothing to do. The returned loss is the mean over the passes.
 
+    Args:
+        rate: the step, as a multiple of the mean shift, above 0.
+        epsilon: a shift's length over its kernel's, above 0.
+        directions: pairs of forward passes in a step.
+        weight_bits: of each weight, 2 to 16.
+        activation_bits: of what enters and leaves a layer, 2 to 16.
+        kernelwise: whether each kernel is shifted in proportion to its own length.
+        momentum: how much of a direction comes from past updates, at least 0 and below 1.
+        share: of each parameter's numbers, the part that learns.
+
     Shapes: x as the network takes it; y as the loss takes it; q, d_i, z_i like w.
 
     Raises:
@@ -70,7 +88,6 @@ class QuantizedForwardGradient(Rule):
     """
 
     updates_weights = True
-    search: ClassVar = {"rate": (0.2, 5.0)}
 
     exponents: Tensor
 

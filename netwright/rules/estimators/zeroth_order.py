@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,7 +16,15 @@ from netwright.stages import Stages, call, stages
 __all__ = ["ZerothOrder"]
 
 
-@method("rule", papers=["003-030"])
+@method(
+    "rule",
+    papers=["003-030"],
+    saves=["backpropagation", "derivatives", "training memory", "communication"],
+    needs=["labels"],
+    search={"directions": [1, 16]},
+    variants={"plain": {}, "forward difference": {"difference": "forward", "directions": 3},
+              "in place": {"in_place": True, "rate": 0.1}},
+)
 class ZerothOrder(Rule):
     """Train with differences of the loss between shifted weights, by forward passes alone.
 
@@ -44,6 +52,13 @@ class ZerothOrder(Rule):
     has the weights, the seeds and everybody's scalars can do the update. On CPU and CUDA the
     same seeds give other directions.
 
+    Args:
+        epsilon: the length of a shift, as a multiple of normal numbers, above 0.
+        directions: that are averaged in a step.
+        difference: "central" or "forward".
+        in_place: whether the rule steps on the weights itself, so that no gradient is held.
+        rate: of those steps; needed with `in_place`, and only there.
+
     Shapes: x as the network takes it; y as the loss takes it; z_k like w; s (directions,).
 
     Raises:
@@ -63,8 +78,6 @@ class ZerothOrder(Rule):
     >>> rule.scalars(x, y, seeds).shape
     torch.Size([16])
     """
-
-    search: ClassVar = {"directions": [1, 16]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  epsilon: float = 1e-3, directions: int = 1,

@@ -1,0 +1,1 @@
+"""Exact: back through every stage."""

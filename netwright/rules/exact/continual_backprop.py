@@ -16,7 +16,8 @@ from netwright.stages import Stages, call
 __all__ = ["ContinualBackprop"]
 
 
-@method("rule", papers=["001-136"])
+@method("rule", papers=["001-136"], needs=["labels"],
+        variants={"plain": {}, "replacing": {"replacement_rate": 0.5, "maturity": 0}})
 class ContinualBackprop(Rule):
     """Train with the exact gradient, and after every step renew a few units that do little.
 
@@ -35,6 +36,11 @@ class ContinualBackprop(Rule):
     Units are renewed at the beginning of the next call that finds gradients cleared, when the
     optimizer has made its step. `renewed` counts them. Set `optimizer` to it, as `nw.fit` does,
     and its running averages of renewed weights begin at 0 too (Adam's count of steps goes on).
+
+    Args:
+        replacement_rate: the share of a layer's mature units that is renewed in each step.
+        maturity: steps in which a unit is left alone.
+        decay: d, how slowly a unit's use is forgotten.
 
     Shapes: x and y as the network and the loss take them; u_i and age one number for each unit.
 
@@ -56,6 +62,7 @@ class ContinualBackprop(Rule):
     """
 
     together = True
+    remembers = True
     utility: Tensor
     activity: Tensor
     size_sum: Tensor

@@ -1,7 +1,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -22,7 +22,14 @@ __all__ = ["DynamicalLowRank"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-@method("rule", papers=["002-135"])
+@method(
+    "rule",
+    papers=["002-135"],
+    saves=["parameters", "file size", "inference memory"],
+    needs=["labels"],
+    search={"rate": (0.03, 1.0), "tolerance": [0.05, 0.1, 0.2]},
+    variants={"plain": {}, "fixed rank": {"tolerance": None, "rank": 3}},
+)
 class DynamicalLowRank(Rule):
     """Train the factors of low-rank weights along the exact gradient, and let their ranks adapt.
 
@@ -44,6 +51,13 @@ class DynamicalLowRank(Rule):
     rank where that is None: then the copy is the same function. It can be trained on by other
     rules. `ranks` has each layer's present rank. The step is gradient descent, by the rule itself.
 
+    Args:
+        rate: a, the length of a step, above 0.
+        tolerance: the share of a weight's norm that may be cut off in a step; None keeps the ranks.
+        rank: of every layer at the start; by default the full one.
+        least_rank: below which no layer falls.
+        dense: names of modules that stay as they are.
+
     Shapes: W (outputs, inputs), of a convolution (outputs, channels * places); U (outputs, r),
     S (r, r), V (inputs, r).
 
@@ -63,7 +77,6 @@ class DynamicalLowRank(Rule):
     """
 
     updates_weights = True
-    search: ClassVar = {"rate": (0.03, 1.0), "tolerance": [0.05, 0.1, 0.2]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, rate: float = 0.1,
                  tolerance: float | None = 0.1, rank: int | None = None, least_rank: int = 2,

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,7 +15,12 @@ from netwright.stages import Stages, stages
 __all__ = ["HighwayBackprop"]
 
 
-@method("rule", papers=["001-125"])
+@method(
+    "rule",
+    papers=["001-125"],
+    needs=["labels", "a residual network"],
+    search={"iterations": [1, 2, 4, 8]},
+)
 class HighwayBackprop(Rule):
     """Train with a gradient that runs along the residual path first and through the blocks after.
 
@@ -39,6 +44,10 @@ class HighwayBackprop(Rule):
 
     Not here: the paper's form for recurrent networks, which runs along time instead of depth.
 
+    Args:
+        iterations: k, the most blocks of a run that a path of the gradient passes through.
+        residual: names of the residual stages; by default they are found.
+
     Shapes: h_i and g_i (batch, *size), equal in a run; x and y as the network and the loss take
     them.
 
@@ -58,8 +67,6 @@ class HighwayBackprop(Rule):
     >>> rule.sequential_steps, len(rule.stages)
     (5, 8)
     """
-
-    search: ClassVar = {"iterations": [1, 2, 4, 8]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, iterations: int = 4,
                  residual: Iterable[str] | None = None,

@@ -17,7 +17,10 @@ from netwright.stages import Stages, call, stages
 __all__ = ["PipelinedBackprop"]
 
 
-@method("rule", papers=["003-048"])
+@method("rule", papers=["003-048"], needs=["labels", "a chain of stages"],
+        variants={"plain": {}, "predicted": {"spike_compensation": False},
+                  "difference": {"prediction": "difference"},
+                  "stashed": {"spike_compensation": False, "prediction": None, "stash": True}})
 class PipelinedBackprop(Rule):
     """Train as a pipeline does that never waits: with gradients of weights that are steps old.
 
@@ -45,6 +48,14 @@ class PipelinedBackprop(Rule):
     delay of the first. Calls between two steps of the optimizer add up to one update; a step is
     noticed by the weights' having moved.
 
+    Args:
+        momentum: of the optimizer, at least 0 and below 1.
+        spike_compensation: whether a late gradient is made up for by a larger part at once.
+        prediction: "velocity", "difference" or None: how weights are expected to move meanwhile.
+        horizon: the part of the delay that is predicted.
+        stash: whether backward runs on the weights that ran forward.
+        delays: D of each stage, in steps; by default what the pipeline gives.
+
     Shapes: f_t and w_t as the parameter, of which D + 1 are kept; x and y as the network and the
     loss take them.
 
@@ -63,6 +74,8 @@ class PipelinedBackprop(Rule):
     >>> rule(torch.randn(1, 4), torch.tensor([2])).requires_grad
     False
     """
+
+    remembers = True
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, momentum: float = 0.9,
                  spike_compensation: bool = True,

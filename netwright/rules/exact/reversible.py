@@ -18,7 +18,8 @@ from netwright.stages._sequential import SequentialStage
 __all__ = ["Reversible"]
 
 
-@method("rule", papers=["001-010"])
+@method("rule", papers=["001-010"], saves=["training memory"], needs=["labels"],
+        variants={"plain": {}, "kept": {"checkpoint": False}})
 class Reversible(Rule):
     """Backpropagate through a network that reconstructs its activations instead of storing them.
 

@@ -16,7 +16,7 @@ from netwright.stages import Stages, stages
 __all__ = ["TwoStageBackward"]
 
 
-@method("rule", papers=["003-164"])
+@method("rule", papers=["003-164"], saves=["training time"], needs=["labels", "several processes"])
 class TwoStageBackward(Rule):
     """Pass the gradient down through all stages first, and compute the weights' gradients after.
 

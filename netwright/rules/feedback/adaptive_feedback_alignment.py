@@ -31,7 +31,12 @@ from netwright.stages.stage import Context
 __all__ = ["AdaptiveFeedbackAlignment"]
 
 
-@method("rule", papers=["003-020"])
+@method(
+    "rule",
+    papers=["003-020"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+)
 class AdaptiveFeedbackAlignment(Rule):
     """Send the output error to every stage through the weights that lead there from the input.
 
@@ -51,6 +56,9 @@ class AdaptiveFeedbackAlignment(Rule):
     F reaches x, a tuple's first part or a mapping's first part that is neither of whole numbers
     nor a mask. Where that is token ids, v_1 = F e in place of the first stage's answer: that stage
     learns by direct feedback alignment. Under autocast the v_l keep the parameters' precision.
+
+    Args:
+        scale: of F, and so of the hidden updates.
 
     Shapes: x (*lead, *size); logits (*lead, classes); v_l as h_l; F (classes, *size), or
     (prod(logits[0]), *size) where only the batch axis is shared.

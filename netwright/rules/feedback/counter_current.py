@@ -20,7 +20,12 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {
     1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
-@method("rule", papers=["001-089"])
+@method(
+    "rule",
+    papers=["001-089"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+)
 class CounterCurrent(Rule):
     """Train every hidden stage and a feedback network, fed with the targets, to meet each other.
 

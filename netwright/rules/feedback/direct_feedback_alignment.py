@@ -15,7 +15,16 @@ from netwright.stages import Stages, stages
 __all__ = ["DirectFeedbackAlignment"]
 
 
-@method("rule", papers=["001-137", "002-102", "003-212"])
+@method(
+    "rule",
+    papers=["001-137", "002-102", "003-212"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "shared": {"share": True},
+              "sign-symmetric": {"feedback": "sign_symmetric"},
+              "learned": {"feedback": "kolen_pollack"},
+              "ternary and noisy": {"ternary": 0.4, "noise": 0.1}},
+)
 class DirectFeedbackAlignment(Rule):
     """Train every stage with a random projection of the output error of its own.
 
@@ -44,6 +53,12 @@ class DirectFeedbackAlignment(Rule):
 
     With `kolen_pollack`, W_last - B of the last hidden stage shrinks by the optimizer's weight
     decay and by nothing else, so give the optimizer one that is decoupled (SGD's, AdamW's).
+
+    Args:
+        feedback: "random", "sign_symmetric" or "kolen_pollack".
+        share: whether all stages read parts of one random matrix.
+        ternary: the threshold of a projector's three-valued error; None sends the error as it is.
+        noise: of a projector, over the root mean square of what it returns.
 
     Shapes: logits (*lead, classes); h_i (*lead, *size_i); e as logits;
     B_i (classes, *size_i), or (prod(logits[0]), *size_i) where only the batch axis is shared.

@@ -17,7 +17,9 @@ from netwright.stages import Stages, call
 __all__ = ["FeedbackAlignment"]
 
 
-@method("rule")
+@method("rule", saves=["backpropagation"], needs=["labels"],
+        variants={"plain": {}, "sign-symmetric": {"feedback": "sign_symmetric"},
+                  "learned": {"feedback": "kolen_pollack"}})
 class FeedbackAlignment(Rule):
     """Train with matrices of their own, instead of the weights, carrying the error backwards.
 
@@ -37,6 +39,9 @@ class FeedbackAlignment(Rule):
 
     With `kolen_pollack`, W - B shrinks by the optimizer's weight decay and by nothing else, so
     give the optimizer one that is decoupled (SGD's, AdamW's).
+
+    Args:
+        feedback: "random", "sign_symmetric" or "kolen_pollack".
 
     Shapes: x as the network takes it; y as the loss takes it; B as W.
 

@@ -32,7 +32,14 @@ from netwright.stages.stage import Context
 __all__ = ["Pepita"]
 
 
-@method("rule", papers=["003-020"])
+@method(
+    "rule",
+    papers=["003-020"],
+    saves=["backpropagation"],
+    needs=["labels", "a chain of stages"],
+    variants={"plain": {}, "clean": {"presynaptic": "clean"}, "own": {"presynaptic": "own"},
+              "mirrored": {"feedback": "mirror"}},
+)
 class Pepita(Rule):
     """Train every stage by how its output changes when the input is shifted by the output error.
 
@@ -62,6 +69,11 @@ class Pepita(Rule):
 
     h_l - g_l is a small difference of large numbers; in bfloat16 most of it is rounding, which a
     larger `scale` outgrows.
+
+    Args:
+        feedback: "random", or "mirror" for an F that follows the weights.
+        presynaptic: "modulated", "clean" or "own": the input that a change is paired with.
+        scale: of F, and so of the shift.
 
     Shapes: x (*lead, *size); logits (*lead, classes); F (classes, *size), or
     (prod(logits[0]), *size) where only the batch axis is shared; B_l (features_l, features_(l-1)).

@@ -22,7 +22,7 @@ from netwright.stages import Stages
 __all__ = ["ProductFeedback"]
 
 
-@method("rule", papers=["003-043"])
+@method("rule", papers=["003-043"], saves=["backpropagation"], needs=["labels"])
 class ProductFeedback(Rule):
     """Train with the product of two matrices, one fixed and one learned, carrying the error back.
 
@@ -37,6 +37,9 @@ class ProductFeedback(Rule):
 
     Holds for the layers that `FeedbackAlignment` serves, whose `exact` this rule has too. A
     kernel is R's with C across its outputs. Layers that share a weight share its C and R.
+
+    Args:
+        expansion: units of the detour, for each output of a layer.
 
     Shapes: x as the network takes it; y as the loss takes it; C (outputs, m); R as W, with m
     outputs.

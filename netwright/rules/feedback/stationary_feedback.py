@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -17,7 +17,16 @@ __all__ = ["StationaryFeedback"]
 RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
 
 
-@method("rule", papers=["003-183"])
+@method(
+    "rule",
+    papers=["003-183"],
+    saves=["backpropagation"],
+    needs=["labels", "a recurrent network"],
+    search={"memory": (2.0, 200.0)},
+    variants={"plain": {}, "fixed feedback": {"feedback": 0.5}},
+    network=lambda: nn.Sequential(nn.Linear(20, 16), _Last(), nn.Linear(16, 12), nn.Tanh(),
+                                  nn.Linear(12, 3)),
+)
 class StationaryFeedback(Rule):
     """Train recurrent layers with a gradient that a fixed diagonal matrix carries back in time.
 
@@ -40,6 +49,10 @@ class StationaryFeedback(Rule):
     h_t = o_t tanh(c_t) by the other. Stacked and bidirectional layers each have theirs, every
     layer's deltas passing exactly to the layer below. Where `feedback` is W of a linear recurrence
     h_t = W h_{t-1} + ..., W diagonal, the gradient is exact.
+
+    Args:
+        memory: the longest tau, in steps of time, at least 1.
+        feedback: a, in its place: a number or one for each unit.
 
     Shapes: x_t (batch, inputs), h_t and delta_t (batch, units), a (units,); x and y as the network
     and the loss take them.
@@ -65,8 +78,6 @@ class StationaryFeedback(Rule):
     >>> rule.feedback_0.shape
     torch.Size([8])
     """
-
-    search: ClassVar = {"memory": (2.0, 200.0)}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, memory: float = 30.0,
                  feedback: float | Tensor | None = None,
@@ -252,3 +263,15 @@ def _layer(module: nn.RNNBase, weights: Sequence[Tensor], x: Tensor, starts: Seq
         return [carried((1 - update) * new + update * before, carriers[0])]
     active = torch.relu if module.nonlinearity == "relu" else torch.tanh
     return [carried(active(read + back), carriers[0])]
+
+
+class _Last(nn.Module):
+    """Reads 16 features as 4 steps of 4, and gives the last state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(4, 16, batch_first=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        last: Tensor = self.gru(h.unflatten(1, (4, 4)))[0][:, -1]
+        return last

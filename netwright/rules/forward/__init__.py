@@ -1,0 +1,1 @@
+"""Forward: in the input, or along a direction."""

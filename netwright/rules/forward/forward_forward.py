@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -52,7 +52,19 @@ KEPT = 4
 Sum = tuple[Tensor | float, Tensor | float]
 
 
-@method("rule", papers=["000-016", "001-031", "001-110", "003-024", "004-029"])
+@method(
+    "rule",
+    papers=["000-016", "001-031", "001-110", "003-024", "004-029"],
+    saves=["backpropagation", "training memory"],
+    needs=["classes", "a chain of stages"],
+    search={"predict_by": ["softmax", None]},
+    variants={"plain": {}, "mean goodness": {"goodness": "mean"},
+              "softmax": {"predict_by": "softmax"}, "collaborating": {"collaborate": True},
+              "after earlier layers": {"collaborate": "earlier"},
+              "by class": {"goodness": "by_class"}, "one block": {"blocks": 1},
+              "by class in a block": {"goodness": "by_class", "blocks": ["0"],
+                                      "predict_by": "softmax"}},
+)
 class ForwardForward(Rule):
     """Train every stage to tell real samples from false ones by the size of its own activity.
 
@@ -156,8 +168,6 @@ class ForwardForward(Rule):
     >>> rule.predict(torch.randn(5, 20)).shape
     torch.Size([5, 3])
     """
-
-    search: ClassVar = {"predict_by": ["softmax", None]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  num_classes: int | None = None,

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -23,7 +23,16 @@ from netwright.stages import Stages, call, stages
 __all__ = ["ForwardGradient"]
 
 
-@method("rule", papers=["001-112", "003-044"])
+@method(
+    "rule",
+    papers=["001-112", "003-044"],
+    saves=["backpropagation", "training memory"],
+    needs=["labels"],
+    search={"perturb": ["weights", "activities"], "directions": [1, 16]},
+    variants={"plain": {}, "activities": {"perturb": "activities"},
+              "three directions": {"directions": 3}, "guided": {"guess": "local_loss"},
+              "guided activities": {"perturb": "activities", "guess": "local_loss"}},
+)
 class ForwardGradient(Rule):
     """Train with the loss's slope in guessed directions, found without a backward pass.
 
@@ -56,6 +65,15 @@ class ForwardGradient(Rule):
     Under autocast the forward-mode passes keep the parameters' own precision, since PyTorch's
     derivatives of norms do not follow autocast's dtypes.
 
+    Args:
+        perturb: "weights" or "activities".
+        directions: that are averaged.
+        distribution: "normal" or "rademacher", of the directions.
+        guess: "isotropic" or "local_loss".
+        width: units of the hidden layer of a guessing head.
+        num_classes: of the heads; by default the width of the network's output.
+        chunk: directions in one vectorised pass.
+
     Shapes: x as the network takes it; y as the loss takes it; h_i (batch, *size_i);
     o (batch, *, classes); v_k, u_i like what they perturb.
 
@@ -81,8 +99,6 @@ class ForwardGradient(Rule):
     >>> [type(head).__name__ for head in ForwardGradient(network, guess="local_loss").heads]
     ['AuxiliaryHead']
     """
-
-    search: ClassVar = {"perturb": ["weights", "activities"], "directions": [1, 16]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  perturb: Literal["weights", "activities"] = "weights", directions: int = 1,

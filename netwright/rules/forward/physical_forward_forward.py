@@ -1,4 +1,4 @@
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,7 +16,13 @@ from netwright.stages._sequential import SequentialStage
 __all__ = ["PhysicalForwardForward"]
 
 
-@method("rule", papers=["000-034"])
+@method(
+    "rule",
+    papers=["000-034"],
+    saves=["backpropagation", "derivatives"],
+    needs=["classes", "a chain of stages"],
+    search={"sharpness": (3.0, 100.0)},
+)
 class PhysicalForwardForward(Rule):
     """Train the layers around opaque ones, through which nothing can be differentiated.
 
@@ -66,8 +72,6 @@ class PhysicalForwardForward(Rule):
     >>> rule.predict(torch.randn(5, 20)).shape
     torch.Size([5, 3])
     """
-
-    search: ClassVar = {"sharpness": (3.0, 100.0)}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  num_classes: int | None = None, sharpness: float = 4.0, amplitude: float = 1.0,

@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
+from netwright.models.gcn import gcn
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.forward._graphs import (
     check_network,
@@ -23,7 +24,18 @@ from netwright.stages import Stages, stages
 __all__ = ["SingleForward"]
 
 
-@method("rule", papers=["000-016"])
+@method(
+    "rule",
+    papers=["000-016"],
+    saves=["backpropagation", "training memory"],
+    needs=["classes", "a graph"],
+    variants={"plain": {}, "summed": {"predict_by": "sum"},
+              "top-down": {"top_down": True, "predict_by": "sum"},
+              "no classifier": {"classifier": False, "num_classes": 3},
+              "lengths kept": {"normalise": False}},
+    network=lambda: gcn(5, 3, dropout=0),
+    batch=lambda: _ring(),
+)
 class SingleForward(Rule):
     """Train each layer of a graph network to bring nodes near a virtual node of their class.
 
@@ -86,6 +98,8 @@ class SingleForward(Rule):
     >>> rule.predict(x).shape, rule.prototype_0.shape
     (torch.Size([34, 2]), torch.Size([2, 16]))
     """
+
+    remembers = True  # the prototypes that predictions need
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  num_classes: int | None = None, predict_by: Literal["last", "sum"] | None = None,
@@ -225,3 +239,10 @@ def _widths(net: Stages, example: Any) -> list[int]:
         raise ValueError("each stage of network must give (nodes, features), got "
                          f"{bad[0][1]} from stage {bad[0][0]}; leave pooling out")
     return [features, *(shape[1] for shape in shapes)]
+
+
+def _ring() -> tuple[tuple[Tensor, Tensor], Tensor]:
+    nodes = torch.arange(12)
+    edges = torch.stack([nodes, nodes.roll(1)])
+    features = torch.randn(12, 5, generator=Generator().manual_seed(7))
+    return (features, edges), torch.where(nodes % 4 == 0, -100, nodes % 3)

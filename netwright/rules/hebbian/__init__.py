@@ -1,0 +1,1 @@
+"""Hebbian: from what a stage sees itself."""

@@ -17,7 +17,8 @@ __all__ = ["DisinhibitoryHebb"]
 RATES = (nn.ReLU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU)
 
 
-@method("rule", papers=["003-067"])
+@method("rule", papers=["003-067"], saves=["backpropagation"], needs=["classes", "linear layers"],
+        variants={"plain": {}, "linear inverse": {"inverse": "linear"}})
 class DisinhibitoryHebb(Rule):
     """Train a circuit by a Hebbian rule whose sign is set by each unit's inhibition.
 

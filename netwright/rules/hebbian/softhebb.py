@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -18,7 +18,16 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-@method("rule", papers=["003-130"])
+@method(
+    "rule",
+    papers=["003-130"],
+    saves=["backpropagation", "labels"],
+    needs=["a chain of stages"],
+    search={"temperature": (0.1, 10.0), "anti_hebbian": [True, False]},
+    variants={"plain": {},
+              "Hebbian alone": {"anti_hebbian": False, "temperature": [0.5, 2.0]},
+              "own initial weights": {"initial_norm": None}},
+)
 class SoftHebb(Rule):
     """Train hidden stages without labels: their units compete softly, and the input draws them on.
 
@@ -43,6 +52,12 @@ class SoftHebb(Rule):
     weights have length 0.6 and settle at once, with most units silent. `initial_norm=None` leaves
     the weights as they are, for a network that has been trained.
 
+    Args:
+        temperature: of the competition, above 0; one for all hidden stages, or one for each.
+        anti_hebbian: whether units that lose move away from the input.
+        norm_power: how fast the step vanishes as a unit's length comes near 1.
+        initial_norm: the length of the weights that are drawn at first; None draws none.
+
     Shapes: Linear x (*, inputs), u, y (*, units); convolutions x (batch, channels, *size).
 
     Raises:
@@ -62,8 +77,6 @@ class SoftHebb(Rule):
     >>> network[0].weight.grad.shape, network[0].bias.grad
     (torch.Size([8, 4]), None)
     """
-
-    search: ClassVar = {"temperature": (0.1, 10.0), "anti_hebbian": [True, False]}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  temperature: float | Sequence[float] = 1.0, anti_hebbian: bool = True,

@@ -1,0 +1,1 @@
+"""Local: every stage has a loss of its own."""

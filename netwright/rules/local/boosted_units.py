@@ -1,7 +1,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, distributed, nn
@@ -18,7 +18,14 @@ from netwright.stages import Stages, call
 __all__ = ["BoostedUnits"]
 
 
-@method("rule", papers=["004-020"])
+@method(
+    "rule",
+    papers=["004-020"],
+    saves=["inference time"],
+    needs=["labels"],
+    search={"steps": [25, 100]},
+    variants={"plain": {}, "groups": {"units": 5, "steps": 1}},
+)
 class BoostedUnits(Rule):
     """Train the last hidden layer a few units at a time, each on what those before leave wrong.
 
@@ -41,6 +48,10 @@ class BoostedUnits(Rule):
 
     A step is a call that finds gradients cleared. `group` and `calls` count groups and steps.
 
+    Args:
+        units: of a group.
+        steps: in which a group learns.
+
     Shapes: h_t (*, units); W_t (outputs, units); r and g_t (*, outputs). The last group has fewer
     units where `units` does not divide the layer. A channel counts as a unit, in all its places.
 
@@ -61,7 +72,7 @@ class BoostedUnits(Rule):
     """
 
     together = True
-    search: ClassVar = {"steps": [25, 100]}
+    remembers = True
 
     group: Tensor
     calls: Tensor

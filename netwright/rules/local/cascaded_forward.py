@@ -15,7 +15,12 @@ from netwright.stages import Stages, stages
 __all__ = ["CascadedForward"]
 
 
-@method("rule", papers=["004-029"])
+@method(
+    "rule",
+    papers=["004-029"],
+    saves=["backpropagation", "training memory", "training time"],
+    needs=["classes", "a chain of stages"],
+)
 class CascadedForward(Rule):
     """Leave the hidden stages as they are, and train a class guess on the output of each.
 
@@ -38,6 +43,9 @@ class CascadedForward(Rule):
     one has a closed form for a whole data set and the other is sparsemax's, are for `loss`. Where
     h is tokens and there is a label for each sample, guesses are read off the tokens' mean; h of
     any other shape is flattened.
+
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
 
     Shapes: a_i (batch, *size_i); M_i (classes, features_i); y (batch,), or (batch, tokens).
 

@@ -11,7 +11,8 @@ from netwright.stages import Stages
 __all__ = ["DeltaRule"]
 
 
-@method("rule", papers=["003-036"])
+@method("rule", papers=["003-036"], saves=["backpropagation"], needs=["labels", "linear layers"],
+        network=lambda: nn.Sequential(nn.Linear(20, 3), nn.Sigmoid()))
 class DeltaRule(Rule):
     """Train neurons by their error times their input: the delta rule.
 
@@ -34,7 +35,8 @@ class DeltaRule(Rule):
     Shapes: x (batch, *inputs); y (batch,), or as the output (batch, units).
 
     Raises:
-        ValueError: the network has other parameters than one linear layer's, or targets do not fit.
+        ValueError: the network has other parameters than one linear layer's, targets do not fit, or
+            x is not a tensor.
 
     Paper: Cuevas Tello, 2018, Apuntes de Redes Neuronales Artificiales.
 
@@ -65,6 +67,9 @@ class DeltaRule(Rule):
     @torch.no_grad()
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the negative step to `.grad`; return the detached loss."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x must be a tensor, what the linear layer reads, got "
+                             f"{type(x).__name__}; give the tensor alone")
         a, layer = self.network(x), self.layer[0]
         if a.ndim != 2:
             raise ValueError(f"network must return (batch, units), got {tuple(a.shape)}")

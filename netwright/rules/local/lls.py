@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,7 +20,15 @@ POOLS: dict[int, Any] = {3: functional.adaptive_avg_pool1d, 4: functional.adapti
                          5: functional.adaptive_avg_pool3d}
 
 
-@method("rule", papers=["003-028"])
+@method(
+    "rule",
+    papers=["003-028"],
+    saves=["backpropagation", "training memory"],
+    needs=["classes", "a chain of stages"],
+    search={"temperature": (0.1, 1.0)},
+    variants={"plain": {}, "M": {"variant": "M"}, "MxM": {"variant": "MxM"},
+              "square waves": {"basis": "square"}},
+)
 class LLS(Rule):
     """Train every hidden stage to move in step with a fixed wave that stands for the class.
 
@@ -45,6 +53,13 @@ class LLS(Rule):
     the tokens' mean is taken. A sample whose activity is zero has no direction, and teaches that
     stage nothing.
 
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
+        variant: "base", "M" or "MxM": what is learned beside the network.
+        basis: "cosine" or "square", the form of the waves.
+        temperature: that scores are divided by, above 0.
+        pool: positions that each axis of a map is averaged to.
+
     Shapes: h_i (batch, *size_i); C (classes, features); m_i (classes,); M_i (classes, classes);
     y (batch,), or (batch, tokens).
 
@@ -63,8 +78,6 @@ class LLS(Rule):
     >>> [modulation.shape for modulation in rule.modulations]
     [torch.Size([3])]
     """
-
-    search: ClassVar = {"temperature": (0.1, 1.0)}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  num_classes: int | None = None, variant: Literal["base", "M", "MxM"] = "base",

@@ -14,7 +14,13 @@ from netwright.stages import Stages, stages
 __all__ = ["LocalLosses"]
 
 
-@method("rule", papers=["003-055"])
+@method(
+    "rule",
+    papers=["003-055"],
+    saves=["backpropagation", "training memory"],
+    needs=["classes", "a chain of stages"],
+    variants={"plain": {}, "two blocks": {"blocks": 2}},
+)
 class LocalLosses(Rule):
     """Train blocks of stages each by the loss of a small network of its own.
 
@@ -35,6 +41,12 @@ class LocalLosses(Rule):
 
     What passes beside the signal (the layers that a graph network joins at its end) is cut off
     like the signal.
+
+    Args:
+        blocks: how many there are, or the names of the stages at which they begin; by default every
+            stage is one.
+        width: units of a head's hidden layer.
+        num_classes: the number of classes; by default the width of the network's output.
 
     Shapes: a_j (batch, *size_j); y (batch,), or (batch, tokens).
 

@@ -16,7 +16,13 @@ from netwright.stages import Stage, Stages, stages
 __all__ = ["MomentumAuxiliary"]
 
 
-@method("rule", papers=["003-055"])
+@method(
+    "rule",
+    papers=["003-055"],
+    saves=["backpropagation", "training memory"],
+    needs=["classes", "a chain of stages"],
+    variants={"plain": {}, "two blocks": {"blocks": 2}},
+)
 class MomentumAuxiliary(Rule):
     """Train blocks of stages each through a moving average of the stage that follows.
 
@@ -38,6 +44,13 @@ class MomentumAuxiliary(Rule):
 
     Average and correction have running statistics of their own where s normalises batches;
     parameters of s that belong to none of its modules are used as they are.
+
+    Args:
+        blocks: how many there are, or the names of the stages at which they begin; by default every
+            stage is one.
+        momentum: of the averages, between 0 and 1; at 1 they stay as they began.
+        width: units of a head's hidden layer.
+        num_classes: the number of classes; by default the width of the network's output.
 
     Shapes: a_j (batch, *size_j); average_j, correction_j as theta; y (batch,), or (batch, tokens).
 

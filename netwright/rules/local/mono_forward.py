@@ -15,7 +15,13 @@ from netwright.stages import Stages, stages
 __all__ = ["MonoForward"]
 
 
-@method("rule", papers=["003-039", "004-029"])
+@method(
+    "rule",
+    papers=["003-039", "004-029"],
+    saves=["backpropagation", "training memory"],
+    needs=["classes", "a chain of stages"],
+    variants={"plain": {}, "summed": {"predict_by": "sum"}},
+)
 class MonoForward(Rule):
     """Train every stage by the class scores that a matrix of its own reads off its output.
 
@@ -32,6 +38,10 @@ class MonoForward(Rule):
 
     `predict_by="last"` gives the network's own output, so that the matrices can be thrown away
     after training; `"sum"` adds up the scores of all stages.
+
+    Args:
+        num_classes: the number of classes; by default the width of the network's output.
+        predict_by: "last", the network's own output, or "sum", the scores of all stages added up.
 
     Shapes: a_i (batch, *size_i); M_i (classes, features_i); y (batch,), or (batch, tokens).
 

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,7 +21,15 @@ DISTANCES: dict[str, Distance] = {"squared": lambda a, t: (a - t).square(),
                                   "direct": lambda a, t: -a * t}
 
 
-@method("rule", papers=["004-005"])
+@method(
+    "rule",
+    papers=["004-005"],
+    saves=["backpropagation", "training memory"],
+    needs=["labels", "a chain of stages"],
+    search={"scale": (0.3, 3.0)},
+    variants={"plain": {}, "absolute": {"distance": "absolute"},
+              "direct": {"distance": "direct"}},
+)
 class TargetProjection(Rule):
     """Train every hidden stage towards a fixed random projection of the label.
 
@@ -42,6 +50,10 @@ class TargetProjection(Rule):
 
     Within a stage the derivative is exact, in a recurrent layer through all its steps.
 
+    Args:
+        distance: "squared", "absolute", "direct" or a function of a and t.
+        scale: of the projections, above 0.
+
     Shapes: h_i (batch, *size_i); a_i, t_i (batch, features_i), or (batch, tokens, features_i);
     P_i (classes, features_i); y (batch,), (batch, tokens), or as the output.
 
@@ -61,8 +73,6 @@ class TargetProjection(Rule):
     >>> rule.projections["0"].shape
     torch.Size([3, 8])
     """
-
-    search: ClassVar = {"scale": (0.3, 3.0)}
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  distance: Literal["squared", "absolute", "direct"] | Distance = "squared",

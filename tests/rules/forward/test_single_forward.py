@@ -200,7 +200,7 @@ def test_networks_of_other_kinds_with_an_example():
     assert joined.lin.weight.grad is not None
 
 
-# What tests/rules/test_contract.py asks of the rules that take an nn.Sequential and a tensor.
+# On deeper networks, with dropout and norms, what every rule keeps to.
 
 def every_variant(test):
     return pytest.mark.parametrize("options", VARIANTS, ids=str)(test)

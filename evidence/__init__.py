@@ -1,0 +1,1 @@
+"""One experiment for each claim of a paper, and in `results` what was measured."""

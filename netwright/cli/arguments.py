@@ -1,0 +1,93 @@
+"""What several commands take: files, tasks, networks."""
+
+import importlib
+import os
+import sys
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from netwright.errors import UnknownName
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raise before a long run what would keep its result from being written."""
+    if path.is_dir():
+        raise ValueError(f"{option} must be a file, got the folder {path}; try "
+                         f"{path / (option.strip('-') + '.html')}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path} is in the folder {path.parent}, which does not exist; "
+                         "make it, or name another file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option} {path} may not be written; name another file")
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raise where a folder cannot be made or written into."""
+    there = next(part for part in [path, *path.absolute().parents] if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option} must be a folder, got {path}, where {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{option} {path} may not be written; name another folder")
+
+
+def named_task(name: str) -> Any:
+    """Return the built-in task of this name, or the one that a file defines."""
+    from netwright.tasks import TASKS, load_tasks, task
+    if name in TASKS or not name.endswith(".py"):
+        return task(name)
+    found = load_tasks(name)
+    if len(found) > 1:
+        raise ValueError(f"{name} defines {len(found)} tasks, {', '.join(t.name for t in found)}; "
+                         "keep one in the file")
+    return found[0]
+
+
+def named_network(name: str, shape: str | None) -> tuple[Any, Any]:
+    """Return the network that a task, a file or package.module:name stands for, and an input."""
+    import torch
+    from torch import nn
+    package, colon, attribute = name.partition(":")
+    if not colon:
+        if shape is not None:
+            raise ValueError(f"--shape goes with package.module:name; task {name} has inputs")
+        task = named_task(name)
+        return task.network(), task.first
+    if not package or not attribute:
+        raise ValueError(f"NETWORK must be a task, a file or package.module:name, got {name!r}")
+    sizes = _sizes(shape)
+    sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a user's own package is found
+    try:
+        holder = importlib.import_module(package)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{package} could not be imported: {type(error).__name__}: {error}"
+                         ) from error
+    if not hasattr(holder, attribute):
+        raise UnknownName(f"part of {package}", attribute,
+                          (part for part in vars(holder) if not part.startswith("_")))
+    network = getattr(holder, attribute)
+    if not isinstance(network, nn.Module):
+        try:
+            network = network()
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"{name} could not be called without arguments "
+                             f"({type(error).__name__}: {error}); give a module, or a function "
+                             "that builds one") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name} must be a module or build one, got {type(network).__name__}")
+    return network, None if sizes is None else torch.zeros(sizes)
+
+
+def _sizes(shape: str | None) -> list[int] | None:
+    try:
+        sizes = None if shape is None else [int(size) for size in shape.split(",")]
+    except ValueError:
+        sizes = []
+    if sizes is not None and (not sizes or min(sizes) < 1 or prod(sizes) > 2**28):
+        raise ValueError("--shape must be whole numbers with commas between them, such as "
+                         f"1,3,32,32, of at most {2**28:,} elements, got {shape!r}")
+    return sizes

@@ -1,0 +1,286 @@
+"""Blocks put where they go: each kind of place is found by watching one run of the network."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import activation, batchnorm, conv, instancenorm, normalization
+
+from netwright.anatomy.exchanging import put_module
+from netwright.blocks.experts.mixture import MixtureOfExperts
+from netwright.blocks.feedforward.feed_forward import FeedForward
+from netwright.catalogue.facets import facets
+from netwright.compare.recipe import Step
+from netwright.compare.supplies import constant, parameters, sizes, supplied
+from netwright.errors import NothingToReshape
+from netwright.reshape.feedforward.swap_feedforward import swap_feedforward
+from netwright.runtime.modes import evaluating, rehearsing
+from netwright.stages import call
+from netwright.tasks import Task
+
+__all__ = ["put"]
+
+EXPERTS = 4
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module in whose place a block may stand: its name, and what it takes and gives."""
+
+    name: str
+    module: nn.Module
+    taken: Tensor
+    given: Tensor
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def put(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    """Return a copy of `network` with the block of `step` wherever blocks of its place go.
+
+    Raises:
+        NothingToReshape: the network has no such place.
+        ValueError: the block does not fit there, or lets a position see those that come after it
+            where the network did not.
+    """
+    said = facets(step.what)
+    place = "" if said is None else said.place
+    if not place:
+        raise ValueError(f"{step.name} cannot run on task {task.name!r} because it does not say "
+                         "where in a network it goes; give a function of the network that puts "
+                         "it there")
+    if place == "whole network":
+        return _made(step, {name: size() for name, size in sizes(task).items()})
+    if place not in PLACES:
+        raise ValueError(f"{step.name} cannot run on task {task.name!r} because nothing is known "
+                         f"of how to put a block of the place {place!r} into a network; give a "
+                         "function of the network that puts it there")
+    changed = PLACES[place](deepcopy(network), step, task)
+    _check(network, changed, step, task)
+    return changed
+
+
+def _feedforward(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    def make(dim: int, hidden: int) -> nn.Module:
+        return _made(step, {"dim": dim, "hidden": hidden})
+    return swap_feedforward(network, make, task.first, progress=False)
+
+
+def _router(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    def make(dim: int, hidden: int) -> nn.Module:
+        router = _made(step, {"dim": dim, "n_experts": EXPERTS})
+        return MixtureOfExperts(dim, lambda: FeedForward(dim, hidden), router, n_experts=EXPERTS)
+    return swap_feedforward(network, make, task.first, progress=False)
+
+
+def _experts(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    def make(dim: int, hidden: int) -> nn.Module:
+        made = _made(step, {"dim": dim, "hidden": hidden, "n_experts": EXPERTS})
+        if "n_experts" in parameters(step.what):
+            return MixtureOfExperts(dim, made)
+        return MixtureOfExperts(dim, [*(FeedForward(dim, hidden) for _ in range(EXPERTS)), made])
+    return swap_feedforward(network, make, task.first, progress=False)
+
+
+def _activation(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    def fits(site: Site) -> bool:
+        kind = type(site.module)
+        return kind.__module__ == activation.__name__ and site.taken.shape == site.given.shape \
+            and kind not in (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax)
+    try:
+        sites = _sites(network, task, "activation", fits)
+    except NothingToReshape:  # a function in a feed-forward layer, where no module is
+        def make(dim: int, hidden: int) -> nn.Module:
+            return FeedForward(dim, hidden, activation=lambda: _made(step, {"dim": hidden}))
+        return swap_feedforward(network, make, task.first, progress=False)
+    return _replaced(network, step, [(site, {"dim": site.given.shape[-1]}) for site in sites])
+
+
+def _normalisation(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    rooms = {part.__name__ for part in (batchnorm, instancenorm, normalization)}
+    sites = _sites(network, task, "normalisation",
+                   lambda site: type(site.module).__module__ in rooms)
+    return _replaced(network, step, [(site, {"dim": site.given.shape[-1]}) for site in sites])
+
+
+def _convolution(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    sites = _sites(network, task, "convolution",
+                   lambda site: isinstance(site.module, conv._ConvNd))
+    return _replaced(network, step, [(site, {
+        "inputs": site.taken.shape[1], "outputs": site.given.shape[1],
+        "channels": site.taken.shape[1], "dims": site.taken.ndim - 2}) for site in sites])
+
+
+def _linear(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    *hidden, last = _linears(network, task)
+    return _replaced(network, step, [(site, _ends(site)) for site in hidden or [last]])
+
+
+def _head(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    last = _linears(network, task)[-1]
+    return _replaced(network, step, [(last, {**_ends(last), "dim": last.taken.shape[-1],
+                                             "out": last.given.shape[-1]})])
+
+
+def _embedding(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    first = _linears(network, task)[0]
+    dim, out = first.taken.shape[-1], first.given.shape[-1]
+    return _replaced(network, step, [(first, {"dim": dim, "dims": dim, "n_features": out,
+                                              "frequencies": out // 2})])
+
+
+def _attention(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    sites = _sites(network, task, "attention",
+                   lambda site: isinstance(site.module, nn.MultiheadAttention))
+    return _replaced(network, step, [(site, {
+        "dim": site.given.shape[-1],
+        "heads": getattr(site.module, "num_heads", getattr(site.module, "heads", None)),
+        "causal": getattr(site.module, "causal", False)}) for site in sites])
+
+
+def _token_mixing(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    sites = _sites(network, task, "token mixing", lambda site: False)
+    return _replaced(network, step, [(site, _grid(site)) for site in sites])
+
+
+def _residual_block(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    sites = _blocks(network, task)
+    if "depth" not in parameters(step.what):
+        return _replaced(network, step, [(site, _grid(site)) for site in sites])
+    whole = _made(step, {**_grid(sites[0]), "depth": len(sites)})  # one block is a stack of them
+    for site in sites:
+        network = put_module(network, site.name, whole if site is sites[0] else nn.Identity())
+    return network
+
+
+def _residual_stream(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    sites = _sites(network, task, "residual stream", lambda site: isinstance(
+        site.module, nn.Linear) and site.taken.ndim == 2 and site.taken.shape == site.given.shape)
+
+    def half(dim: int) -> nn.Module:
+        return FeedForward(dim // 2, dim // 2)
+    return _replaced(network, step, [(site, {
+        "f": half(site.taken.shape[-1]), "g": half(site.taken.shape[-1]),
+        "module": FeedForward(site.taken.shape[-1])}) for site in sites])
+
+
+PLACES: Mapping[str, Callable[[nn.Module, Step, Task], nn.Module]] = {
+    "activation": _activation, "attention": _attention, "convolution": _convolution,
+    "embedding": _embedding, "experts": _experts, "feedforward": _feedforward, "head": _head,
+    "linear": _linear, "normalisation": _normalisation, "residual block": _residual_block,
+    "residual stream": _residual_stream, "router": _router, "token mixing": _token_mixing}
+
+
+def _ends(site: Site) -> dict[str, int]:
+    taken, given = site.taken.shape[-1], site.given.shape[-1]
+    return {**dict.fromkeys(("inputs", "in_features", "dim_in"), taken),
+            **dict.fromkeys(("outputs", "out_features", "dim_out", "units"), given)}
+
+
+def _grid(site: Site) -> dict[str, int]:
+    """Return the sizes of a signal (batch, tokens, dim), as a square of tokens where it is one."""
+    tokens, dim = site.taken.shape[-2:]
+    side = math.isqrt(tokens)
+    square = {"height": side, "width": side} if side * side == tokens else {}
+    return {"tokens": tokens, "dim": dim, "channels": dim, **square}
+
+
+def _linears(network: nn.Module, task: Task) -> list[Site]:
+    return _sites(network, task, "linear", lambda site: isinstance(site.module, nn.Linear))
+
+
+def _blocks(network: nn.Module, task: Task) -> list[Site]:
+    """Return the outermost modules that give (batch, tokens, dim) what they take, with a norm."""
+    found: list[Site] = []
+
+    def fits(site: Site) -> bool:
+        return (site.taken.ndim == 3 and site.taken.shape == site.given.shape
+                and site.taken.is_floating_point()
+                and len([p for p in site.module.parameters() if p.ndim > 1]) > 1
+                and bool(site.name) and not isinstance(site.module, nn.Sequential))
+    for site in sorted(_sites(network, task, "residual block", fits),
+                       key=lambda site: site.name.count(".")):
+        if not any(site.name.startswith(other.name + ".") for other in found):
+            found.append(site)
+    order = [name for name, _ in network.named_modules()]
+    return sorted(found, key=lambda site: order.index(site.name))
+
+
+def _sites(network: nn.Module, task: Task, place: str,
+           fits: Callable[[Site], bool]) -> list[Site]:
+    """Return the modules that `fits`, or that say that they go to `place`, as they run."""
+    found = []
+    for site in _watched(network, task.first):
+        said = facets(type(site.module))
+        if fits(site) or (said is not None and said.place == place):
+            found.append(site)
+    if not found:
+        raise NothingToReshape(f"the network of task {task.name!r} has no place for a block of "
+                               f"the kind {place!r}; try another task or another network")
+    return found
+
+
+def _watched(network: nn.Module, x: Any) -> Iterator[Site]:
+    """Yield each module that takes a tensor and gives one, with those of its first run."""
+    sites: dict[str, Site] = {}
+    handles = []
+    for name, module in network.named_modules():
+        def after(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            first = args[0] if args else None
+            given = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor) and isinstance(given, Tensor):
+                sites.setdefault(name, Site(name, module, first, given))
+        handles.append(module.register_forward_hook(after))
+    try:
+        with evaluating(network), rehearsing(network):
+            call(network, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    yield from sites.values()
+
+
+def _replaced(network: nn.Module, step: Step,
+              sites: list[tuple[Site, Mapping[str, Any]]]) -> nn.Module:
+    for site, offered in sites:
+        block = _made(step, offered)
+        with evaluating(block), rehearsing(block):
+            given = block(site.taken)
+        if not isinstance(given, Tensor) or given.shape != site.given.shape:
+            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"{step.name} must give {tuple(site.given.shape)} in the place of "
+                             f"{site.name!r}, a {type(site.module).__name__}, got {shape}")
+        network = put_module(network, site.name, block)
+    return network
+
+
+def _made(step: Step, offered: Mapping[str, Any]) -> nn.Module:
+    made: nn.Module = step.what(**supplied(step, constant(offered), skip=0))
+    return made
+
+
+def _check(network: nn.Module, changed: nn.Module, step: Step, task: Task) -> None:
+    """Raise unless `changed` gives what `network` gave, and looks no further ahead."""
+    x = task.first
+    before, after = _run(network, x), _run(changed, x)
+    if before.shape != after.shape:
+        raise ValueError(f"{step.name} must leave what the network gives as it is, "
+                         f"{tuple(before.shape)}, got {tuple(after.shape)}")
+    if isinstance(x, Tensor) and not x.is_floating_point() and before.shape[:2] == x.shape[:2]:
+        other = x.clone()
+        other[:, -1] = (other[:, -1] + 1) % task.classes
+        for model, first in ((network, before), (changed, after)):
+            if not torch.allclose(first[:, :-1], _run(model, other)[:, :-1], atol=1e-5):
+                if model is network:
+                    return
+                raise ValueError(f"{step.name} cannot run on task {task.name!r} because with it a "
+                                 "position sees those that come after it, which are what the "
+                                 "network is to predict")
+
+
+def _run(network: nn.Module, x: Any) -> Tensor:
+    with evaluating(network), rehearsing(network):
+        return call(network, x)

@@ -1,0 +1,36 @@
+"""Where the experiments and their results are: in a checkout, or in a folder that is named."""
+
+import os
+from os import PathLike as _PathLike
+from pathlib import Path
+
+__all__: list[str] = []
+
+PathLike = str | _PathLike[str]
+VARIABLE = "NETWRIGHT_EVIDENCE"
+
+
+def checkout() -> Path | None:
+    """Return the folder `evidence` beside the package, None where the package is installed."""
+    root = Path(__file__).resolve().parents[2]
+    found = root / "evidence"
+    return found if (root / "pyproject.toml").is_file() and found.is_dir() else None
+
+
+def folder(where: PathLike | None = None) -> Path:
+    """Return the folder of the experiments: `where`, else NETWRIGHT_EVIDENCE, else the checkout's.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    named = where or os.environ.get(VARIABLE)
+    found = Path(named).resolve() if named else checkout()
+    if found is None:
+        raise FileNotFoundError(
+            "experiments are in the folder evidence of netwright's checkout, and this netwright is "
+            f"installed without it; clone the repository and set {VARIABLE} to its folder evidence")
+    if not found.is_dir():
+        given = "the folder of experiments" if where else VARIABLE
+        raise FileNotFoundError(f"{given} must be a folder that is there, got {named}; the "
+                                "experiments are in the folder evidence of netwright's checkout")
+    return found
