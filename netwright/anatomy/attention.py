@@ -58,7 +58,7 @@ def attentions(run: Run, products: list[Product]) -> dict[int, Attention]:
     found: dict[int, Attention] = {}
     for core in _cores(run):
         layer = _layer(run, core, made)
-        if layer is not None and layer not in found.values():
+        if layer is not None:
             found[core.gave] = layer
     return found
 
@@ -133,8 +133,9 @@ def _layer(run: Run, core: _Core, made: dict[int, Product]) -> Attention | None:
     name = next(call.name for call in chains[0] if all(call in chain for chain in chains))
     cross = query is not None and key is not None and (
         run.source(query.taken) != run.source(key.taken))
-    return Attention(name, *(p and p.name for p in (query, key, value, out)), heads, key_heads,
-                     size, fused, cross)
+    names = [None if p is None else p.name for p in (query, key, value, out)]
+    return Attention(name, names[0], names[1], names[2], names[3], heads, key_heads, size, fused,
+                     cross)
 
 
 def _projection(run: Run, number: int, made: dict[int, Product]) -> Product | None:

@@ -11,7 +11,7 @@ from netwright.anatomy.layers import count_weighted, reversible
 from netwright.signals import Path, apply, tensors
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Call:
     """One call of a module: `start` and `end` count the events of the run.
 

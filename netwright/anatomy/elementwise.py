@@ -10,8 +10,8 @@ from netwright.anatomy.run import Run, Value
 
 _KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": nn.Identity(), "relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU(),
-    "gelu, tanh": nn.GELU("tanh"), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(),
-    "relu, squared": lambda h: h.relu().square(), "relu6": nn.ReLU6(), "elu": nn.ELU(),
+    "gelu (tanh)": nn.GELU("tanh"), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(),
+    "relu squared": lambda h: h.relu().square(), "relu6": nn.ReLU6(), "elu": nn.ELU(),
     "leaky relu": nn.LeakyReLU(), "softplus": nn.Softplus(), "mish": nn.Mish()}
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from netwright.anatomy.elementwise import Itself, Named, function_of
-from netwright.anatomy.layers import is_linear, linear_sizes
+from netwright.anatomy.layers import common, is_linear, linear_sizes
 from netwright.anatomy.products import Product, products
 from netwright.anatomy.run import Operation, Run, record
 from netwright.errors import NothingToReshape
@@ -257,8 +257,10 @@ def _gated(a: _Hidden, b: _Hidden) -> bool:
 
 def _halves(run: Run, operation: Operation) -> dict[int, int]:
     """Return the two halves into which `operation` cuts the last axis, none where it does not."""
+    if not operation.layout:
+        return {}
     *axes, width = run.shapes[operation.taken[0]]
-    if not operation.layout or any(run.shapes[n] != (*axes, width / 2) for n in operation.gave):
+    if any(run.shapes[n] != (*axes, width / 2) for n in operation.gave):
         return {}
     if operation.name == "slice":
         return {operation.gave[0]: int(operation.arguments[0][2] > 0)}
@@ -329,15 +331,15 @@ def _layer(down: str, flow: _Flow) -> FeedForwardLayer | None:
     first, out = times[0]
     gate, up = (first.layer, first.other) if first.other else (None, first.layer)
     parts = [name for name in dict.fromkeys((up, gate)) if name]
-    if any((hidden.layer, hidden.other) != (first.layer, first.other) for hidden, _ in times) or (
-            any(name in flow.escaped or len(flow.made[name]) != len(times)
-                for name in [*parts, down])):
+    if flow.escaped & set(parts) or any(
+            (hidden.layer, hidden.other) != (first.layer, first.other) for hidden, _ in times) or (
+            any(len(flow.made[name]) != len(times) for name in [*parts, down])):
         return None
     into = flow.made[parts[0]][0]
     hidden = into.outputs // (1 if first.half is None else 2)
     if hidden != out.inputs or into.convolution or out.convolution:
         return None
-    name = _common([down, *parts])
+    name = common([down, *parts])
     calls = run.called(name)
     ends = [rows(run, call.gave[0]) if len(call.gave) == 1 else (-1, 0.0) for call in calls]
     whole = len(calls) == len(times) and all(
@@ -348,17 +350,6 @@ def _layer(down: str, flow: _Flow) -> FeedForwardLayer | None:
     return FeedForwardLayer(name, parts[0], down, gate, function_of(run, first.acted, plain),
                             into.inputs, hidden, out.outputs, whole,
                             round(ends[0][1], 12) if whole else 0.0)
-
-
-def _common(names: list[str]) -> str:
-    """Return the smallest module that holds all of `names`."""
-    paths = [name.split(".")[:-1] for name in names]
-    shared = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
 
 
 def _within(name: str, outer: str) -> bool:
@@ -383,8 +374,8 @@ def _expert_blocks(model: nn.Module, run: Run | None) -> Iterator[FeedForwardLay
         sizes: tuple[int, int] | None = (dim, dim)
         if run:
             call = calls[0]
-            single = isinstance(call.output, Tensor) and call.taken
-            sizes = (run.shapes[call.taken[0]][-1], run.shapes[call.gave[0]][-1]) if single else None
+            sizes = ((run.shapes[call.taken[0]][-1], run.shapes[call.gave[0]][-1])
+                     if isinstance(call.output, Tensor) and call.taken else None)
         activation = getattr(module.experts, "act_fn", None)
         if isinstance(activation, nn.Module):
             activation = Named(f"{name}.experts.act_fn".lstrip("."), activation)

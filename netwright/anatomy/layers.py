@@ -49,3 +49,14 @@ def weighted(module: nn.Module) -> bool:
 def reversible(module: nn.Module) -> bool:
     """Whether `module` has an inverse, so that it may run its parts in an order of its own."""
     return callable(getattr(module, "inverse", None))
+
+
+def common(names: list[str]) -> str:
+    """Return the smallest module that holds all of `names`."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from netwright.anatomy.run import Operation, Run, Value
 
 # Where the two factors stand among the arguments.
@@ -53,7 +55,7 @@ def products(run: Run) -> list[Product]:
         taken, weight = pair if run.learned(pair[1]) else pair[::-1]
         inputs, outputs = _sizes(run, operation, weight, first=weight == pair[0])
         number = run.source(weight)
-        name, parameter = _named(run, operation, number)
+        name, parameter = named(run, operation, number)
         found.append(Product(name, parameter, operation, taken,
                              _with_bias(run, operation.gave[0], outputs), inputs, outputs))
     return found
@@ -73,7 +75,7 @@ def _sizes(run: Run, operation: Operation, weight: int, first: bool) -> tuple[in
     return shape[-2], shape[-1]
 
 
-def _named(run: Run, operation: Operation, number: int) -> tuple[str, str | None]:
+def named(run: Run, operation: Operation, number: int) -> tuple[str, str | None]:
     """Return the name of a weight's place, and the weight's own where it is a parameter."""
     call = operation.call
     inner = call.name if call is not None else ""
@@ -86,9 +88,11 @@ def _named(run: Run, operation: Operation, number: int) -> tuple[str, str | None
         for short, p in call.module.named_parameters(recurse=False):
             if p is held[parameter]:
                 owner, own = inner, short
-    matrices = [p for p in run.network.get_submodule(owner).parameters(recurse=False)
-                if p.ndim > 1]
-    return (owner if len(matrices) == 1 else f"{owner}.{own}".lstrip(".")), parameter
+    place: nn.Module = run.network.get_submodule(owner)
+    alone = own == "weight" or not [*place.children()]
+    matrices = [p for p in place.parameters(recurse=False) if p.ndim > 1]
+    return (owner if owner and alone and len(matrices) == 1 else f"{owner}.{own}".lstrip("."),
+            parameter)
 
 
 def _with_bias(run: Run, number: int, outputs: int) -> int:

@@ -1,7 +1,7 @@
 """One run of a network, operation by operation: what each took and gave, and in which module."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from netwright.anatomy.calls import Call, watching
 from netwright.anatomy.replacing import plain_paths
 from netwright.runtime.modes import evaluating, rehearsing, same_attributes
-from netwright.signals import apply, tensor_of
+from netwright.runtime.random_state import same_random_state
+from netwright.signals import apply, copied, tensor_of
 
 # The same numbers laid out anew; what only looks at a tensor differently says so itself.
 _COPIES = ("_reshape_alias", "_to_copy", "_unsafe_view", "clone", "contiguous")
@@ -29,7 +30,7 @@ class Value:
     number: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Operation:
     """One operation of PyTorch's own: `taken` and `gave` number the tensors that it read and made.
 
@@ -61,7 +62,7 @@ class Operation:
         return self.function.is_view or self.name in _COPIES
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Run:
     """What one run of `network` showed.
 
@@ -95,13 +96,13 @@ class Run:
         for number in dict.fromkeys(operation.taken):
             self.readers[number].append(operation)
 
-    def ancestors(self, *numbers: int, apart: int | None = None) -> set[int]:
+    def ancestors(self, *numbers: int, apart: Collection[int] = ()) -> set[int]:
         """Return `numbers` and what they were computed from, on paths that avoid `apart`."""
         seen: set[int] = set()
         waiting = list(numbers)
         while waiting:
             number = waiting.pop()
-            if number in seen or number == apart:
+            if number in seen or number in apart:
                 continue
             seen.add(number)
             if number in self.maker:
@@ -136,6 +137,13 @@ class Run:
         return max((i for i, operation in enumerate(self.operations)
                     if operation.call is not None and call in operation.call.around()), default=-1)
 
+    def learning(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield the network's parameters with their numbers."""
+        numbers = {name: number for number, name in self.parameters.items()}
+        for name, p in self.network.named_parameters():
+            if name in numbers:
+                yield p, numbers[name]
+
     def called(self, name: str) -> list[Call]:
         """Return the calls of the module called `name`."""
         return [call for call in self.calls if call.name == name]
@@ -144,7 +152,9 @@ class Run:
 def record(network: nn.Module, example: Any, **options: Any) -> Run:
     """Return what `network` does with `example` in eval mode, leaving everything as it was."""
     if any(map(is_lazy, [*network.parameters(), *network.buffers()])):
-        network = deepcopy(network)  # its first run makes its parameters
+        network = deepcopy(network)
+        with evaluating(network), torch.no_grad(), same_random_state():
+            apply(network, copied(example))  # its first run makes its parameters
     run, example = Run(network), copied(example)
     recorder = _Recorder(run, example)
     with (evaluating(network), rehearsing(network), same_attributes(network), plain_paths(),
@@ -155,12 +165,6 @@ def record(network: nn.Module, example: Any, **options: Any) -> Run:
     run.outputs = recorder.numbers(output)
     run.output = recorder.number(tensor_of(output))
     return run
-
-
-def copied(example: Any) -> Any:
-    """Return `example` with copies of its tensors, caches and whatever else a run may change."""
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor)
-                    else deepcopy(leaf), example)
 
 
 class _Recorder(TorchDispatchMode):
