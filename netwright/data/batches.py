@@ -5,6 +5,8 @@ import numpy
 import torch
 from torch import Generator, Tensor, distributed
 
+from netwright import checks
+
 __all__ = ["Batches"]
 
 
@@ -32,8 +34,7 @@ class Batches:
         samples = (len(y) if y.ndim else 0) if isinstance(y, Tensor) else None
         for name, tensor in {**named(x, "x"), "y": y}.items():
             check_samples(name, tensor, samples)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        checks.count(1, batch_size=batch_size)
         if drop_last and batch_size > len(y):
             raise ValueError(f"batch_size={batch_size} with drop_last=True leaves none of the "
                              f"{len(y)} samples; use a smaller batch_size or drop_last=False")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy
 
+from netwright import checks
 from netwright.catalogue.facets import method
 
 __all__ = ["ScalingFit", "scaling_fit"]
@@ -123,8 +124,7 @@ def scaling_fit(runs: Sequence[tuple[Sequence[float], Sequence[float]]], *,
     if not runs:
         raise ValueError("runs must hold at least one (compute, loss), got none")
     curves = [_checked(i, run) for i, run in enumerate(runs)]
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}; the default is 200")
+    checks.count(1, samples=samples, advice="the default is 200")
     least = 3 if irreducible else 2
     envelope = _envelope(curves)
     if len(envelope) < least:
@@ -190,7 +190,6 @@ def _log_loss(a: float, log_scale: float, floor: float, place: float) -> float:
 
 
 def _interval(values: Sequence[float], level: float) -> Point:
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level}; 0.95 is usual")
+    checks.between(0, 1, ends=(False, False), level=level, advice="0.95 is usual")
     low, high = numpy.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
     return low, high

@@ -33,6 +33,7 @@ from netwright.report._figures import (
     without_nan,
     write_text,
 )
+from netwright.runtime.version import __version__
 
 
 def html(comparison: Comparison, path: str | Path) -> Path:
@@ -46,13 +47,12 @@ def html(comparison: Comparison, path: str | Path) -> Path:
     looks = {name: i for i, name in enumerate(dict.fromkeys(r.change for r in comparison.rows))}
     payload = {"palette": PALETTE, "tasks": [_task_data(rows, looks) for rows in tasks.values()]}
     template = Template(files("netwright.report").joinpath("_page.html").read_text("utf-8"))
-    import netwright
     page = template.substitute(
         title="What each change costs and gives", summary=_summary(comparison),
         tabs=_tabs(tasks), glossary=_glossary(), settings=_settings(comparison),
         sections="\n".join(_section(i, task, rows, looks)
                            for i, (task, rows) in enumerate(tasks.items())) or _NOTHING,
-        version=escape(netwright.__version__), plotly=get_plotlyjs(),
+        version=escape(__version__), plotly=get_plotlyjs(),
         data=json.dumps(without_nan(payload), allow_nan=False).replace("<", "\\u003c"))
     return write_text(path, page)
 

@@ -62,13 +62,23 @@ METRICS: Mapping[str, tuple[Callable[[Tensor, Tensor], float | Tensor], bool]] =
 class Task:
     """What changes are compared on: a network builder, data, a loss and a metric.
 
-    `network` is a function without arguments that returns a fresh network. `data` is a function
-    without arguments or what it would return: a `Split` (or any four tensors x_train, y_train,
-    x_test, y_test), a `Graph`, or `Parts`. A share `validation` of a split's training samples is
-    set aside while hyperparameters are tuned, and used for training afterwards. `metric` is a
-    name of `METRICS` or a function of (scores, y) averaged over samples, with
-    `higher_is_better`. `num_classes` and `example` (an input) are found where they are not
-    given. `optimizer` takes parameters and `lr`; `learning_rate` is where tuning starts.
+    Args:
+        name: what results call it.
+        network: a function without arguments that returns a fresh network.
+        data: a function without arguments or what it would return: a `Split` (or any four tensors
+            x_train, y_train, x_test, y_test), a `Graph`, or `Parts`.
+        loss: of scores and targets.
+        metric: a name of `METRICS`, or a function of (scores, y) averaged over samples.
+        higher_is_better: whether more of `metric` is better; needed where it is a function.
+        epochs: of each run.
+        batch_size: in training.
+        learning_rate: where tuning starts.
+        optimizer: takes parameters and `lr`.
+        validation: the share of a split's training samples that is set aside while
+            hyperparameters are tuned, and used for training afterwards.
+        num_classes: found where it is not given.
+        example: an input, found where it is not given.
+        file: the file that defines the task, where one does.
 
     Raises:
         ValueError: an argument is not what it must be.

@@ -9,7 +9,8 @@ import netwright as nw
 from netwright.compare.recipe import Recipe, Step, recipe
 from netwright.errors import UnknownName
 
-TEXTS = ["MonoForward", "GLU", "swap_feedforward(make=StructuredFeedForward(rank=64)) + MonoForward",
+TEXTS = ["MonoForward", "GLU",
+         "swap_feedforward(make=StructuredFeedForward(rank=64)) + MonoForward",
          "prune_sublayers(remove=2)", "mlp(hidden=[8, 4], activation=Tanh) + SGD(momentum=0.9)",
          "MSELoss", "ForwardForward(threshold=-1.5, predict_by='softmax', blocks=None) + Adam"]
 

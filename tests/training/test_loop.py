@@ -286,7 +286,7 @@ def test_a_seed_decides() -> None:
 def test_on_epoch_is_told_and_may_stop_by_raising() -> None:
     told = []
 
-    def stop(record: nw.history.Epoch) -> None:
+    def stop(record: nw.training.Epoch) -> None:
         told.append(record.epoch)
         if record.epoch == 2:
             raise KeyboardInterrupt

@@ -4,13 +4,15 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import layer_norm
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.catalogue.facets import method
 
 __all__ = ["AdaptiveBasisLayer"]
 
 
-@method("block", papers=["003-132"], place="embedding", takes=("grid",), needs=["series"])
+@method("block", papers=["003-132"], place="embedding", takes=("grid",), needs=["series"],
+        network=lambda: AdaptiveBasisLayer(4, 6, torch.linspace(0, 1, 8)))
 class AdaptiveBasisLayer(nn.Module):
     """Describe a curve by its products with a few functions that are learnt with the network.
 
@@ -58,12 +60,8 @@ class AdaptiveBasisLayer(nn.Module):
                  sparsity: float = 0.0, *, layers: int = 3, weights: Tensor | None = None,
                  activation: Activation = "relu", generator: Generator | None = None) -> None:
         super().__init__()
-        for name, size in (("n_basis", n_basis), ("hidden", hidden), ("layers", layers)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        for name, strength in (("ortho_penalty", ortho_penalty), ("sparsity", sparsity)):
-            if not strength >= 0:
-                raise ValueError(f"{name} must be at least 0, got {strength}")
+        checks.count(1, n_basis=n_basis, hidden=hidden, layers=layers)
+        checks.at_least(0, ortho_penalty=ortho_penalty, sparsity=sparsity)
         grid = torch.as_tensor(grid).detach()
         if not grid.is_floating_point():
             grid = grid.to(torch.get_default_dtype())

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 
@@ -20,6 +21,7 @@ Stack = Literal["generic", "trend", "seasonality"] | tuple[Tensor, Tensor]
     takes=("lookback", "horizon"),
     needs=["series"],
     search={"blocks": [1, 3], "hidden": [64, 256]},
+    variants={"small": {"hidden": 8}, "generic": {"hidden": 8, "stacks": ("generic",)}},
 )
 class NBeats(nn.Module):
     """Forecast a series by blocks that each explain a part of it and pass on what is left.
@@ -76,14 +78,10 @@ class NBeats(nn.Module):
                  residual: bool = True) -> None:
         super().__init__()
         harmonics = max(1, horizon // 2) if harmonics is None else harmonics
-        for name, size in (("lookback", lookback), ("horizon", horizon), ("blocks", blocks),
-                           ("hidden", hidden), ("layers", layers), ("harmonics", harmonics)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if degree < 0:
-            raise ValueError(f"degree must be at least 0, got {degree}")
-        if period is not None and not period > 0:
-            raise ValueError(f"period must be above 0, got {period}")
+        checks.count(1, lookback=lookback, horizon=horizon, blocks=blocks, hidden=hidden,
+                     layers=layers, harmonics=harmonics)
+        checks.count(0, degree=degree)
+        checks.above(0, period=period, optional=True)
         if isinstance(stacks, str) or not len(stacks):
             raise ValueError(f"stacks must be a list of at least one stack, got {stacks!r}; try "
                              '["trend", "seasonality"] or ["generic"]')

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.blocks.coordinates.grids import check_coordinates, interpolate, neighbours
 from netwright.catalogue.facets import method
 
@@ -20,6 +21,7 @@ _POOLS: dict[int, Callable[..., Tensor]] = {
     takes=("dims",),
     needs=["coordinates"],
     search={"deviation": (0.5, 50.0)},
+    batch=lambda: torch.rand(2, 5, 2) * 2 - 1,
 )
 class FourierFeatures(nn.Module):
     """Sines and cosines of a coordinate along random directions, from slow to fast.
@@ -52,9 +54,7 @@ class FourierFeatures(nn.Module):
     def __init__(self, dims: int, frequencies: int = 256, *, deviation: float = 5.0,
                  generator: Generator | None = None) -> None:
         super().__init__()
-        for name, size in (("dims", dims), ("frequencies", frequencies)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dims=dims, frequencies=frequencies)
         self.dims = dims
         lengths = deviation * torch.randn(frequencies, generator=generator).abs()
         directions = torch.randn(dims, frequencies, generator=generator)
@@ -76,6 +76,8 @@ class FourierFeatures(nn.Module):
     place="embedding",
     takes=("encoding", "dims"),
     needs=["coordinates"],
+    network=lambda: SAPE(FourierFeatures(2, 4), dims=2, steps=10, grid=4),
+    batch=lambda: torch.rand(2, 5, 2) * 2 - 1,
 )
 class SAPE(nn.Module):
     """Unmask an encoding's features from slow to fast, in each place as long as the error remains.
@@ -139,9 +141,7 @@ class SAPE(nn.Module):
                             if t.is_floating_point()), torch.zeros(()))
             self.features = encoding(example.new_zeros(1, dims)).shape[-1]
         blocks = max(1, self.features // 2) if blocks is None else blocks
-        for name, size in (("steps", steps), ("grid", grid), ("blocks", blocks)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, steps=steps, grid=grid, blocks=blocks)
         if blocks > self.features:
             raise ValueError(f"blocks must be at most the {self.features} features of the "
                              f"encoding, got {blocks}")

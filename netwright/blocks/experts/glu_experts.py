@@ -6,6 +6,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, linear
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import (
     GLU,
     Activation,
@@ -28,7 +29,8 @@ _SLOPES: dict[type[nn.Module], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 
-@method("block", papers=["003-001"], place="experts", takes=("dim", "hidden", "n_experts"))
+@method("block", papers=["003-001"], place="experts", takes=("dim", "hidden", "n_experts"),
+        batch=lambda: (torch.randn(6, 8), torch.tensor([2, 0, 3, 1])))
 class GLUExperts(nn.Module):
     """Gated feed-forward experts whose weights lie in one tensor for each layer.
 
@@ -63,10 +65,7 @@ class GLUExperts(nn.Module):
         super().__init__()
         hidden = 8 * -(-dim // 3) if hidden is None else hidden
         out = dim if out is None else out
-        for name, size in (("dim", dim), ("hidden", hidden), ("n_experts", n_experts),
-                           ("out", out)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, hidden=hidden, n_experts=n_experts, out=out)
         self.dim, self.n_experts, self.out = dim, n_experts, out
         self.activation = activation_module(activation)
         for name, rows, inputs in (("gate", hidden, dim), ("up", hidden, dim),

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from netwright import checks
 from netwright.blocks.experts.routing import Routing, check_choice
 from netwright.catalogue.facets import method
 
@@ -18,6 +19,7 @@ __all__ = ["HashRouter", "feed_token_ids"]
     place="router",
     takes=("n_experts", "vocabulary"),
     needs=["tokens"],
+    batch=lambda: (torch.randn(5, 8), torch.tensor([1, 0, 3, 9, 3])),
 )
 class HashRouter(nn.Module):
     """Send each token to the expert that a fixed table names for its id.
@@ -58,8 +60,7 @@ class HashRouter(nn.Module):
                  generator: Generator | None = None) -> None:
         super().__init__()
         check_choice(n_experts, 1)
-        if vocabulary < 1:
-            raise ValueError(f"vocabulary must be at least 1, got {vocabulary}")
+        checks.count(1, vocabulary=vocabulary)
         if frequencies is not None and frequencies.shape != (vocabulary,):
             raise ValueError(f"frequencies must be ({vocabulary},), one for each id of the "
                              f"vocabulary, got {tuple(frequencies.shape)}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.experts.glu_experts import GLUExperts, bank_of
 from netwright.blocks.experts.routing import Routing, TopKRouter
 from netwright.catalogue.facets import method
@@ -38,6 +39,8 @@ class Usage(NamedTuple):
     place="feedforward",
     takes=("dim",),
     search={"k": [1, 2], "balance": (0.001, 0.1)},
+    variants={"plain": {"experts": lambda: nn.Linear(8, 8), "n_experts": 4},
+              "one by one": {"experts": lambda: nn.Linear(8, 8), "n_experts": 4, "fused": False}},
 )
 class MixtureOfExperts(nn.Module):
     """Run each token through the few experts that a router chooses for it.
@@ -110,11 +113,9 @@ class MixtureOfExperts(nn.Module):
         if n_experts not in (None, n):
             raise ValueError(f"n_experts must be the number of experts, {n}, got {n_experts}; "
                              "leave it out")
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
-        if capacity is not None and not capacity > 0:
-            raise ValueError(f"capacity must be above 0, got {capacity}; 1.25 leaves some room, "
-                             "None drops nothing")
+        checks.count(1, dim=dim)
+        checks.above(0, capacity=capacity, optional=True,
+                     advice="1.25 leaves some room, None drops nothing")
         self.router = TopKRouter(dim, n, k) if router is None else router
         if getattr(self.router, "n_experts", n) != n:
             raise ValueError(f"router must choose among the {n} experts, got one for "

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.experts.routing import Routing, check_choice, router_logits
 from netwright.catalogue.facets import method
@@ -198,6 +199,7 @@ def link_gates(network: nn.Module) -> nn.Module:
     takes=("dim",),
     saves=["training time", "inference time"],
     search={"share": [0.5, 0.75], "k": [1, 2]},
+    variants={"plain": {"experts": lambda: nn.Linear(8, 8), "n_experts": 4}},
 )
 def moe_plus_plus(dim: int, experts: Sequence[nn.Module] | Callable[[], nn.Module],
                   n_experts: int | None = None, *, zero: int = 1, copy: int = 1, constant: int = 2,
@@ -234,11 +236,8 @@ def moe_plus_plus(dim: int, experts: Sequence[nn.Module] | Callable[[], nn.Modul
     >>> moe(torch.randn(2, 5, 8)).shape, moe.n_experts
     (torch.Size([2, 5, 8]), 8)
     """
-    for name, many in (("zero", zero), ("copy", copy), ("constant", constant)):
-        if many < 0:
-            raise ValueError(f"{name} must be at least 0, got {many}")
-    if not share > 0:
-        raise ValueError(f"share must be above 0, got {share}")
+    checks.count(0, zero=zero, copy=copy, constant=constant)
+    checks.above(0, share=share)
     if callable(experts):
         if n_experts is None or n_experts < 1:
             raise ValueError(f"n_experts must be at least 1 where experts is a function, got "

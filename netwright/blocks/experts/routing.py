@@ -4,6 +4,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
+from netwright import checks
 from netwright.catalogue.facets import method
 
 __all__ = ["Routing", "TopKRouter"]
@@ -40,8 +41,7 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 def check_choice(n_experts: int, k: int) -> None:
     """Raise ValueError where no token can choose `k` of `n_experts`."""
-    if n_experts < 1:
-        raise ValueError(f"n_experts must be at least 1, got {n_experts}")
+    checks.count(1, n_experts=n_experts)
     if not 1 <= k <= n_experts:
         raise ValueError(f"k must be between 1 and n_experts={n_experts}, got {k}; a token cannot "
                          "use an expert twice")
@@ -53,6 +53,7 @@ def check_choice(n_experts: int, k: int) -> None:
     place="router",
     takes=("dim", "n_experts"),
     search={"k": [1, 2], "softmax": ["chosen", "all"]},
+    variants={"plain": {}, "softmax over all": {"softmax": "all"}},
 )
 class TopKRouter(nn.Module):
     """Send each token to the k experts with the largest logits of a linear layer.

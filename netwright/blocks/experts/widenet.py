@@ -1,5 +1,6 @@
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.experts.sublayers import SelfAttention
 from netwright.blocks.feedforward.feed_forward import FeedForward
@@ -55,8 +56,7 @@ class WideNet(nn.Module):
                  hidden: int | None = None, heads: int = 4, causal: bool = False,
                  individual_norms: bool = True) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
+        checks.count(1, depth=depth)
         self.depth = depth
         self.attention = SelfAttention(dim, heads, causal=causal) if attention is None else (
             attention)

@@ -2,6 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from netwright import checks
 from netwright.catalogue.facets import method
 
 __all__ = ["AGLU", "APA"]
@@ -38,10 +39,8 @@ class APA(nn.Module):
 
     def __init__(self, kappa: float = 1.0, lam: float = 1.0, *, channels: int = 1) -> None:
         super().__init__()
-        if not lam >= LEAST:
-            raise ValueError(f"lam must be at least {LEAST}, got {lam}")
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        checks.at_least(LEAST, lam=lam)
+        checks.count(1, channels=channels)
         self.kappa = nn.Parameter(torch.full((channels,), float(kappa)))
         self.lam = nn.Parameter(torch.full((channels,), float(lam)))
 

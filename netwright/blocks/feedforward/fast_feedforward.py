@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, FeedForward, activation_module
 from netwright.catalogue.facets import method
 from netwright.objectives.added_loss import with_auxiliary
@@ -93,10 +94,7 @@ class FastFeedforward(nn.Module):
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        for name, weight in (("hardening", hardening), ("balance", balance),
-                             ("master_leaf", master_leaf)):
-            if not weight >= 0:
-                raise ValueError(f"{name} must be at least 0, got {weight}")
+        checks.at_least(0, hardening=hardening, balance=balance, master_leaf=master_leaf)
         leaves = 2 ** depth
         if hidden is None:
             hidden = 4 * dim if leaf is None else leaf * leaves

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 
@@ -40,6 +41,7 @@ def activation_module(activation: Activation) -> nn.Module:
     place="feedforward",
     takes=("dim", "hidden"),
     search={"layers": [2, 3], "activation": ["gelu", "relu", "silu"]},
+    variants={"plain": {}, "three layers": {"layers": 3}},
 )
 class FeedForward(nn.Sequential):
     """A feed-forward block of 1 to n linear layers with an activation between them.
@@ -77,9 +79,7 @@ class FeedForward(nn.Sequential):
                  dropout: float = 0.0) -> None:
         hidden = 4 * dim if hidden is None else hidden
         out = dim if out is None else out
-        for name, size in (("dim", dim), ("hidden", hidden), ("layers", layers), ("out", out)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, hidden=hidden, layers=layers, out=out)
         sizes = [dim, *[hidden] * (layers - 1), out]
         parts: list[nn.Module] = []
         for before, after in pairwise(sizes):
@@ -136,9 +136,7 @@ class GLU(nn.Module):
         super().__init__()
         hidden = 8 * -(-dim // 3) if hidden is None else hidden
         out = dim if out is None else out
-        for name, size in (("dim", dim), ("hidden", hidden), ("out", out)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, hidden=hidden, out=out)
         self.gate = nn.Linear(dim, hidden, bias=bias)
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.activation = activation_module(activation)

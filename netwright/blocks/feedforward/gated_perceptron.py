@@ -3,6 +3,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 
 __all__ = ["GatedPerceptron"]
@@ -42,9 +43,7 @@ class GatedPerceptron(nn.Module):
     def __init__(self, in_features: int, out_features: int, *,
                  gates: Sequence[Sequence[int]] | None = None, bias: bool = True) -> None:
         super().__init__()
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, in_features=in_features, out_features=out_features)
         gates = [range(in_features)] if gates is None else gates
         if not len(gates) or any(not len(gate) for gate in gates):
             raise ValueError(f"gates must each have an input, got {gates}; leave them out for one "

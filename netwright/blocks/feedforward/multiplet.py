@@ -4,6 +4,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 
@@ -16,6 +17,8 @@ __all__ = ["LehmerMultiplet"]
     place="linear",
     takes=("inputs", "units"),
     search={"mean": ["lehmer", "gini"]},
+    variants={"plain": {},
+              "Gini means": {"mean": "gini", "exponents": ((1.0, 0.0), (2.0, 1.0))}},
 )
 class LehmerMultiplet(nn.Module):
     """Neurons that take means instead of sums: several means with the same weights.
@@ -58,13 +61,10 @@ class LehmerMultiplet(nn.Module):
                  *, mean: Literal["lehmer", "gini"] = "lehmer", constant: bool = False,
                  floor: float = 1e-6, generator: Generator | None = None) -> None:
         super().__init__()
-        for name, size in (("inputs", inputs), ("units", units)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, inputs=inputs, units=units)
         if mean not in ("lehmer", "gini"):
             raise UnknownName("mean", mean, ("lehmer", "gini"))
-        if not floor > 0:
-            raise ValueError(f"floor must be above 0, got {floor}; try 1e-6")
+        checks.above(0, floor=floor, advice="try 1e-6")
         table = torch.tensor(exponents, dtype=torch.get_default_dtype())
         if not len(exponents) or table.shape[1:] != (() if mean == "lehmer" else (2,)):
             raise ValueError(f"exponents of mean={mean!r} must be at least one "

@@ -3,6 +3,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.catalogue.facets import method
 
@@ -23,7 +24,8 @@ class Step(nn.Module):
         return (z >= 0).to(z.dtype)
 
 
-@method("block", papers=["003-036"], place="linear", takes=("in_features",))
+@method("block", papers=["003-036"], place="linear", takes=("in_features",),
+        variants={"plain": {}, "sigmoid": {"activation": "sigmoid"}})
 class Neuron(nn.Sequential):
     """A neuron: a weighted sum of its inputs, a threshold and an activation.
 
@@ -50,11 +52,14 @@ class Neuron(nn.Sequential):
     torch.Size([4, 1])
     """
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether a gradient reaches the weights; through a step none does."""
+        return not isinstance(self[1], Step)
+
     def __init__(self, in_features: int,
                  activation: Literal["step"] | Activation | Callable[[], nn.Module] = "step", *,
                  units: int = 1) -> None:
-        for name, size in (("in_features", in_features), ("units", units)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, in_features=in_features, units=units)
         super().__init__(nn.Linear(in_features, units),
                          Step() if activation == "step" else activation_module(activation))

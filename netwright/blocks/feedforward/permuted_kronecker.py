@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 
@@ -20,6 +21,9 @@ Permutation = Literal["none", "transpose", "random"] | tuple[Tensor, Tensor]
     takes=("in_features", "out_features"),
     saves=["parameters", "file size"],
     search={"copies": [2, 4]},
+    variants={"plain": {"copies": 2, "in_features": 4},
+              "transposed": {"copies": 2, "in_features": 4, "permutation": "transpose"},
+              "random": {"copies": 2, "in_features": 4, "permutation": "random"}},
 )
 class PermutedKroneckerLinear(nn.Module):
     """A wide linear layer that uses one small matrix many times, between two permutations.
@@ -63,10 +67,7 @@ class PermutedKroneckerLinear(nn.Module):
                  permutation: Permutation = "none", *, bias: bool = True,
                  generator: Generator | None = None) -> None:
         super().__init__()
-        for name, size in (("copies", copies), ("in_features", in_features),
-                           ("out_features", out_features)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, copies=copies, in_features=in_features, out_features=out_features)
         if isinstance(permutation, str) and permutation not in ("none", "transpose", "random"):
             raise UnknownName("permutation", permutation, ("none", "transpose", "random"))
         self.copies, self.in_features, self.out_features = copies, in_features, out_features

@@ -4,6 +4,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
@@ -17,6 +18,7 @@ __all__ = ["QuadraticFeedForward", "QuadraticLinear", "relinear_groups"]
     place="linear",
     takes=("inputs", "outputs"),
     search={"start": ["linear", "random"]},
+    variants={"plain": {}, "random start": {"start": "random"}},
 )
 class QuadraticLinear(nn.Module):
     """A layer of quadratic neurons: a product of two linear functions, and squares.
@@ -50,9 +52,7 @@ class QuadraticLinear(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, start: Literal["linear", "random"] = "linear",
                  generator: Generator | None = None) -> None:
         super().__init__()
-        for name, size in (("inputs", inputs), ("outputs", outputs)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, inputs=inputs, outputs=outputs)
         if start not in ("linear", "random"):
             raise UnknownName("start", start, ("linear", "random"))
         self.inputs, self.outputs = inputs, outputs
@@ -116,9 +116,7 @@ class QuadraticFeedForward(nn.Sequential):
                  out: int | None = None) -> None:
         hidden = max(1, 4 * dim // 3) if hidden is None else hidden
         out = dim if out is None else out
-        for name, size in (("dim", dim), ("hidden", hidden), ("out", out)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, hidden=hidden, out=out)
         super().__init__(QuadraticLinear(dim, hidden), activation_module(activation),
                          QuadraticLinear(hidden, out))
 

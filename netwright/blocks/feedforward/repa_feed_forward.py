@@ -1,6 +1,7 @@
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.catalogue.facets import method
 
@@ -55,9 +56,7 @@ class RePaFeedForward(nn.Module):
                  activation: Activation = "gelu", norm: bool = True, bias: bool = True) -> None:
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
-        for name, size in (("dim", dim), ("hidden", hidden)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, hidden=hidden)
         if idle_ratio < 0 or round(idle_ratio * hidden) >= hidden:
             raise ValueError(f"idle_ratio must be at least 0 and leave one of hidden={hidden} "
                              f"units active, got {idle_ratio}")

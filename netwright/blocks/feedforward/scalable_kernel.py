@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear, relu
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
 
@@ -36,6 +37,7 @@ class Sine(nn.Module):
     place="embedding",
     takes=("dim", "n_features"),
     search={"function": ["sin", "cos", "relu"], "scale": (0.1, 10.0)},
+    variants={"plain": {}, "cosine": {"function": "cos"}, "ReLU": {"function": "relu"}},
 )
 class RandomFeatures(nn.Module):
     """Fixed random features of inputs and of weights, whose product is a layer on average.
@@ -84,8 +86,7 @@ class RandomFeatures(nn.Module):
         super().__init__()
         if dim < 1 or n_features < 1:
             raise ValueError(f"dim and n_features must be at least 1, got {dim} and {n_features}")
-        if not scale > 0:
-            raise ValueError(f"scale must be above 0, got {scale}")
+        checks.above(0, scale=scale)
         if isinstance(function, str) and function not in ("relu", *_SPECTRA):
             raise UnknownName("function", function, ("relu", *_SPECTRA))
         self.dim, self.n_features, self.scale = dim, n_features, scale
@@ -155,6 +156,7 @@ class RandomFeatures(nn.Module):
     takes=("dim_in", "dim_out"),
     saves=["parameters", "file size"],
     search={"n_features": [16, 64, 256]},
+    variants={"plain": {"n_features": 6}},
 )
 class SNNK(nn.Module):
     """A layer s(W x + b) by random features: what is trained meets the input in one dot product.
@@ -190,8 +192,7 @@ class SNNK(nn.Module):
                  layer: nn.Linear | None = None, scale: float = 1.0,
                  generator: Generator | None = None) -> None:
         super().__init__()
-        if dim_out < 1:
-            raise ValueError(f"dim_out must be at least 1, got {dim_out}")
+        checks.count(1, dim_out=dim_out)
         features = RandomFeatures(dim_in, n_features, function, scale=scale, generator=generator)
         layer = nn.Linear(dim_in, dim_out) if layer is None else layer
         if (layer.in_features, layer.out_features) != (dim_in, dim_out):
@@ -295,8 +296,7 @@ def solve_ridge(network: nn.Sequential, x: Tensor, y: Tensor, penalty: float = 1
     if not y.is_floating_point() or y.shape != (len(x), last.out_features) or not len(x):
         raise ValueError(f"y must be ({len(x)}, {last.out_features}) of floating point, one row "
                          f"at least, got {tuple(y.shape)} of {y.dtype}; use one_hot(y).float()")
-    if not penalty > 0:
-        raise ValueError(f"penalty must be above 0, got {penalty}")
+    checks.above(0, penalty=penalty)
     solved: Any = deepcopy(network)
     f, target = solved[:-1](x).double(), y.double()
     middle, center = f.mean(0), target.mean(0)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from netwright import checks
 from netwright.blocks.feedforward.structured_linear import StructuredLinear, replaced
 from netwright.catalogue.facets import method
 
@@ -47,8 +48,7 @@ class SelfGuided(nn.Module):
 
     def __init__(self, layer: StructuredLinear, steps: int) -> None:
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        checks.count(1, steps=steps)
         self.layer, self.steps, self.passes = layer, steps, 0
         self.weight = nn.Parameter(layer.dense_weight().detach().clone())
 

@@ -1,5 +1,7 @@
+import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.catalogue.facets import method
 
@@ -47,9 +49,7 @@ class Star(nn.Module):
         super().__init__()
         hidden = 3 * dim if hidden is None else hidden
         out = dim if out is None else out
-        for name, size in (("dim", dim), ("hidden", hidden), ("out", out)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, hidden=hidden, out=out)
         self.gate = nn.Linear(dim, hidden, bias=bias)
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.activation = activation_module(activation)
@@ -68,6 +68,7 @@ class Star(nn.Module):
     takes=("dim",),
     needs=["images"],
     search={"kernel": [3, 5, 7]},
+    batch=lambda: torch.randn(2, 8, 4, 4),
 )
 class StarBlock(nn.Module):
     """A block of StarNet: the star operation between two convolutions of each channel alone.

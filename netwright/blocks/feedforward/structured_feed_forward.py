@@ -1,5 +1,6 @@
 from torch import Generator, nn
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.blocks.feedforward.structured_linear import Kind, StructuredLinear
 from netwright.catalogue.facets import method
@@ -14,6 +15,8 @@ __all__ = ["LowRankFeedForward", "StructuredFeedForward"]
     takes=("dim", "hidden"),
     saves=["parameters", "file size", "inference memory", "inference time", "training time"],
     search={"kind": ["lowrank", "blockdense", "blockshuffle"], "share": [0.16, 0.32, 0.63]},
+    variants={"plain": {}, "block-dense": {"kind": "blockdense"},
+              "block-shuffle": {"kind": "blockshuffle"}},
 )
 class StructuredFeedForward(nn.Sequential):
     """A feed-forward block of two layers whose matrices are products of smaller or sparser ones.
@@ -53,9 +56,7 @@ class StructuredFeedForward(nn.Sequential):
                  dropout: float = 0.0, generator: Generator | None = None) -> None:
         hidden = 4 * dim if hidden is None else hidden
         out = dim if out is None else out
-        for name, size in (("dim", dim), ("hidden", hidden), ("out", out)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, hidden=hidden, out=out)
 
         def layer(before: int, after: int, *, feature_major: bool) -> StructuredLinear:
             return StructuredLinear(before, after, kind, rank=rank, blocks=blocks, share=share,

@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
 
@@ -23,6 +24,8 @@ KINDS = ("lowrank", "blockdense", "blockshuffle")
     takes=("in_features", "out_features"),
     saves=["parameters", "file size", "inference memory", "inference time", "training time"],
     search={"kind": ["lowrank", "blockdense", "blockshuffle"], "share": [0.16, 0.32, 0.63]},
+    variants={"plain": {}, "block-dense": {"kind": "blockdense"},
+              "block-shuffle": {"kind": "blockshuffle"}},
 )
 class StructuredLinear(nn.Module):
     """A linear layer whose matrix is a product of two smaller or sparser ones.
@@ -72,11 +75,8 @@ class StructuredLinear(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise UnknownName("kind", kind, KINDS)
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if not 0 < share < 1:
-            raise ValueError(f"share must be between 0 and 1, got {share}")
+        checks.count(1, in_features=in_features, out_features=out_features)
+        checks.between(0, 1, ends=(False, False), share=share)
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
         self.feature_major = feature_major
         self.blocks = _blocks(kind, in_features, out_features, blocks, share)
@@ -190,8 +190,7 @@ def premerge(model: nn.Module, rows: int | None = None) -> nn.Module:
       (2): Linear(in_features=16, out_features=8, bias=True)
     )
     """
-    if rows is not None and rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}; leave it out to merge for any")
+    checks.count(1, rows=rows, optional=True, advice="leave it out to merge for any")
 
     def merged(layer: StructuredLinear) -> nn.Module:
         if rows is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import conv1d, linear
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
@@ -31,6 +32,8 @@ _REDUCTIONS = ("global", "spatial", "linear", "none")
     place="linear",
     takes=("inputs", "outputs"),
     search={"grid": [3, 5]},
+    variants={"plain": {}, "linear reduction": {"reduce": "linear"},
+              "no reduction": {"reduce": "none"}},
 )
 class AFKANLinear(nn.Module):
     """A Kolmogorov-Arnold layer whose functions are combinations of two shifted activations.
@@ -78,10 +81,7 @@ class AFKANLinear(nn.Module):
                  reduce: Reduce = "global", normalize_functions: bool = True, norm: bool = True,
                  generator: Generator | None = None) -> None:
         super().__init__()
-        for name, size in (("inputs", inputs), ("outputs", outputs), ("grid", grid),
-                           ("order", order)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, inputs=inputs, outputs=outputs, grid=grid, order=order)
         if combine not in _COMBINATIONS:
             raise UnknownName("combination", combine, _COMBINATIONS)
         if reduce not in _REDUCTIONS:
@@ -181,9 +181,7 @@ class AFKANFeedForward(nn.Sequential):
                  combine: str = "quad1", reduce: Reduce = "global") -> None:
         hidden = 4 * dim if hidden is None else hidden
         out = dim if out is None else out
-        for name, size in (("dim", dim), ("hidden", hidden), ("out", out)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, hidden=hidden, out=out)
         super().__init__(*[AFKANLinear(before, after, grid=grid, order=order,
                                        activation=activation, combine=combine, reduce=reduce)
                            for before, after in ((dim, hidden), (hidden, out))])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu, silu
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 
@@ -26,6 +27,7 @@ _BLOCK = 2 ** 16  # entries of a block on a processor, which stay in its cache
     place="activation",
     takes=("dim",),
     search={"fit": ["swish", "gelu"]},
+    variants={"plain": {}, "autograd": {"backward": "autograd"}},
 )
 class GroupRational(nn.Module):
     """An activation that is learnt: a quotient of two polynomials for each group of channels.
@@ -70,10 +72,8 @@ class GroupRational(nn.Module):
                  fit: str = "swish", share_numerator: bool = True,
                  backward: Backward = "blocked", block: int | None = None) -> None:
         super().__init__()
-        for name, size in (("dim", dim), ("groups", groups), ("degree", degree),
-                           ("denominator", denominator), ("block", 1 if block is None else block)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, groups=groups, degree=degree, denominator=denominator,
+                     block=1 if block is None else block)
         if dim % groups:
             raise ValueError(f"groups must divide dim={dim}, got {groups}; "
                              f"try {math.gcd(dim, groups)}")
@@ -165,9 +165,7 @@ class RationalFeedForward(nn.Module):
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
         out = dim if out is None else out
-        for name, size in (("dim", dim), ("hidden", hidden), ("out", out)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, hidden=hidden, out=out)
         self.first = GroupRational(dim, groups, fit="identity", backward=backward)
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.second = GroupRational(hidden, groups, fit="swish", backward=backward)

@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
+from netwright import checks
 from netwright.blocks.kan.bases import BASES, counts, features
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
@@ -23,6 +24,7 @@ _PLAIN = [name for name, basis in BASES.items() if basis.plain]
     place="linear",
     takes=("inputs", "outputs"),
     search={"grid": [3, 5, 8], "select": ["soft", "hard", "sum"]},
+    variants={"plain": {}, "hard": {"select": "hard"}, "summed": {"select": "sum"}},
 )
 class SelectableKANLinear(nn.Module):
     """A Kolmogorov-Arnold layer whose outputs choose the family of functions on their edges.
@@ -77,10 +79,7 @@ class SelectableKANLinear(nn.Module):
                  grid_range: tuple[float, float] = (-1.0, 1.0), temperature: float = 1.0,
                  bias: bool = True, generator: Generator | None = None) -> None:
         super().__init__()
-        for name, size in (("inputs", inputs), ("outputs", outputs), ("grid", grid),
-                           ("order", order)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, inputs=inputs, outputs=outputs, grid=grid, order=order)
         for name in bases:
             if name not in BASES:
                 raise UnknownName("basis", name, BASES)
@@ -88,8 +87,7 @@ class SelectableKANLinear(nn.Module):
             raise ValueError(f"bases must be different and at least one, got {tuple(bases)}")
         if not grid_range[0] < grid_range[1]:
             raise ValueError(f"grid_range must rise, got {grid_range}; try (-1, 1)")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        checks.above(0, temperature=temperature)
         self.inputs, self.outputs, self.bases = inputs, outputs, tuple(bases)
         self.grid, self.order, self.temperature, self.select = grid, order, temperature, select
         low, high = grid_range
@@ -115,6 +113,11 @@ class SelectableKANLinear(nn.Module):
         choice = None if select == "sum" else nn.Parameter(torch.zeros(outputs, len(bases)))
         self.register_parameter("logits", choice)
         self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
+
+    @property
+    def surrogate_gradient(self) -> bool:
+        """Whether the logits are given the gradient of a softer choice than the one made."""
+        return self.select == "hard"
 
     @property
     def select(self) -> Select:
@@ -305,9 +308,7 @@ class KANFeedForward(nn.Sequential):
                 if name not in BASES:
                     raise UnknownName("basis", name, BASES)
             hidden = max(1, 4 * dim // max(1, sum(counts(bases, grid, order))))
-        for name, size in (("dim", dim), ("hidden", hidden), ("out", out)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, hidden=hidden, out=out)
         super().__init__(*[SelectableKANLinear(
             before, after, bases, select, grid=grid, order=order, grid_range=grid_range,
             bias=bias, generator=generator) for before, after in ((dim, hidden), (hidden, out))])

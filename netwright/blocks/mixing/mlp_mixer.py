@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.feedforward.feed_forward import Activation
 from netwright.catalogue.facets import method
@@ -40,8 +41,7 @@ class TokenMixing(nn.Module):
     def __init__(self, tokens: int, hidden: int | None = None, *, layers: int = 2,
                  activation: Activation = "gelu") -> None:
         super().__init__()
-        if tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {tokens}")
+        checks.count(1, tokens=tokens)
         self.tokens = tokens
         self.layers = FeedForward(tokens, hidden, layers=layers, activation=activation)
 
@@ -107,6 +107,8 @@ class MixerBlock(nn.Module):
     takes=("channels", "size", "classes"),
     needs=["images"],
     search={"depth": [2, 4], "width": [32, 64]},
+    variants={"small": {"width": 12, "depth": 2},
+              "two scales": {"width": 12, "depth": 2, "scales": (1, 2)}},
 )
 class MLPMixer(nn.Sequential):
     """An image classifier of patches whose blocks mix tokens and channels without attention.

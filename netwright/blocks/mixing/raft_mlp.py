@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.feedforward.feed_forward import Activation
 from netwright.blocks.mixing.mlp_mixer import check_tokens
@@ -56,10 +57,8 @@ class RaftTokenMixing(nn.Module):
     def __init__(self, height: int, width: int, channels: int, raft_size: int = 2, *,
                  expansion: int = 2, activation: Activation = "gelu") -> None:
         super().__init__()
-        for name, size in (("height", height), ("width", width), ("channels", channels),
-                           ("raft_size", raft_size), ("expansion", expansion)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, height=height, width=width, channels=channels, raft_size=raft_size,
+                     expansion=expansion)
         if channels % raft_size:
             raise ValueError(f"raft_size must divide channels={channels}, got {raft_size}; "
                              "try 1 or 2")

@@ -3,6 +3,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.mixing.mlp_mixer import MLPMixer, TokenMixing
 from netwright.catalogue.facets import method
@@ -35,8 +36,7 @@ class Affine(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
+        checks.count(1, dim=dim)
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,6 +102,7 @@ class ResMLPBlock(nn.Module):
     takes=("channels", "size", "classes"),
     needs=["images"],
     search={"depth": [4, 12]},
+    variants={"small": {"patch": 4, "width": 12, "depth": 2}},
 )
 class ResMLP(MLPMixer):
     """An image classifier of `ResMLPBlock`s: patches, blocks, an affine layer, their mean, classes.

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
@@ -12,7 +13,9 @@ from netwright.reversing.engine import Add, Update
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 
 
-@method("block", place="residual stream", takes=("f", "g"), saves=["training memory"])
+@method("block", place="residual stream", takes=("f", "g"), saves=["training memory"],
+        network=lambda: AdditiveCoupling(nn.Linear(3, 3), nn.Linear(3, 3)),
+        batch=lambda: torch.randn(5, 6))
 class AdditiveCoupling(ReversibleBlock):
     """Add to each half of the input what a module makes of the other half.
 
@@ -53,7 +56,9 @@ class AdditiveCoupling(ReversibleBlock):
         return [Add("f", self.f, (1,), 0, args, options), Add("g", self.g, (0,), 1, args, options)]
 
 
-@method("block", place="residual stream", takes=("f", "g"), saves=["training memory"])
+@method("block", place="residual stream", takes=("f", "g"), saves=["training memory"],
+        network=lambda: AffineCoupling(nn.Linear(3, 6), nn.Linear(3, 6)),
+        batch=lambda: torch.randn(5, 6))
 class AffineCoupling(ReversibleBlock):
     """Scale and shift each half of the input by what a module makes of the other half.
 
@@ -85,8 +90,7 @@ class AffineCoupling(ReversibleBlock):
     def __init__(self, f: nn.Module, g: nn.Module | None = None, dim: int = 1, *,
                  clamp: float | None = 2.0, sizes: Sequence[int] | None = None) -> None:
         super().__init__()
-        if clamp is not None and not clamp > 0:
-            raise ValueError(f"clamp must be above 0, got {clamp}; None leaves the scale free")
+        checks.above(0, clamp=clamp, optional=True, advice="None leaves the scale free")
         self.f, self.g, self.dim, self.clamp, self.sizes = f, g, dim, clamp, sizes
 
     def updates(self, *args: Any, **options: Any) -> list[Update]:

@@ -3,8 +3,10 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
@@ -22,6 +24,9 @@ __all__ = ["GroupedReversible", "ReversibleGIN"]
     saves=["training memory"],
     needs=["a graph"],
     search={"groups": [2, 4]},
+    variants={"three groups": {"make_conv": lambda width: nn.Linear(width, width), "channels": 6,
+                               "groups": 3}},
+    batch=lambda: torch.randn(5, 6),
 )
 class GroupedReversible(ReversibleBlock):
     """Add to each group of channels what a convolution makes of the group before it.
@@ -82,6 +87,8 @@ class GroupedReversible(ReversibleBlock):
     saves=["training memory"],
     needs=["a graph"],
     search={"groups": [2, 4]},
+    variants={"small": {"depth": 2}},
+    batch=lambda: (torch.randn(4, 8), torch.tensor([[0, 1, 2], [1, 2, 3]])),
 )
 class ReversibleGIN(nn.Module):
     """A graph isomorphism network as deep as you like, in the memory of one layer.
@@ -121,8 +128,7 @@ class ReversibleGIN(nn.Module):
     def __init__(self, dim: int, depth: int, groups: int = 2, *, features: int | None = None,
                  classes: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
+        checks.count(1, depth=depth)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a share from 0 to below 1, got {dropout}")
         self.entry = nn.Identity() if features is None else nn.Linear(features, dim)

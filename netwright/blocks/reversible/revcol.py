@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
@@ -17,7 +18,10 @@ __all__ = ["ColumnLevel", "ColumnSupervision", "RevCol", "RevColumn"]
 MakeLevel = Callable[[int], nn.Module]
 
 
-@method("block", place="residual stream", takes=("levels", "channels"), saves=["training memory"])
+@method("block", place="residual stream", takes=("levels", "channels"), saves=["training memory"],
+        network=lambda: RevColumn([ColumnLevel(4, above=6), ColumnLevel(6, below=4)], (4, 6)),
+        batch=lambda: ((torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4),
+                        torch.randn(2, 6, 2, 2)),))
 class RevColumn(ReversibleBlock):
     """Update every level of a feature hierarchy, from the lowest up, by what its neighbours hold.
 
@@ -107,6 +111,8 @@ class RevColumn(ReversibleBlock):
     takes=("channels",),
     saves=["training memory"],
     search={"shortcut_scale": [0.5, 1.0]},
+    network=lambda: RevCol.convolutional(channels=(8, 12), blocks=(1, 1), columns=2),
+    batch=lambda: torch.randn(2, 8, 4, 4),
 )
 class RevCol(nn.Module):
     """Refine a feature hierarchy in columns, and store the last column alone.
@@ -154,14 +160,11 @@ class RevCol(nn.Module):
                  growth: float | None = 10.0, level: int | None = None, dim: int = 1,
                  exact: bool = False) -> None:
         super().__init__()
-        if columns < 1:
-            raise ValueError(f"columns must be at least 1, got {columns}")
+        checks.count(1, columns=columns)
         if len(make_level) != len(channels) or not channels:
             raise ValueError(f"channels must name one number for each of the {len(make_level)} "
                              f"levels of make_level, got {list(channels)}")
-        if growth is not None and not growth >= 1:
-            raise ValueError(f"growth must be at least 1, got {growth}; None keeps the last "
-                             "column only")
+        checks.at_least(1, growth=growth, optional=True, advice="None keeps the last column only")
         if level is not None and not -len(channels) <= level < len(channels):
             raise ValueError(f"level must be one of the {len(channels)} levels or None, got "
                              f"{level}")

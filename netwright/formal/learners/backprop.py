@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.formal.learners.category import Learner
 from netwright.formal.learners.lens import ParaLens
@@ -74,8 +75,7 @@ def learner(module: nn.Module, *, error: Error = squared_error, rate: float = 0.
     >>> bool((after(a) - b).norm() < (net(a) - b).norm())
     True
     """
-    if not rate > 0:
-        raise ValueError(f"rate must be above 0, got {rate}")
+    checks.above(0, rate=rate)
     params, function = functional(module)
     asked = error if request_error is None else request_error
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as losses
 from torch.utils._pytree import tree_map
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.formal.learners.category import Learner
 from netwright.formal.learners.lens import Lens, ParaLens, pair
@@ -80,9 +81,7 @@ def learning_rate(rate: float) -> Lens:
     >>> learning_rate(0.1).put(torch.tensor(3.0), ())
     tensor(-0.1000)
     """
-    if not rate > 0:
-        raise ValueError(f"rate must be above 0, got {rate}; a loss that is to rise is one with "
-                         "its sign turned")
+    checks.above(0, rate=rate, advice="a loss that is to rise is one with its sign turned")
     return Lens(lambda value: (), lambda value, _: torch.full_like(value, -rate))
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, leaky_relu
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Flow, Transform
 from netwright.reversing.engine import Regroup, Step, Update
@@ -64,8 +65,7 @@ class ConditionalAffineCoupling(Transform):
         if hidden < 2:
             raise ValueError(f"hidden must be at least 2, since half of it is normalised, got "
                              f"{hidden}")
-        if not clamp > 0:
-            raise ValueError(f"clamp must be above 0, got {clamp}")
+        checks.above(0, clamp=clamp)
         self.condition_channels, self.clamp = condition_channels, clamp
         self.sizes = channels // 2, channels - channels // 2
         first, second = self.sizes
@@ -196,8 +196,7 @@ class ConditionalFlow(Flow):
 
     def __init__(self, blocks: int, channels: int = 4, condition_channels: int = 5,
                  hidden: int = 64, *, stored: bool = False) -> None:
-        if blocks < 1:
-            raise ValueError(f"blocks must be at least 1, got {blocks}")
+        checks.count(1, blocks=blocks)
         super().__init__([ConditionalAffineCoupling(channels, condition_channels, hidden)
                           for _ in range(blocks)], (channels,), stored=stored)
 

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 from netwright.reversing.engine import Regroup, Step, Update
@@ -151,8 +152,7 @@ class AffineCouplingTransform(_Coupling):
     def __init__(self, net: nn.Module, sizes: tuple[int, int], *, clamp: float = 2.0,
                  flip: bool = False) -> None:
         super().__init__(net, sizes, flip=flip)
-        if not clamp > 0:
-            raise ValueError(f"clamp must be above 0, got {clamp}")
+        checks.above(0, clamp=clamp)
         self.clamp = clamp
 
     def update(self, args: Sequence[Any], read: int, write: int) -> Update:
@@ -202,10 +202,8 @@ class SplineCouplingTransform(_Coupling):
     def __init__(self, net: nn.Module, sizes: tuple[int, int], *, bins: int = 8,
                  bound: float = 5.0, flip: bool = False) -> None:
         super().__init__(net, sizes, flip=flip)
-        if not 2 <= bins <= 500:
-            raise ValueError(f"bins must be between 2 and 500, got {bins}")
-        if not bound > 0:
-            raise ValueError(f"bound must be above 0, got {bound}")
+        checks.between(2, 500, bins=bins, whole=True)
+        checks.above(0, bound=bound)
         self.bins, self.bound = bins, bound
 
     def update(self, args: Sequence[Any], read: int, write: int) -> Update:

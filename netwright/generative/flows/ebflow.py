@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
 from netwright.generative.flows.flow import Flow, Transform
@@ -44,8 +45,7 @@ class SmoothLeakyReLU(Transform):
 
     def __init__(self, slope: float = 0.3) -> None:
         super().__init__()
-        if not 0 < slope < 1:
-            raise ValueError(f"slope must be between 0 and 1, got {slope}")
+        checks.between(0, 1, ends=(False, False), slope=slope)
         self.slope = slope
 
     def map(self, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
@@ -168,8 +168,7 @@ def score_matching_loss(flow: EBFlow | nn.Module, x: Tensor,
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not noise > 0:
-        raise ValueError(f"noise must be above 0, got {noise}")
+    checks.above(0, noise=noise)
 
     def energy(at: Tensor) -> Tensor:
         return flow.energy(at) if condition is None else flow.energy(at, condition)  # type: ignore[operator]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_map_only
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.generative.flows.flow import Flow, Transform
@@ -78,8 +79,7 @@ class FFJORD(Flow, Transform):
         super().__init__([], size, base)
         if trace not in ("hutchinson", "exact"):
             raise UnknownName("trace", trace, ["hutchinson", "exact"])
-        if not time > 0:
-            raise ValueError(f"time must be above 0, got {time}")
+        checks.above(0, time=time)
         self.net, self.solver, self.trace, self.time = net, solver, trace, time
         self.options = {"steps": steps or (20 if solver == "reversible_heun" else 1),
                         "rtol": rtol, "atol": atol, "backward": backward}

@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import softplus
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
 from netwright.generative.flows.flow import Flow, Transform
@@ -52,8 +53,7 @@ class GDN(Transform):
 
     def __init__(self, channels: int, inverse: bool = False, *, iterations: int = 3000) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        checks.count(1, channels=channels)
         self.channels, self.multiplies, self.iterations = channels, inverse, iterations
         pool = 0.01 + 0.09 * torch.eye(channels)
         self.beta = nn.Parameter(torch.full((channels,), math.log(math.e - 1)))  # b = 1

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.coupling import AffineCouplingTransform
 from netwright.generative.flows.flow import Transform
@@ -64,8 +65,7 @@ class KernelCoupling(Transform):
         super().__init__()
         if dim < 2:
             raise ValueError(f"dim must be at least 2, so that there are two halves, got {dim}")
-        if n_inducing < 1:
-            raise ValueError(f"n_inducing must be at least 1, got {n_inducing}")
+        checks.count(1, n_inducing=n_inducing)
         if kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
         small, large = dim // 2, dim - dim // 2

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.coupling import AffineCouplingTransform
 from netwright.generative.flows.flow import Flow, Transform
@@ -80,8 +81,7 @@ class LabelFlow(Flow):
     def predict(self, x: Tensor, samples: int = 10, *,
                 generator: Generator | None = None) -> Tensor:
         """Return the mean of `samples` labels for each sample, each cut to [0, 1]."""
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
+        checks.count(1, samples=samples)
         labels = [self.drawn(x, generator=generator)[0].clamp(0, 1) for _ in range(samples)]
         return torch.stack(labels).mean(0)
 
@@ -125,8 +125,7 @@ def weak_constraint_loss(flow: LabelFlow, x: Tensor, signals: Tensor, bounds: Te
     if bounds.shape != signals.shape[1:]:
         raise ValueError(f"bounds must be {tuple(signals.shape[1:])}, one for each labeler and "
                          f"class, got {tuple(bounds.shape)}")
-    if not weight >= 0:
-        raise ValueError(f"weight must be at least 0, got {weight}")
+    checks.at_least(0, weight=weight)
     y, log_prob = flow.drawn(x, generator=generator)
     unlikely = -log_prob / (classes * math.log(2))
     says = ~signals.isnan()

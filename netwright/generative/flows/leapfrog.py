@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
@@ -60,8 +61,7 @@ class LeapfrogLayer(ReversibleBlock):
         super().__init__()
         self.size = torch.Size([size] if isinstance(size, int) else size)
         entries = math.prod(self.size)
-        if not step_size > 0:
-            raise ValueError(f"step_size must be above 0, got {step_size}")
+        checks.above(0, step_size=step_size)
         if entries < 2:
             raise ValueError("size must have at least 2 entries, of which one moves by the "
                              f"other, got {tuple(self.size)}")
@@ -242,8 +242,7 @@ class LeapfrogSampler(nn.Module):
                  step_size: float = 0.1, hidden: int = 64, periodic: bool = False,
                  generator: Generator | None = None) -> None:
         super().__init__()
-        if layers < 1:
-            raise ValueError(f"layers must be at least 1, got {layers}")
+        checks.count(1, layers=layers)
         self.action = action
         self.layers = ReversibleSequential(*[
             LeapfrogLayer(action, size, step_size=step_size, hidden=hidden, periodic=periodic,
@@ -272,8 +271,7 @@ class LeapfrogSampler(nn.Module):
     @torch.no_grad()
     def sample(self, x: Tensor, draws: int, *, generator: Generator | None = None) -> Chain:
         """Return `draws` draws of one chain for each row of `x`, where they start."""
-        if draws < 1:
-            raise ValueError(f"draws must be at least 1, got {draws}")
+        checks.count(1, draws=draws)
         samples, accepted = [], []
         for _ in range(draws):
             v = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)

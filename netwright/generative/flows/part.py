@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 from netwright.generative.flows.squeeze import Squeeze
@@ -77,8 +78,7 @@ def multi_scale(channels: int, levels: int,
     >>> flow.log_prob(torch.randn(5, 3, 8, 8)).shape
     torch.Size([5])
     """
-    if levels < 1:
-        raise ValueError(f"levels must be at least 1, got {levels}")
+    checks.count(1, levels=levels)
     transforms: list[Transform] = [Squeeze(), *block(4 * channels)]
     if levels > 1:
         transforms.append(Part(multi_scale(2 * channels, levels - 1, block), 2 * channels))

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 from netwright.generative.flows.image_coupling import coupling_net
@@ -54,8 +55,7 @@ class QuadCoupling(Transform):
         if channels < 4:
             raise ValueError(f"channels must be at least 4, one for each quarter, got {channels}; "
                              "put a Squeeze before the coupling")
-        if not clamp > 0:
-            raise ValueError(f"clamp must be above 0, got {clamp}")
+        checks.above(0, clamp=clamp)
         self.sizes = tuple(len(part) for part in torch.arange(channels).tensor_split(4))
         if nets is None:
             nets = [coupling_net(sum(self.sizes[:i]), 2 * self.sizes[i], hidden)

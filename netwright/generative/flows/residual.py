@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.functional import normalize, softplus
 from torch.utils._pytree import tree_leaves
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
 from netwright.generative.flows.flow import Transform
@@ -75,8 +76,7 @@ def spectral_norm(net: nn.Module, lipschitz: float = 0.98, *,
     >>> (net(torch.ones(1, 4)) - net(torch.zeros(1, 4))).norm() <= 0.51 * 2
     tensor(True)
     """
-    if not 0 < lipschitz < 1:
-        raise ValueError(f"lipschitz must be between 0 and 1, got {lipschitz}")
+    checks.between(0, 1, ends=(False, False), lipschitz=lipschitz)
     net = deepcopy(net)
     found = []
     for name, module in net.named_modules():
@@ -167,8 +167,7 @@ class ResidualTransform(Transform):
         if log_det_by not in ("roulette", "series", "exact"):
             raise ValueError("log_det_by must be 'roulette', 'series' or 'exact', "
                              f"got {log_det_by!r}")
-        if not 0 < p < 1:
-            raise ValueError(f"p must be between 0 and 1, got {p}")
+        checks.between(0, 1, ends=(False, False), p=p)
         if exact_terms < 0 or terms < 1 or iterations < 1:
             raise ValueError("exact_terms must be at least 0, terms and iterations at least 1, got "
                              f"{exact_terms}, {terms} and {iterations}")

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.catalogue.facets import method
 from netwright.reversing.engine import Add, Update, run
@@ -72,8 +73,7 @@ class ReversibleSDESolver(ReversibleBlock):
                  schedule: Schedule = linear_schedule, *, steps: int = 50, coupling: float = 0.999,
                  begin: float = 1.0, end: float = 1e-3) -> None:
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        checks.count(1, steps=steps)
         if not 0 < coupling <= 1:
             raise ValueError(f"coupling must be above 0 and at most 1, got {coupling}")
         self.score, self.schedule, self.number, self.coupling = score, schedule, steps, coupling

@@ -2,6 +2,7 @@ from typing import Any
 
 from torch import Tensor
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 from netwright.reversing.engine import Regroup, Step
@@ -34,8 +35,7 @@ class Squeeze(Transform):
 
     def __init__(self, factor: int = 2, *, back: bool = False) -> None:
         super().__init__()
-        if factor < 1:
-            raise ValueError(f"factor must be at least 1, got {factor}")
+        checks.count(1, factor=factor)
         self.factor, self.back = factor, back
 
     def steps(self, condition: Any = None) -> list[Step]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.reshape.experts._dense import dense_layers
 
@@ -12,7 +13,7 @@ __all__ = ["multiplets"]
 
 
 @method(
-    "reshape",
+    "companion",
     papers=["000-009"],
     place="feedforward",
     needs=["training"],
@@ -55,8 +56,7 @@ def multiplets(model: nn.Module, train: Callable[[nn.Module, list[nn.Module]], A
     >>> len(models), upcycle(models, x, n_experts=3)(x).shape
     (3, torch.Size([4, 16, 96]))
     """
-    if stages < 1:
-        raise ValueError(f"stages must be at least 1, got {stages}")
+    checks.count(1, stages=stages)
     layers = dense_layers(model, example, square)
     parts = [name for layer in layers for name in (layer.up, layer.gate, layer.down) if name]
     found = [deepcopy(model)]

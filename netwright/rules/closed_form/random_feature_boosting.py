@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.numerics.closed_form import boosted_map, linear_readout, loss
@@ -105,8 +106,7 @@ class RandomFeatureBoosting(Rule):
         if not 0 < shrinkage <= 1:
             raise ValueError(f"shrinkage must be above 0 and at most 1, got {shrinkage}; "
                              "1 takes the whole step")
-        if keep < 0:
-            raise ValueError(f"keep must be at least 0, got {keep}")
+        checks.count(0, keep=keep)
         self.ridge, self.ridge_readout, self.shrinkage = ridge, ridge_readout, shrinkage
         self.output_loss, self.squared, self.keep = output_loss, output_loss == "squared", keep
         self.stages = stages(network, example)

@@ -8,6 +8,7 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -89,11 +90,8 @@ class DualPropagation(Rule):
                  means: Literal["forward", "dyads"] = "forward",
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be between 0 and 1, got {alpha}; at 0.5 both states are "
-                             "nudged alike")
-        if not beta > 0:
-            raise ValueError(f"beta must be above 0, got {beta}; try the default, 1")
+        checks.between(0, 1, alpha=alpha, advice="at 0.5 both states are nudged alike")
+        checks.above(0, beta=beta, advice="try the default, 1")
         if means not in ("forward", "dyads"):
             raise UnknownName("kind of means", means, ["forward", "dyads"])
         super().__init__(network, generator=generator)

@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.rules.rule import Rule, check_labels, targets
 from netwright.stages import Stages
@@ -75,8 +76,7 @@ class EquilibriumPropagation(Rule):
                                    ("nudged_steps", nudged_steps, 1)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}; try the default")
-        if not radius > 0:
-            raise ValueError(f"radius must be above 0, got {radius}; try the default, 0.5")
+        checks.above(0, radius=radius, advice="try the default, 0.5")
         if not homeostasis >= 0:
             raise ValueError(f"homeostasis must not be below 0, got {homeostasis}; try 1.0")
         if homeostasis and symmetric:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, check_labels, targets
@@ -79,9 +80,7 @@ class InferenceLearning(Rule):
             raise ValueError(f"steps must be at least {len(chain)} for {len(chain)} stages, got "
                              f"{steps}; an error travels one stage a step and would not reach "
                              "the first: raise steps or cut the network into fewer stages")
-        for name, value in (("rate", rate), ("state_rate", state_rate)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}; try the default")
+        checks.above(0, rate=rate, state_rate=state_rate, advice="try the default")
         super().__init__(network, generator=generator)
         self.stages, self.loss, self.steps = chain, loss, steps
         self.rate, self.state_rate = rate, state_rate

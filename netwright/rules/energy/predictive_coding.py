@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, check_labels, targets
@@ -80,10 +81,8 @@ class PredictiveCoding(Rule):
             raise ValueError(f"steps must be at least {least} for {len(chain)} stages, got "
                              f"{steps}; an error travels one stage a step and would not reach "
                              "the first: raise steps or cut the network into fewer stages")
-        for name, value in (("state_rate", state_rate), ("nudge", nudge),
-                            ("weight_rate", weight_rate)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}; try the default")
+        checks.above(0, state_rate=state_rate, nudge=nudge, weight_rate=weight_rate,
+                     advice="try the default")
         super().__init__(network, generator=generator)
         self.stages, self.loss, self.steps, self.state_rate = chain, loss, steps, state_rate
         self.nudge, self.incremental, self.weight_rate = nudge, incremental, weight_rate

@@ -6,6 +6,7 @@ import numpy
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.errors import MissingExtra
 
 _COUNTS = 7  # the step and six counters stand before the arrays
@@ -40,8 +41,7 @@ class Evolution(nn.Module):
     def __init__(self, dimension: int, *, step: float, population: int,
                  generator: Generator | None = None) -> None:
         super().__init__()
-        if population < 4:
-            raise ValueError(f"population must be at least 4, got {population}; try 20")
+        checks.count(4, population=population, advice="try 20")
         self.dimension, self.step, self.population = dimension, step, population
         self.generator = generator
         self._asked: Any = None

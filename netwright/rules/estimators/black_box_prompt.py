@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.estimators._evolution import Evolution
@@ -124,8 +125,7 @@ class BlackBoxPrompt(Rule):
                                    ("population", population, 4), ("after", after, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not step > 0:
-            raise ValueError(f"step must be above 0, got {step}; try 0.5")
+        checks.above(0, step=step, advice="try 0.5")
         if layers not in ("all", "first"):
             raise ValueError(f"layers must be 'all' or 'first', got {layers!r}")
         if example is None:

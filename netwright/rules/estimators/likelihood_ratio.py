@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, check_labels
@@ -80,8 +81,7 @@ class LikelihoodRatio(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if not noise > 0:
-            raise ValueError(f"noise must be above 0, got {noise}; try 0.1")
+        checks.above(0, noise=noise, advice="try 0.1")
         if control not in ("baseline", "antithetic", None):
             raise ValueError(f"control must be 'baseline', 'antithetic' or None, got {control!r}")
         if copies < (1 if control is None else 2) or (control == "antithetic" and copies % 2):

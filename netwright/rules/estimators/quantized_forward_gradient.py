@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
@@ -97,14 +98,10 @@ class QuantizedForwardGradient(Rule):
                  share: float = 1.0, loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        for name, value in (("rate", rate), ("epsilon", epsilon)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}; try 0.1")
-        if directions < 1:
-            raise ValueError(f"directions must be at least 1, got {directions}; try 8")
-        for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
-            if not 2 <= bits <= 16:
-                raise ValueError(f"{name} must be between 2 and 16, got {bits}; try 8 or 16")
+        checks.above(0, rate=rate, epsilon=epsilon, advice="try 0.1")
+        checks.count(1, directions=directions, advice="try 8")
+        checks.between(2, 16, weight_bits=weight_bits, activation_bits=activation_bits, whole=True,
+                       advice="try 8 or 16")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}; try 0.5")
         if not 0 < share <= 1:

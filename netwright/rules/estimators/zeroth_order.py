@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import CannotStage
 from netwright.objectives.losses import cross_entropy
@@ -86,10 +87,8 @@ class ZerothOrder(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if not epsilon > 0:
-            raise ValueError(f"epsilon must be above 0, got {epsilon}; try 0.001")
-        if directions < 1:
-            raise ValueError(f"directions must be at least 1, got {directions}")
+        checks.above(0, epsilon=epsilon, advice="try 0.001")
+        checks.count(1, directions=directions)
         if difference not in ("central", "forward"):
             raise ValueError(f"difference must be 'central' or 'forward', got {difference!r}")
         if in_place != (rate is not None):

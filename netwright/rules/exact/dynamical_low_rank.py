@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from torch.nn.functional import linear
 from torch.nn.parameter import is_lazy
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -84,16 +85,13 @@ class DynamicalLowRank(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         given = network.model if isinstance(network, Stages) else network
-        if not rate > 0:
-            raise ValueError(f"rate must be above 0, got {rate}; try 0.1")
+        checks.above(0, rate=rate, advice="try 0.1")
         if tolerance is not None and not 0 <= tolerance < 1:
             raise ValueError("tolerance must be at least 0 and below 1, the share of a weight's "
                              f"norm that may be cut off, got {tolerance}; try 0.1, or None to "
                              "keep the ranks")
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}; None is the full rank")
-        if least_rank < 1:
-            raise ValueError(f"least_rank must be at least 1, got {least_rank}; try 2")
+        checks.count(1, rank=rank, optional=True, advice="None is the full rank")
+        checks.count(1, least_rank=least_rank, advice="try 2")
         names = _names(given, dense)
         if not names:
             raise ValueError("network has no layer to factorize: none of its linear layers and "

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -73,9 +74,9 @@ class HighwayBackprop(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if iterations < 0:
-            raise ValueError(f"iterations must be at least 0, got {iterations}; 0 is the residual "
-                             "path alone, and the number of stages gives the exact gradient")
+        checks.count(0, iterations=iterations,
+                     advice="0 is the residual path alone, and the number of stages gives the "
+                            "exact gradient")
         self.stages, self.loss, self.iterations = stages(network, example), loss, iterations
         self.residual = None if residual is None else list(residual)
         for name in self.residual or ():

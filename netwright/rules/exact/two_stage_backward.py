@@ -6,6 +6,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Parameter
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -210,8 +211,7 @@ def schedule(forward: Sequence[float], signals: Sequence[float], weights: Sequen
     if not len(forward) == len(signals) == len(weights) > 0:
         raise ValueError("forward, signals and weights must have a time for each stage, got "
                          f"{len(forward)}, {len(signals)} and {len(weights)}")
-    if micro_batches < 1:
-        raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
+    checks.count(1, micro_batches=micro_batches)
     if order not in ("1f1b", "gpipe"):
         raise UnknownName("order", order, ["1f1b", "gpipe"])
     n, down = len(forward), list(signals)

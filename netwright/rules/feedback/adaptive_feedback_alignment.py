@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.autograd import forward_ad
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.inputs import (
@@ -83,9 +84,7 @@ class AdaptiveFeedbackAlignment(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if not scale > 0:
-            raise ValueError(f"scale must be above 0, got {scale}; without feedback nothing is "
-                             "learned, PEPITA's is 0.05")
+        checks.above(0, scale=scale, advice="without feedback nothing is learned, PEPITA's is 0.05")
         if example is None:
             raise ValueError("example must be an input of the network, got None; the feedback "
                              "matrix takes its size from it")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -106,9 +107,8 @@ class Pepita(Rule):
             raise UnknownName("feedback", feedback, ["random", "mirror"])
         if presynaptic not in ("modulated", "clean", "own"):
             raise UnknownName("presynaptic factor", presynaptic, ["modulated", "clean", "own"])
-        if not scale > 0:
-            raise ValueError(f"scale must be above 0, got {scale}; without feedback nothing is "
-                             "learned, the paper's is 0.05")
+        checks.above(0, scale=scale,
+                     advice="without feedback nothing is learned, the paper's is 0.05")
         if example is None:
             raise ValueError("example must be an input of the network, got None; the feedback "
                              "matrix takes its size from it")

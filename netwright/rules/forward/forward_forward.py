@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import softplus
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -206,10 +207,8 @@ class ForwardForward(Rule):
         if predict_by == "goodness" and callable(negatives):
             raise ValueError("predict_by must be 'softmax' where negatives is a function, since "
                              "there is no label in x to compare goodness for, got 'goodness'")
-        for name, size in (("temperature", temperature), ("amplitude", amplitude),
-                           ("max_rows", max_rows)):
-            if size is not None and size <= 0:
-                raise ValueError(f"{name} must be above 0, got {size}")
+        checks.above(0, temperature=temperature, amplitude=amplitude, max_rows=max_rows,
+                     optional=True)
         if skip is None:
             skip = 0 if self.by_class or collaborate else 1
         if skip < 0:

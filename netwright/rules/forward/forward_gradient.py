@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.auxiliary_heads import AuxiliaryHead, needed, signals
@@ -113,9 +114,7 @@ class ForwardGradient(Rule):
                                    ("guess", guess, ("isotropic", "local_loss"))):
             if value not in known:
                 raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, got {value!r}")
-        for name, count in (("directions", directions), ("chunk", chunk), ("width", width)):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
+        checks.count(1, directions=directions, chunk=chunk, width=width)
         self.perturb, self.directions, self.distribution = perturb, directions, distribution
         self.guess, self.chunk, self.loss = guess, chunk, loss
         chained = perturb == "activities" or guess == "local_loss"

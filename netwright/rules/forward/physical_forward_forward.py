@@ -5,6 +5,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cosine_similarity, one_hot, softplus
 from torch.nn.parameter import is_lazy
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.rules.forward._samples import check_written, image_of, overlaid
 from netwright.rules.readout import first_parameter
@@ -77,10 +78,7 @@ class PhysicalForwardForward(Rule):
                  num_classes: int | None = None, sharpness: float = 4.0, amplitude: float = 1.0,
                  max_rows: int = 4096, generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        for name, size in (("sharpness", sharpness), ("amplitude", amplitude),
-                           ("max_rows", max_rows)):
-            if not size > 0:
-                raise ValueError(f"{name} must be above 0, got {size}")
+        checks.above(0, sharpness=sharpness, amplitude=amplitude, max_rows=max_rows)
         net = stages(network, example)
         self._runs = _runs(net)
         sizes = _widths(self._runs, example)

@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import normalize
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.models.gcn import gcn
@@ -114,8 +115,7 @@ class SingleForward(Rule):
         if predict_by == "last" and not classifier:
             raise ValueError("predict_by must be 'sum' with classifier=False, since no stage gives "
                              "class scores then, got 'last'")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        checks.above(0, temperature=temperature)
         self.stages = stages(network, example)
         features, *sizes = _widths(self.stages, example)
         self.depth = len(sizes) - classifier

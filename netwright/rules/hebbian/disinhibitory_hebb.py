@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.rules.rule import Rule, check_labels, targets
@@ -85,11 +86,9 @@ class DisinhibitoryHebb(Rule):
         super().__init__(network, generator=generator)
         if inverse not in ("exact", "linear"):
             raise UnknownName("inverse", inverse, ["exact", "linear"])
-        for name, value in (("gain", gain), ("inhibition", inhibition), ("feedback", feedback)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}; try the default")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}; try the default, 30")
+        checks.above(0, gain=gain, inhibition=inhibition, feedback=feedback,
+                     advice="try the default")
+        checks.count(1, steps=steps, advice="try the default, 30")
         self._layers, self._rates = _read(self.network)
         self.inverse, self.gain, self.inhibition = inverse, gain, inhibition
         self.feedback, self.steps = feedback, steps

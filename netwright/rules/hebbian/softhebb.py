@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
@@ -87,9 +88,8 @@ class SoftHebb(Rule):
         self.stages, self.loss = stages(network, example), loss
         self.layers = [_layer(stage) for stage in list(self.stages)[:-1]]
         self.temperatures = _each(temperature, len(self.layers))
-        if not norm_power >= 0:
-            raise ValueError(f"norm_power must be at least 0, got {norm_power}; 0 is a rate that "
-                             "does not depend on the length")
+        checks.at_least(0, norm_power=norm_power,
+                        advice="0 is a rate that does not depend on the length")
         self.anti_hebbian, self.norm_power = anti_hebbian, norm_power
         if initial_norm is not None:
             self._draw(initial_norm)

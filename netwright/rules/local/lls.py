@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter, functional
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -89,8 +90,7 @@ class LLS(Rule):
             raise UnknownName("variant", variant, ["base", "M", "MxM"])
         if basis not in ("cosine", "square"):
             raise UnknownName("basis", basis, ["cosine", "square"])
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}; try 0.5")
+        checks.above(0, temperature=temperature, advice="try 0.5")
         if pool < 1:
             raise ValueError(f"pool must be at least 1 position an axis, got {pool}; try 2")
         self.stages, self.loss = stages(network, example), loss

@@ -4,6 +4,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -81,8 +82,7 @@ class TargetProjection(Rule):
         super().__init__(network, generator=generator)
         if isinstance(distance, str) and distance not in DISTANCES:
             raise UnknownName("distance", distance, list(DISTANCES))
-        if not scale > 0:
-            raise ValueError(f"scale must be above 0, got {scale}; try 1")
+        checks.above(0, scale=scale, advice="try 1")
         if example is None:
             raise ValueError("example must be an input of the network, got None; the projections "
                              "take their sizes from it")

@@ -1,0 +1,90 @@
+import math
+from fractions import Fraction
+
+import numpy
+import pytest
+import torch
+
+from netwright import checks
+from netwright.errors import UnknownName
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("value", [1, 7, numpy.int64(3), torch.tensor(2)])
+def test_a_count_takes_every_kind_of_whole_number(value):
+    assert checks.count(1, width=value) is None
+
+
+@pytest.mark.parametrize(("value", "message"), [
+    (0, "width must be at least 1, got 0"),
+    (2.0, "width must be a whole number of at least 1, got 2.0"),
+    (NAN, "width must be a whole number of at least 1, got nan"),
+    (True, "width must be a whole number of at least 1, got True"),
+    ("3", "width must be a whole number of at least 1, got 3"),
+    (None, "width must be a whole number of at least 1, got None"),
+])
+def test_a_count_names_what_is_none(value, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        checks.count(1, depth=1, width=value)
+
+
+def test_a_bound_is_met_or_passed():
+    assert checks.at_least(0, share=0) is None
+    assert checks.at_least(0.5, share=Fraction(1, 2)) is None
+    assert checks.above(0, rate=1e-300) is None
+    with pytest.raises(ValueError, match=r"^rate must be above 0, got 0$"):
+        checks.above(0, rate=0)
+    with pytest.raises(ValueError, match=r"^share must be at least 0.5, got 0.49$"):
+        checks.at_least(0.5, share=0.49)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, "1", None, True, [1], 2 ** 2000])
+def test_no_bound_takes_what_is_no_finite_number(value):
+    for check in (lambda: checks.at_least(0, rate=value), lambda: checks.above(0, rate=value),
+                  lambda: checks.between(0, 3, rate=value)):
+        with pytest.raises(ValueError, match=r"^rate must be "):
+            check()
+
+
+def test_between_takes_its_ends_where_it_is_told_to():
+    assert checks.between(0, 1, a=0, b=1, c=0.5) is None
+    assert checks.between(0, 1, ends=(True, False), a=0) is None
+    assert checks.between(0, 1, ends=(False, True), a=1) is None
+    for ends, value in (((False, True), 0), ((True, False), 1), ((True, True), -0.1),
+                        ((True, True), 1.1)):
+        with pytest.raises(ValueError, match=f"^a must be between 0 and 1, got {value}$"):
+            checks.between(0, 1, ends=ends, a=value)
+    with pytest.raises(ValueError, match=r"^a must be a whole number between 0 and 9, got 1.5$"):
+        checks.between(0, 9, whole=True, a=1.5)
+
+
+def test_none_passes_where_it_is_optional_and_advice_ends_the_message():
+    for check in (checks.count, checks.at_least, checks.above):
+        assert check(1, optional=True, rank=None) is None
+        with pytest.raises(ValueError, match=r"got -2; try 4$"):
+            check(1, optional=True, advice="try 4", rank=-2)
+    assert checks.between(0, 1, optional=True, rank=None) is None
+
+
+def test_a_name_is_one_of_those_that_are_known():
+    assert checks.one_of(["sum", "mean"], reduction="sum") is None
+    assert checks.one_of(["sum"], optional=True, reduction=None) is None
+    with pytest.raises(UnknownName, match=r"no way of predicting is called 'men'; did you mean"):
+        checks.one_of(["mean"], way_of_predicting="men")
+
+
+def test_a_pair_is_a_tuple_or_a_list_of_two():
+    assert checks.pair(betas=(0.9, 0.99), sizes=[1, 2]) is None
+    for value, got in (((1,), "tuple of 1"), ([1, 2, 3], "list of 3"), (5, "5"),
+                       ("ab", "str of 2")):
+        with pytest.raises(ValueError, match=f"^betas must be a pair, got {got}; use two$"):
+            checks.pair(betas=value, advice="use two")
+
+
+def test_finite_looks_at_numbers_and_at_tensors():
+    assert checks.finite(a=1.0, b=torch.ones(3)) is None
+    with pytest.raises(ValueError, match=r"^b must be finite, got 2 of 3 numbers that are not$"):
+        checks.finite(b=torch.tensor([1.0, NAN, -INF]))
+    with pytest.raises(ValueError, match=r"^a must be a finite number, got inf$"):
+        checks.finite(a=INF)
