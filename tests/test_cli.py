@@ -87,6 +87,59 @@ def test_evidence_list_shows_the_verdicts(netwright):
     assert "shown" in netwright("evidence", "list")[1]
 
 
+EXPERIMENTS = """
+from netwright.evidence import Outcome, evidence, figure
+
+@evidence(paper="000-012", claim="one is more", shown=[figure("one") > 0])
+def one_is_more(scale):
+    return Outcome(setting={"seeds": 1}, figures={"one": [ONE]})
+
+@evidence(paper="000-012", claim="two is more", shown=[figure("two") > 1])
+def two_is_more(scale):
+    return Outcome(setting={"seeds": 1}, figures={"two": [TWO]})
+"""
+
+
+def test_evidence_that_is_older_than_its_code_is_run_again(netwright, tmp_path, monkeypatch):
+    home = tmp_path / "own"
+    home.mkdir()
+    (home / "own.py").write_text(EXPERIMENTS.replace("ONE", "1.0").replace("TWO", "2.0"))
+    monkeypatch.setenv("NETWRIGHT_EVIDENCE", str(home))
+    assert netwright("evidence", "run")[0] == 2  # nothing is named
+    status, out, err = netwright("evidence", "run", "--stale")  # what was never run is run
+    assert (status, out.count("holds: ")) == (0, 2), err
+    assert "2 of 2" in err
+    assert "No result" in netwright("evidence", "run", "--stale")[1]
+    (home / "own.py").write_text(EXPERIMENTS.replace("ONE", "-1.0").replace("TWO", "2.0"))
+    listed = json.loads(netwright("evidence", "list", "--json")[1])
+    assert {name: row["age"] for name, row in listed.items()} == dict.fromkeys(
+        ("one_is_more", "two_is_more"), "older than its code")
+    assert "2 results are older" in netwright("evidence", "list")[1]
+    assert "does not hold: one > 0" in netwright("evidence", "run", "one_is_more")[1]
+    assert json.loads((home / "results" / "one_is_more.json").read_text())["verdict"] == "not shown"
+
+
+def test_evidence_goes_on_where_an_experiment_fails(netwright, tmp_path, monkeypatch):
+    home = tmp_path / "own"
+    home.mkdir()
+    (home / "own.py").write_text(EXPERIMENTS.replace("ONE", "nothing").replace("TWO", "2.0"))
+    monkeypatch.setenv("NETWRIGHT_EVIDENCE", str(home))
+    status, out, err = netwright("evidence", "run", "--stale")
+    assert status == 2
+    assert "one_is_more failed: NameError" in err
+    assert "holds: two > 1" in out
+
+
+def test_evidence_without_a_checkout_lists_what_is_shipped(netwright, monkeypatch):
+    monkeypatch.setattr("netwright.evidence.folder.checkout", lambda: None)
+    status, out, _ = netwright("evidence", "list", "--json")
+    assert status == 0
+    assert json.loads(out)["mono_forward"]["verdict"] == "partly shown"
+    status, _, err = netwright("evidence", "run", "mono_forward")
+    assert status == 2
+    assert "NETWRIGHT_EVIDENCE" in err
+
+
 def test_stages_of_a_task_a_file_and_a_module(netwright, tmp_path):
     assert "conv" in netwright("stages", "digits-cnn")[1].lower()
     (tmp_path / "own.py").write_text(TASK)
@@ -106,6 +159,21 @@ def test_fit_and_resume(netwright, tmp_path):
     assert (tmp_path / "curve.html").stat().st_size > 1000
     assert any((tmp_path / "kept").iterdir())
     assert netwright(*arguments)[0] == 0
+
+
+def test_fit_and_compare_take_recipes(netwright, tmp_path):
+    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "mine.json").write_text(json.dumps({"optimizer": {"name": "torch.optim.SGD"}}))
+    recipe = "mlp(hidden=[4]) + MonoForward + SGD(momentum=0.5)"
+    status, out, err = netwright("fit", "task.py", "-c", recipe, "--quiet")
+    assert (status, err) == (0, "")
+    assert "accuracy on the test set" in out
+    status, out, _ = netwright("compare", "task.py", "-c", recipe, "-c", "mine.json", "-c", "GLU",
+                               "--seeds", "1", "--trials", "1", "--workers", "1", "--quiet")
+    assert status == 0
+    shown = " ".join(out.split())
+    assert "GLU on halves failed: GLU cannot run on task 'halves' because" in shown
+    assert {"SGD", "mlp(hidden=[4])"} <= set(shown.split())
 
 
 def test_compare_on_a_task_of_ones_own(netwright, tmp_path):
@@ -132,6 +200,9 @@ BAD = {
                                 "postgresql://nobody@127.0.0.1:1/none"], "127.0.0.1"),
     "a network that is nowhere": (["stages", "torch.nn:Linaer"], "Linaer"),
     "a shape that is none": (["stages", "torch.nn:Identity", "--shape", "1,x"], "--shape"),
+    "an unknown argument": (["fit", "digits-mlp", "-c", "LLS(heat=1)"], "'heat'"),
+    "a recipe that is none": (["compare", "digits-mlp", "-c", "LLS +"], "a plus between them"),
+    "a recipe's file that is not there": (["fit", "digits-mlp", "-c", "no.json"], "no.json"),
     "a shape of a task": (["stages", "digits-mlp", "--shape", "1,3"], "--shape"),
     "a module that is nowhere": (["stages", "nowhere_at_all:net"], "nowhere_at_all"),
     "a network without a name": (["stages", "torch.nn:"], "package.module:name"),

@@ -100,6 +100,37 @@ def test_a_result_stands_in_full_on_one_page_alone():
 
 
 @pytest.mark.check
+@pytest.mark.browser
+def test_the_table_is_filtered_by_menus_words_and_the_address(browser, tmp_path):
+    rows = [("GLU", "block", "shown", "inference time, parameters"),
+            ("Star", "block", "not shown", "–"), ("MonoForward", "rule", "shown", "parameters")]
+    cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    (tmp_path / "table.html").write_text(
+        '<div class="filter" data-columns="kind verdict saves place"></div><div><table><thead><tr>'
+        "<th>method</th><th>kind</th><th>verdict</th><th>saves</th></tr></thead><tbody>"
+        f"{cells}</tbody></table></div><script src='{ROOT / 'docs/scripts/filter.js'}'></script>")
+    page = browser.new_page()
+
+    def shown() -> list[str]:
+        return page.locator("tbody tr:visible td:first-child").all_text_contents()
+
+    address = (tmp_path / "table.html").as_uri()
+    page.goto(address)
+    assert page.locator("select").count() == 3  # there is no column of places
+    assert shown() == ["GLU", "Star", "MonoForward"]
+    page.select_option("select[name=kind]", "block")
+    page.select_option("select[name=verdict]", "shown")
+    assert shown() == ["GLU"]
+    assert page.locator("output").text_content() == "1 of 3"
+    assert page.url == address + "?kind=block&verdict=shown"
+    page.goto(address + "?saves=parameters&kind=unknown")
+    assert shown() == ["GLU", "MonoForward"]
+    page.fill("input", "mono")
+    assert shown() == ["MonoForward"]
+    page.close()
+
+
+@pytest.mark.check
 @pytest.mark.timeout(900)
 def test_the_site_builds_without_warnings(tmp_path):
     built = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict",

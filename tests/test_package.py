@@ -43,7 +43,8 @@ def wheel(tmp_path_factory):
 @pytest.mark.check
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"netwright/py.typed", "netwright/catalogue/catalogue.jsonl"} <= set(names)
+    assert {"netwright/py.typed", "netwright/catalogue/catalogue.jsonl",
+            "netwright/catalogue/evidence.json"} <= set(names)
     assert not any("/results/" in name for name in names)  # the experiments stay in the checkout
     assert not any(name.endswith(".md") for name in names)  # and so do the site's texts
     assert {name.split("/")[0] for name in names} <= {

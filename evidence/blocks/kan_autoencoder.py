@@ -1,15 +1,17 @@
 from collections.abc import Callable
-from statistics import mean
 
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import mse_loss
 
 from netwright.blocks.kan import KANAutoencoder
-from netwright.evidence import Curve, Outcome, Scale, evidence
+from netwright.data import Split
+from netwright.evidence import Loader, Outcome, Scale, evidence, falling, figure, train
+from netwright.rules import Rule
 
-CODE, LR, LOOKS = 8, 5e-3, 6
+CODE, LR = 8, 5e-3
+ERROR = "held-out MSE, {} (thousandths)"
 
 
 def _mlp() -> nn.Module:
@@ -29,54 +31,44 @@ def _cnn(channels: int = 14) -> nn.Module:
 
 WAYS: dict[str, Callable[[], nn.Module]] = {
     "KAN": lambda: KANAutoencoder((64, CODE)), "MLP": _mlp, "CNN": _cnn}
+KAN, MLP, CNN = (figure(ERROR.format(way)) for way in WAYS)
 
 
 @evidence(paper="003-176", claim="An autoencoder of Kolmogorov-Arnold layers reconstructs images "
-          "about as well as a convolutional one with the same code and as many parameters.")
+          "about as well as a convolutional one with the same code and as many parameters.",
+          shown=[(KAN <= 1.1 * MLP) & (KAN <= 1.1 * CNN)],
+          partly=(KAN <= 1.1 * MLP) | (KAN <= 1.1 * CNN))
 def kan_autoencoder(scale: Scale) -> Outcome:
     """Train three autoencoders on scikit-learn's digits and measure what they reconstruct."""
-    seeds, steps = (3, 600) if scale == "desk" else (10, 6000)
-    x = torch.tensor(load_digits().data / 16).float()
-    figures: dict[str, list[float]] = {}
-    curves: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-    for seed in range(seeds):
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-        train, test = x[order[:1200]], x[order[1200:]]
-        figures.setdefault("held-out MSE, always the mean (thousandths)", []).append(
-            1000 * float(mse_loss(train.mean(0).expand_as(test), test)))
-        for way, make in WAYS.items():
-            torch.manual_seed(seed)
-            network = make()
-            found = _trained(network, train, test, steps)
-            curves[way].append(found)
-            figures.setdefault(f"held-out MSE, {way} (thousandths)", []).append(found[-1])
-            figures[f"parameters, {way}"] = [sum(p.numel() for p in network.parameters())]
-    kan, mlp, cnn = (mean(figures[f"held-out MSE, {way} (thousandths)"]) for way in WAYS)
+    seeds, steps = (range(3), 600) if scale == "desk" else (range(10), 6000)
+    runs = train(WAYS, _images, {ERROR: _error}, seeds=seeds, steps=steps, batch_size=100,
+                 loss=mse_loss, scheduler=falling,
+                 optimizer=lambda rule: torch.optim.Adam(rule.parameters(), LR))
+    splits = map(_images, seeds)
     return Outcome(
-        verdict="shown" if kan <= 1.1 * min(mlp, cnn) else
-        "partly shown" if kan <= 1.1 * max(mlp, cnn) else "not shown",
         setting={"data": "scikit-learn's digits, 1200 to train and 597 to test, split by the seed",
                  "code": f"{CODE} numbers", "KAN": "one layer each way, grid 5, order 3",
                  "MLP": "two layers each way, 64 hidden SiLU units",
                  "CNN": "two strided convolutions and a linear layer each way, SiLU",
                  "training": f"Adam {LR} falling to 0, batch 100, {steps} steps"},
-        figures=figures,
-        note="Shown is a mean error of at most 1.1 times the better one's of MLP and CNN, partly "
-             "shown of the worse one's. Nothing was tuned.",
-        curves={way: Curve([steps * (i + 1) / LOOKS for i in range(LOOKS)], runs)
-                for way, runs in curves.items()},
+        figures={
+            **runs.figures, ERROR.format("always the mean"): [
+                1000 * float(mse_loss(x.mean(0).expand_as(held_out), held_out))
+                for x, _, held_out, _ in splits],
+            **{f"parameters, {way}": [float(sum(p.numel() for p in rules[0].parameters()))]
+               for way, rules in runs.rules.items()}},
+        note="Nothing was tuned.", curves=runs.curves(ERROR),
         axes=("step", "held-out mean squared error (thousandths)"))
 
 
-def _trained(network: nn.Module, train: Tensor, test: Tensor, steps: int) -> list[float]:
-    optimizer, errors = torch.optim.Adam(network.parameters(), LR), []
-    for step in range(steps):
-        some = train[torch.randint(len(train), (100,))]
-        optimizer.param_groups[0]["lr"] = LR * (1 - step / steps)
-        optimizer.zero_grad()
-        mse_loss(network(some), some).backward()
-        optimizer.step()
-        if (step + 1) % (steps // LOOKS) == 0:
-            with torch.no_grad():
-                errors.append(1000 * float(mse_loss(network(test), test)))
-    return errors
+def _images(seed: int) -> Split:
+    x = torch.tensor(load_digits().data / 16).float()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    train, test = x[order[:1200]], x[order[1200:]]
+    return Split(train, train, test, test)
+
+
+def _error(rule: Rule, test: Loader) -> float:
+    """Return the mean squared error in thousandths."""
+    total = sum(float((rule.predict(x) - y).square().sum()) for x, y in test)
+    return 1000 * total / sum(y.numel() for _, y in test)

@@ -3,16 +3,18 @@
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from netwright.errors import UnknownName
+from netwright.evidence.claims import Claim, judged
 from netwright.evidence.folder import PathLike, folder
-from netwright.evidence.outcome import Outcome, Scale
+from netwright.evidence.outcome import Outcome, Scale, Verdict
 
 __all__ = ["Experiment", "evidence", "experiment", "experiments"]
 
@@ -28,20 +30,40 @@ class Experiment:
     claim: str
     run: Callable[[Scale], Outcome]
     module: str
+    shown: tuple[Claim, ...] = ()
+    partly: Claim | None = None
+
+    def judged(self, outcome: Outcome) -> tuple[Verdict, list[dict[str, Any]]]:
+        """Return the verdict on what was found, and each declared claim with what came of it.
+
+        Raises:
+            ValueError: there is no claim and no verdict, or there are both.
+            UnknownName: a claim names a figure that was not measured.
+        """
+        if bool(self.shown) == (outcome.verdict is not None):
+            raise ValueError(f"{self.name} must declare claims (shown=) or return a verdict, not "
+                             f"both, got {len(self.shown)} claims and verdict={outcome.verdict!r}")
+        if outcome.verdict is not None:
+            return outcome.verdict, []
+        return judged(self.shown, outcome.figures, partly=self.partly)
 
 
 _known: dict[str, Experiment] = {}
 
 
-def evidence(*, paper: str, claim: str) -> Callable[
+def evidence(*, paper: str, claim: str, shown: Sequence[Claim] = (),
+             partly: Claim | None = None) -> Callable[
         [Callable[[Scale], Outcome]], Callable[[Scale], Outcome]]:
     """Name a function as the experiment for `claim` of `paper`, an id of the catalogue.
 
     The function takes a scale, `"desk"` (minutes on two cores) or `"full"`, and returns an
-    `Outcome`. Its own name is the name of the evidence.
+    `Outcome`. Its own name is the name of the evidence. `shown` says beforehand what must hold of
+    its figures: all of it where the claim is shown, some of it, or `partly`, where it is partly
+    shown.
     """
     def name_it(run: Callable[[Scale], Outcome]) -> Callable[[Scale], Outcome]:
-        _known[run.__name__] = Experiment(run.__name__, paper, claim, run, run.__module__)
+        _known[run.__name__] = Experiment(run.__name__, paper, claim, run, run.__module__,
+                                          tuple(shown), partly)
         return run
     return name_it
 
@@ -69,9 +91,14 @@ def experiment(name: str, where: PathLike | None = None) -> Experiment:
 
 
 def _package(home: Path) -> ModuleType:
-    """Return the package `evidence` whose files are in `home`, in place of any other's."""
-    there = sys.modules.get(PACKAGE)
-    if there is not None and [Path(path).resolve() for path in there.__path__] == [home]:
+    """Return the package `evidence` of the files in `home`, new where these are not those it has.
+
+    A result would otherwise bear the fingerprint of files other than those that gave it.
+    """
+    there, state = sys.modules.get(PACKAGE), {
+        path: path.stat().st_mtime_ns for path in home.rglob("*.py")}
+    if there is not None and [Path(path).resolve() for path in there.__path__] == [home] and (
+            vars(there).setdefault("_state", state) == state):
         return there
     for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
         del sys.modules[name]
@@ -81,4 +108,6 @@ def _package(home: Path) -> ModuleType:
     spec = ModuleSpec(PACKAGE, None, is_package=True)
     spec.submodule_search_locations = [str(home)]
     sys.modules[PACKAGE] = module_from_spec(spec)
+    vars(sys.modules[PACKAGE])["_state"] = state
+    importlib.invalidate_caches()
     return sys.modules[PACKAGE]

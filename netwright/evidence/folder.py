@@ -17,6 +17,11 @@ def checkout() -> Path | None:
     return found if (root / "pyproject.toml").is_file() and found.is_dir() else None
 
 
+def available() -> bool:
+    """Return whether there are experiments: in the checkout, or in the folder that is named."""
+    return bool(os.environ.get(VARIABLE)) or checkout() is not None
+
+
 def folder(where: PathLike | None = None) -> Path:
     """Return the folder of the experiments: `where`, else NETWRIGHT_EVIDENCE, else the checkout's.
 

@@ -25,15 +25,16 @@ class Outcome:
 
     `figures` maps what was measured, its unit in the name, to one value for each seed. `setting`
     says how, in a few words for each key. `note` says what a reader must know: what differs from
-    the paper, and what was tried where the claim did not show.
+    the paper, and what was tried where the claim did not show. `verdict` is given where the
+    experiment declares no claims from which it follows.
     """
 
-    verdict: Verdict
     setting: Mapping[str, Any]
     figures: Mapping[str, Sequence[float]]
     note: str = ""
     curves: Mapping[str, Curve] = field(default_factory=dict)
     axes: tuple[str, str] = ("", "")
+    verdict: Verdict | None = None
 
     @property
     def summary(self) -> dict[str, dict[str, float]]:

@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from string import Template
 from typing import Any
 
+from netwright.compare.recipe import text_of
 from netwright.compare.results import Comparison, Row
 from netwright.report._figures import (
     FIGURES,
@@ -322,7 +323,13 @@ def _settings(comparison: Comparison) -> str:
         f"<dt>{escape(plain(r.change))} on {escape(plain(r.task))}</dt>"
         f"<dd>{escape(_setting(r.hyperparameters))}</dd>"
         for r in comparison.rows if r.hyperparameters)
+    texts = {r.change: text_of(r.recipe) for r in comparison.rows if r.recipe}
+    recipes = "".join(f"<dt>{escape(plain(label))}</dt><dd>{escape(plain(text))}</dd>"
+                      for label, text in texts.items() if text != label)
     said = f"<dl>{shared}</dl>" if shared else '<p class="soft">None were recorded.</p>'
+    if recipes:
+        said += f"<br><details open><summary>What the changes are</summary><dl>{recipes}</dl>" \
+                "</details>"
     if tuned:
         said += f"<br><details><summary>What tuning chose</summary><dl>{tuned}</dl></details>"
     return said

@@ -1,6 +1,7 @@
 """What was measured of a method: its evidence, and what it costs. All is read once a build."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -12,12 +13,19 @@ from netwright.compare.results import Comparison, Row
 
 EVIDENCE = "measured/evidence.md"
 COMPARISON = "measured/comparison.md"
+BENCHMARKS = "measured/benchmarks.md"
 
 
 @cache
 def results() -> Mapping[str, Mapping[str, Any]]:
     """Return the results of the evidence by name."""
     return evidence.recorded()
+
+
+@cache
+def ages() -> Mapping[str, str]:
+    """Return for each result whether it is of the code that there is now."""
+    return evidence.ages()
 
 
 @cache
@@ -88,6 +96,7 @@ def shown_in_full(name: str, uri: str) -> list[str]:
     parts = [f"### {_capital(name.replace('_', ' '))} {{ #evidence-{name} }}", "",
              f"**Claim.** {result['claim']}", "",
              f"**Verdict: {verdict_of(name)}.** {result['note']}", "",
+             *_claims(result.get("claims", [])),
              f"![What was measured for {name}]({link(uri, f'pictures/{name}.svg')})", "",
              "??? abstract \"Every figure, and how it was measured\"", "",
              "    | measured | mean | deviation | seeds |", "    |---|---:|---:|---:|"]
@@ -98,8 +107,24 @@ def shown_in_full(name: str, uri: str) -> list[str]:
               f"    - run: scale {result['scale']}, {result['seconds']:.0f} s on "
               f"{machine['device']} (cores: {machine['cores']}, threads: {machine['threads']}), "
               f"PyTorch {machine['torch']}, {result['date']}",
+              f"    - code: {_code(name)}",
               f"    - again: `netwright evidence run {name}`", ""]
     return parts
+
+
+def _claims(claims: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return what was asked of the figures before the run, and what came of it."""
+    lines = [f"- {'holds' if claim['holds'] else 'does not hold'}: {claim['claim']}"
+             for claim in claims]
+    return ["Asked before the run:", "", *lines, ""] if lines else []
+
+
+def _code(name: str) -> str:
+    """Return which code gave a result, and whether that is the code that there is now."""
+    if "fingerprint" not in results()[name]:
+        return "not known"
+    result = results()[name]
+    return f"version {result['version']}, fingerprint {result['fingerprint']}, {ages()[name]}"
 
 
 def verdict_of(name: str) -> str:
@@ -182,16 +207,20 @@ def evidence_page() -> str:
     """Return the page that lists every claim beside its verdict."""
     counts = {verdict: sum(result["verdict"] == verdict for result in results().values())
               for verdict in ORDER[:-1]}
+    old = sum(age == "older than its code" for age in ages().values())
     parts = ["---", "hide: [toc]", "---", "", "# Evidence", "",
              "Each line is one experiment: the claim of a paper, what a run here said to it, and "
              f"the page that shows how. Of {len(results())} claims "
              f"{counts['shown']} showed in full at this scale, {counts['partly shown']} in part, "
-             f"and {counts['not shown']} did not. `netwright evidence run NAME` runs one again.",
+             f"and {counts['not shown']} did not. `netwright evidence run NAME` runs one again. "
+             f"{old} results are older than the code that they are about.",
              "", '<div class="filter" data-columns="verdict"></div>', "",
-             "| experiment | claim | paper | verdict | run |", "|---|---|---|---|---|"]
+             "| experiment | claim | paper | verdict | run | code |",
+             "|---|---|---|---|---|---|"]
     parts += [f"| [`{name}`]({link(EVIDENCE, homes()[name])}#evidence-{name}) | "
               f"{cell(result['claim'])} | {cell(papers.paper(result['paper']).title)} | "
-              f"{verdict_of(name)} | {result['date']} |" for name, result in results().items()]
+              f"{verdict_of(name)} | {result['date']} | {ages()[name]} |"
+              for name, result in results().items()]
     parts.append("")
     for name in results():
         if homes()[name] == EVIDENCE:
@@ -215,22 +244,52 @@ def in_words(value: Any) -> str:
     return number(value, 4) if isinstance(value, (int, float)) else str(value)
 
 
+@cache
+def benchmarks() -> Mapping[str, Mapping[str, Any]]:
+    """Return what the benchmarks recorded, by name."""
+    return {path.stem: json.loads(path.read_text("utf-8"))
+            for path in sorted((ROOT / "benchmarks/results").glob("*.json"))}
+
+
+def benchmarks_of(page: Page) -> list[str]:
+    """Return a line with the benchmarks in whose figures a name of the page is measured.
+
+    A name that is a plain word may mean something else there.
+    """
+    names = {name for entry in page.main if not (name := entry.name.rpartition(".")[2]).islower()
+             or "_" in name}
+    found = [f"[{said(name)}]({link(page.uri, BENCHMARKS)}#{name.replace('_', '-')})"
+             for name in benchmarks() if names & _words(name)]
+    return [f"**Benchmarks:** {', '.join(found)}.", ""] if found else []
+
+
+@cache
+def _words(benchmark: str) -> frozenset[str]:
+    def keys(found: Any) -> Iterable[str]:
+        if isinstance(found, Mapping):
+            for key, part in found.items():
+                yield key
+                yield from keys(part)
+    return frozenset(word for key in keys(benchmarks()[benchmark])
+                     for word in re.findall(r"\w+", key))
+
+
 def benchmarks_page() -> str:
     """Return the page of every recorded benchmark, each with the script that runs it again."""
     parts = ["# Benchmarks", "",
              "What the scripts in `benchmarks/` measured, beside plain PyTorch and the published "
              "packages of others. Times are ratios within one run, which tell more than seconds: "
              "machines and their other users differ.", ""]
-    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
-        found = json.loads(path.read_text("utf-8"))
-        script = next(script for name in (path.stem, f"test_{path.stem}")
-                      if (script := ROOT / f"benchmarks/{name}.py").exists())
+    for name, found in benchmarks().items():
+        script = next(script for stem in (name, f"test_{name}")
+                      if (script := ROOT / f"benchmarks/{stem}.py").exists())
         what = script.read_text("utf-8").partition('"""')[2].partition("\n")[0].removesuffix('"""')
-        machine = found.pop("machine", {})
-        parts += [f"## {said(path.stem)}", "", what, "",
+        machine = found.get("machine", {})
+        parts += [f"## {said(name)} {{ #{name.replace('_', '-')} }}", "", what, "",
                   f"`python benchmarks/{script.name}`; {in_words(machine)}.", "",
                   "??? abstract \"Figures\"", "",
-                  *(f"    {line}" if line else "" for line in _figures(found)), ""]
+                  *(f"    {line}" if line else "" for line in _figures(
+                      {key: part for key, part in found.items() if key != "machine"})), ""]
     return "\n".join(parts) + "\n"
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 
-from handbook.measured import cost_section, evidence_section
+from handbook.measured import benchmarks_of, cost_section, evidence_section
 from handbook.pages import ROOT, Page, cell, hand_written, link, pages
 from netwright import papers
 from netwright.catalogue.facets import KINDS, searched
@@ -15,7 +15,8 @@ def method_page(page: Page) -> str:
     heading, _, text = page.text.partition("\n")
     return "\n".join([
         heading or f"# {page.title}", "", *facts(page), "", text.strip(), "",
-        *cost_section(page), *evidence_section(page), *_mentions(page), *_reference(page)])
+        *cost_section(page), *benchmarks_of(page), *evidence_section(page), *_mentions(page),
+        *_reference(page)])
 
 
 def facts(page: Page) -> list[str]:

@@ -24,6 +24,7 @@ __all__ = ["mix_lora"]
     needs=["training"],
     keeps_function=True,
     search={"n_experts": [4, 8], "rank": [4, 8, 16]},
+    variants={"plain": {"n_experts": 2, "rank": 2}},
 )
 @reshape
 def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank: int = 8,
