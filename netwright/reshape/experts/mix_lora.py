@@ -5,7 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright import checks
-from netwright.anatomy.elementwise import is_linear, linear_sizes
+from netwright.anatomy.layers import is_linear, linear_sizes
 from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
