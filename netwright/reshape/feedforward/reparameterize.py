@@ -18,8 +18,9 @@ __all__ = ["reparameterize"]
 @method(
     "reshape",
     papers=["004-039"],
-    place="feedforward",
+    place="linear",
     saves=["inference time", "parameters", "file size", "inference memory"],
+    needs=["linear layers in a row"],
     keeps_function=True,
     variants={"block and pair": {}},
     network=lambda: nn.Sequential(RePaFeedForward(8, 32), nn.Linear(8, 64), nn.Linear(64, 4)),
