@@ -10,8 +10,8 @@ from torch.nn import Parameter
 from torch.nn.functional import linear
 from torch.nn.utils.parametrize import is_parametrized
 
-from netwright.anatomy.elementwise import is_linear
 from netwright.anatomy.feedforwards import FeedForwardLayer
+from netwright.anatomy.layers import is_linear
 
 __all__ = ["FeedForwardWeights", "feedforward_weights", "put_block", "with_blocks",
            "write_feedforward"]

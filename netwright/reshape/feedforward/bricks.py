@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from netwright.anatomy.elementwise import is_linear, linear_sizes
 from netwright.anatomy.exchanging import feedforward_weights, write_feedforward
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
+from netwright.anatomy.layers import is_linear, linear_sizes
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape._calibration import batches_of
@@ -88,6 +88,7 @@ def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
     papers=["000-017"],
     place="feedforward",
     saves=["parameters", "file size", "inference memory", "inference time"],
+    needs=["dense feed-forward layers"],
     keeps_function=False,
     variants={"one of two": {"keep": [[1]], "found": [Bricks(
         FeedForwardLayer("", "0", "2", None, nn.ReLU(), 8, 12, 3),
