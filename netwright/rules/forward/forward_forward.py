@@ -170,6 +170,11 @@ class ForwardForward(Rule):
     torch.Size([5, 3])
     """
 
+    @property
+    def same_in_shares(self) -> bool:  # type: ignore[override]
+        """Not where each sample's negative label is drawn."""
+        return self.by_class or callable(self.negatives)
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  num_classes: int | None = None,
                  goodness: Literal["sum", "mean", "by_class"] = "sum",
