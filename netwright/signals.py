@@ -1,5 +1,6 @@
 """What networks take and return: calling them, and the tensors inside nested arguments."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -36,6 +37,18 @@ def apply(function: Callable[..., Any], x: Any, **options: Any) -> Any:
     if isinstance(x, (tuple, list)):
         return function(*x, **options)
     return function(x, **options)
+
+
+def first_argument(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Return what a call of `module` gave for the first argument of its forward.
+
+    >>> first_argument(nn.Linear(2, 3), (), {"input": 7})
+    7
+    """
+    if args:
+        return args[0]
+    name = next(iter(inspect.signature(module.forward).parameters))
+    return kwargs[name] if name in kwargs else next(iter(kwargs.values()))
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -161,6 +161,21 @@ def test_fit_and_resume(netwright, tmp_path):
     assert netwright(*arguments)[0] == 0
 
 
+def test_fit_and_compare_take_recipes(netwright, tmp_path):
+    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "mine.json").write_text(json.dumps({"optimizer": {"name": "torch.optim.SGD"}}))
+    recipe = "mlp(hidden=[4]) + MonoForward + SGD(momentum=0.5)"
+    status, out, err = netwright("fit", "task.py", "-c", recipe, "--quiet")
+    assert (status, err) == (0, "")
+    assert "accuracy on the test set" in out
+    status, out, _ = netwright("compare", "task.py", "-c", recipe, "-c", "mine.json", "-c", "GLU",
+                               "--seeds", "1", "--trials", "1", "--workers", "1", "--quiet")
+    assert status == 0
+    shown = " ".join(out.split())
+    assert "GLU on halves failed: GLU cannot run on task 'halves' because" in shown
+    assert {"SGD", "mlp(hidden=[4])"} <= set(shown.split())
+
+
 def test_compare_on_a_task_of_ones_own(netwright, tmp_path):
     (tmp_path / "own.py").write_text(TASK)
     status, out, err = netwright("compare", "own.py", "-c", "Backprop", "-c", "MonoForward",
@@ -185,6 +200,9 @@ BAD = {
                                 "postgresql://nobody@127.0.0.1:1/none"], "127.0.0.1"),
     "a network that is nowhere": (["stages", "torch.nn:Linaer"], "Linaer"),
     "a shape that is none": (["stages", "torch.nn:Identity", "--shape", "1,x"], "--shape"),
+    "an unknown argument": (["fit", "digits-mlp", "-c", "LLS(heat=1)"], "'heat'"),
+    "a recipe that is none": (["compare", "digits-mlp", "-c", "LLS +"], "a plus between them"),
+    "a recipe's file that is not there": (["fit", "digits-mlp", "-c", "no.json"], "no.json"),
     "a shape of a task": (["stages", "digits-mlp", "--shape", "1,3"], "--shape"),
     "a module that is nowhere": (["stages", "nowhere_at_all:net"], "nowhere_at_all"),
     "a network without a name": (["stages", "torch.nn:"], "package.module:name"),

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import netwright as nw
 from netwright.catalogue.facets import facets
 from netwright.rules import Rule
 from netwright.runtime import faces
@@ -24,8 +25,12 @@ def definitions():
 
 
 def methods():
-    return (entry for entry in definitions()
-            if facets(entry.values[0]) and facets(entry.values[0]).kind != "companion")
+    """Return the methods that stand by themselves, and the functions of the package's own face."""
+    own = [getattr(nw, name) for name in nw._names if inspect.isfunction(getattr(nw, name))]
+    for entry in definitions():
+        value, said = entry.values[0], facets(entry.values[0])
+        if (said and said.kind != "companion") or (value in own and len(arguments(value)) > 1):
+            yield entry
 
 
 def arguments(value):

@@ -38,8 +38,12 @@ def stubs(package: Path) -> dict[Path, str]:
 
 
 def write(package: Path) -> None:
-    """Write the stubs that are not as they should be."""
-    for path, text in stubs(package).items():
+    """Write the stubs that are not as they should be; remove those of faces that are gone."""
+    wanted = stubs(package)
+    for path in package.rglob("__init__.pyi"):
+        if path not in wanted:
+            path.unlink()
+    for path, text in wanted.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
 

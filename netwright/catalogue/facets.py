@@ -85,14 +85,20 @@ NEEDS = {
 class Facets:
     """What a method says of itself.
 
-    `place`, of `PLACES`, is where a block goes, or what a reshape changes; `takes` are the
-    arguments of a block's constructor that the place supplies. `saves` and `needs` are words of
-    `SAVES` and `NEEDS`: what a method spares the one who uses it, by construction or as its
-    evidence shows, and what it cannot do without. `keeps_function` says whether outputs stay as
-    they were, None where that makes no sense. `search` holds what is tuned: (low, high) or a list
-    of choices for an argument. `variants` are the few sets of arguments that take another path
-    through the code, by a label, the first of them what a contract builds first. `network` builds
-    a small network to try them on, and `batch` draws what goes in, where ordinary ones will not do.
+    Args:
+        kind: of `KINDS`.
+        papers: ids of the catalogue.
+        place: of `PLACES`, where a block goes, or what a reshape changes.
+        takes: the arguments of a block's constructor that the place supplies.
+        saves: of `SAVES`, what the method spares the one who uses it, by construction or as its
+            evidence shows.
+        needs: of `NEEDS`, what it cannot do without.
+        keeps_function: whether outputs stay as they were, None where that makes no sense.
+        search: what is tuned: (low, high) or a list of choices for an argument.
+        variants: the few sets of arguments that take another path through the code, by a label,
+            the first of them what a contract builds first.
+        network: builds a small network to try them on, where an ordinary one will not do.
+        batch: draws what goes in, where ordinary inputs will not do.
     """
 
     kind: str
@@ -132,6 +138,8 @@ def method(kind: str, *, papers: Sequence[str] = (), place: str = "", takes: Seq
            network: Callable[[], nn.Module] | None = None,
            batch: Callable[[], Any] | None = None) -> Callable[[M], M]:
     """Say of a class or a function what it is for, see `Facets`; it is returned as it was.
+
+    Args: those of `Facets`.
 
     Raises:
         UnknownName: a word is none of those that are in use.

@@ -91,3 +91,8 @@ def _sizes(shape: str | None) -> list[int] | None:
         raise ValueError("--shape must be whole numbers with commas between them, such as "
                          f"1,3,32,32, of at most {2**28:,} elements, got {shape!r}")
     return sizes
+
+
+def written(recipe: str) -> Any:
+    """Return a recipe as it is written, or the path of the JSON file that holds it."""
+    return Path(recipe) if recipe.endswith(".json") else recipe

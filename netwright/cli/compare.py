@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from netwright.cli import app
-from netwright.cli.arguments import check_file
+from netwright.cli.arguments import check_file, written
 
 
 @app.command()
@@ -17,7 +17,9 @@ def compare(
     task: Annotated[list[str] | None, typer.Option(
         "--task", "-t", help="The same as TASK; may be repeated.")] = None,
     change: Annotated[list[str] | None, typer.Option(
-        "--change", "-c", help="A rule to compare; may be repeated.")] = None,
+        "--change", "-c", help="A recipe to compare, such as MonoForward, GLU or "
+        "'prune_sublayers(remove=2) + MonoForward', or a JSON file that holds one; may be "
+        "repeated.")] = None,
     all_rules: Annotated[bool, typer.Option(
         "--all-rules", help="Compare every rule, and each CHANGE besides.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Final runs of each change.")] = 3,
@@ -37,10 +39,10 @@ def compare(
     from netwright import rules
     named = [*(tasks or []), *(task or [])]
     check_file("--report", report)
-    changes = change
+    changes: list[Any] | None = [written(entry) for entry in change] if change else None
     if all_rules:
         changes = [name for name in rules.__all__ if name != "Rule"]
-        changes += [name for name in change or [] if name not in changes]
+        changes += [written(entry) for entry in change or [] if entry not in changes]
     options: dict[str, Any] = {"trials": trials, "epochs": epochs, "storage": storage,
                                "workers": workers}
     given = {key: value for key, value in options.items() if value is not None}

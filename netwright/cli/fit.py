@@ -1,4 +1,4 @@
-"""`netwright fit`: one rule on one task."""
+"""`netwright fit`: one recipe on one task."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,13 +6,16 @@ from typing import Annotated
 import typer
 
 from netwright.cli import app
-from netwright.cli.arguments import check_file, check_folder, named_task
+from netwright.cli.arguments import check_file, check_folder, named_task, written
 
 
 @app.command()
 def fit(
     task: Annotated[str, typer.Argument(help="A built-in task, or a file that defines one.")],
     rule: Annotated[str, typer.Option(help="The learning rule.")] = "Backprop",
+    recipe: Annotated[str | None, typer.Option(
+        "--recipe", "-c", help="What is changed, such as 'GLU + MonoForward', in place of RULE; "
+        "or a JSON file that holds it.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, typer.Option(
         "--lr", help="The learning rate; the task's own by default.")] = None,
@@ -24,25 +27,27 @@ def fit(
     tensorboard: Annotated[Path | None, typer.Option(help="A folder for TensorBoard.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
-    """Train a task's network under one rule."""
+    """Train a task's network under one rule or one recipe."""
     import torch
 
     from netwright import fit as run
     from netwright.compare.changes import changes
     from netwright.tasks.ready import check_ready
     found = named_task(task)
-    rate = found.learning_rate if learning_rate is None else learning_rate
-    if not 0 < rate < float("inf"):
-        raise ValueError(f"--lr must be above 0, got {rate}; try {found.learning_rate}")
+    if learning_rate is not None and not 0 < learning_rate < float("inf"):
+        raise ValueError(f"--lr must be above 0, got {learning_rate}; try {found.learning_rate}")
     if plot:
         check_file("--plot", plot)
     for option, path in (("--checkpoint", checkpoint), ("--tensorboard", tensorboard)):
         if path is not None:
             check_folder(option, path)
-    change, = changes([rule])
+    change, = changes([written(recipe or rule)])
     check_ready(found)
+    # None where the optimizer takes no rate, or the recipe sets it.
+    rate = learning_rate or change.rate(found) or found.learning_rate
     torch.manual_seed(seed)
     trained = change.build(found.network(), found, {})
+    found = change.task(found)
     parts = found.parts(seed)
     history = run(trained, parts.train, epochs=epochs or found.epochs,
                   optimizer=lambda parameters: found.optimize(parameters, rate),

@@ -161,7 +161,7 @@ class Cell:
         def rehearsed() -> bool:
             try:
                 with self.tune.beating(trial):
-                    _rehearse(self.task, self.change, first.settings, self.plan.device)
+                    rehearse(self.task, self.change, first.settings, self.plan.device)
             except Diverged:
                 pass  # it runs, and its trials tell how well
             return True
@@ -257,7 +257,7 @@ def message_of(error: BaseException) -> str:
     return text if plain and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-def _rehearse(task: Task, change: Change, settings: Mapping[str, Any], device: str) -> None:
+def rehearse(task: Task, change: Change, settings: Mapping[str, Any], device: str) -> None:
     """Build the change and make one step with it."""
     with same_random_state():
         torch.manual_seed(0)

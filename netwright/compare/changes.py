@@ -6,14 +6,16 @@ from functools import partial
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netwright.catalogue.facets import facets, searched
-from netwright.compare.places import put
+from netwright.compare.places import check_whole, put
 from netwright.compare.recipe import Recipe, Step, recipe
 from netwright.compare.supplies import offers, parameters, sizes, supplied
 from netwright.rules import Backprop, Rule
+from netwright.stages import call
 from netwright.tasks import Task
 
 if TYPE_CHECKING:
@@ -59,25 +61,34 @@ class Change:
     def build(self, network: nn.Module, task: Task, options: Mapping[str, Any]) -> Rule:
         """Return the rule that trains `network` on `task`; `options` are the tuned arguments."""
         task, carried_out = self.task(task), self.set(options)
-        for step in carried_out.network:
-            result = _changed(network, step, task)
-            if isinstance(result, Rule):
-                if step is not carried_out.network[-1] or carried_out.rule is not None:
-                    raise ValueError(f"change {self.label!r} must end with its one rule, got "
-                                     f"{type(result).__name__} from {step.name} before its end; "
-                                     "put reshapes first")
-                return result
-            if not isinstance(result, nn.Module):
-                raise ValueError(f"change {self.label!r} must give a Rule or a network, got "
-                                 f"{type(result).__name__} from {step.name}")
-            network = result
+        if carried_out.objective is not None:
+            _check_objective(carried_out.objective, network, task)
+        changed = self.change(network, task, options)
+        if isinstance(changed, Rule):
+            return changed
         if carried_out.rule is None:
-            return Backprop(network, loss=task.loss)
+            return Backprop(changed, loss=task.loss)
         if carried_out.objective is not None and "loss" not in parameters(carried_out.rule.what):
             raise ValueError(f"{carried_out.rule.name} has a loss of its own; leave out "
                              f"{carried_out.objective.name}")
-        rule: Rule = carried_out.rule.what(network, **supplied(carried_out.rule, offers(task)))
+        rule: Rule = carried_out.rule.what(changed, **supplied(carried_out.rule, offers(task)))
         return rule
+
+    def change(self, network: nn.Module, task: Task, options: Mapping[str, Any]) -> nn.Module:
+        """Return what the recipe makes of `network`, a rule where its last step gives one."""
+        carried_out = self.set(options)
+        for step in carried_out.network:
+            result = _changed(network, step, task)
+            if not isinstance(result, nn.Module):
+                raise ValueError(f"change {self.label!r} must give a Rule or a network, got "
+                                 f"{type(result).__name__} from {step.name}")
+            if isinstance(result, Rule) and (step is not carried_out.network[-1]
+                                             or carried_out.rule is not None):
+                raise ValueError(f"change {self.label!r} must end with its one rule, got "
+                                 f"{type(result).__name__} from {step.name} before its end; put "
+                                 "reshapes first")
+            network = result
+        return network
 
     def batch(self, x: Any, y: Tensor) -> tuple[Any, Tensor]:
         """Return what the recipe makes of a batch of training samples."""
@@ -110,7 +121,7 @@ class Change:
     def space(self, task: Task) -> "dict[str, BaseDistribution]":
         """Return what is tuned: the learning rate, and each step's own `search`."""
         found = {}
-        centre = self._rate(task)
+        centre = self.rate(task)
         if centre is not None:
             found[RATE] = distribution((centre / 10, centre * 10))
             for _, step in self.recipe.steps():
@@ -130,14 +141,14 @@ class Change:
         ratio = 1.0
         for _ in range(40):
             ratio = (1 + ratio) ** (1 / (len(space) + 1))
-        defaults = {RATE: self._rate(task)} | {entry.key: entry.default for entry in self.tuned()
+        defaults = {RATE: self.rate(task)} | {entry.key: entry.default for entry in self.tuned()
                                                if entry.name != RATE}
         first = {name: _within(kind, defaults[name]) for name, kind in space.items()}
         others = [{name: _at(kind, (0.5 + k * ratio ** -(j + 1)) % 1)
                    for j, (name, kind) in enumerate(space.items())} for k in range(1, trials)]
         return [first, *others][:max(trials, 1)]
 
-    def _rate(self, task: Task) -> float | None:
+    def rate(self, task: Task) -> float | None:
         """Return where the learning rate's tuning starts, None where it is not tuned."""
         if self.recipe.optimizer is None:
             return task.learning_rate
@@ -206,7 +217,13 @@ def _changed(network: nn.Module, step: Step, task: Task) -> Any:
     said = facets(step.what)
     kind = "function" if said is None else said.kind
     if kind == "model":
-        return step.what(**supplied(step, sizes(task), skip=0))
+        check_whole(network, step, task)
+        made = step.what(**supplied(step, sizes(task), skip=0))
+        if not isinstance(made, nn.Module):
+            raise ValueError(f"{step.name} cannot run on task {task.name!r} because it is no "
+                             "network of PyTorch's but has a fit and a predict of its own; call "
+                             "those")
+        return made
     if kind in ("block", "generative"):
         return put(network, step, task)
     return step.what(network, **supplied(step, offers(task)))
@@ -221,6 +238,16 @@ def _loss(step: Step) -> Any:
         raise ValueError(f"{step.name} needs {', '.join(needed)} beside scores and targets, which "
                          "a comparison does not know")
     return step.function()
+
+
+def _check_objective(step: Step, network: nn.Module, task: Task) -> None:
+    x, y = task.batch
+    with torch.no_grad():
+        scores = call(network, x)
+    value = task.loss(scores.requires_grad_(), y)
+    if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+        raise ValueError(f"{step.name} gives no number with a gradient, such as a loss is; make it "
+                         "the metric of a task")
 
 
 def _optimizer(step: Step, given: Iterable[nn.Parameter], lr: float) -> Optimizer:

@@ -45,18 +45,25 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
 
     Every change gets the same number of tuning `trials` on the task's validation samples, scored
     after the last epoch, then trains with its best settings once for each of the same `seeds`
-    and is scored on the test samples. `task` is a `Task`, the name of a built-in one, the path
-    of a file that defines some, or a list of those; `changes` a list, or a mapping of label to
-    change, each what `nw.recipe` reads.
-
-    Every run is recorded in `storage`, an SQLite file (runs/netwright.db where it is None) or
-    any Optuna storage URL. What is recorded under the same settings and the same code is not run
-    again, so an interrupted comparison goes on where it stopped, and machines that start the
-    same comparison on one storage share its runs. `workers` processes run on this machine, one
-    a core and at most four where it is None.
+    and is scored on the test samples. What is recorded in `storage` under the same settings and
+    the same code is not run again, so an interrupted comparison goes on where it stopped, and
+    machines that start the same comparison on one storage share its runs.
 
     Before anything is trained each change is built once and makes one step. One that cannot run
     on a task gives a row with its `failure`; the others go on.
+
+    Args:
+        task: a `Task`, the name of a built-in one, the path of a file that defines some, or a list
+            of those; two on digits by default.
+        changes: a list, or a mapping of label to change, each what `nw.recipe` reads; eight rules
+            by default.
+        seeds: how many final runs each change has, or the seeds themselves.
+        trials: tuning runs of each change.
+        epochs: of each run; the task's own by default.
+        storage: an SQLite file, or any Optuna storage URL; runs/netwright.db by default.
+        workers: processes on this machine; by default one a core, at most four.
+        device: where to train.
+        progress: whether a table shows how far it is.
 
     Raises:
         UnknownName: a task or a change has a name that is not known.

@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import Parameter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import activation, batchnorm, conv, instancenorm, normalization
+from torch.nn.modules import activation, batchnorm, conv, instancenorm, normalization, pooling
 
 from netwright.anatomy.exchanging import put_module
 from netwright.blocks.experts.mixture import MixtureOfExperts
@@ -17,10 +19,12 @@ from netwright.catalogue.facets import facets
 from netwright.compare.recipe import Step
 from netwright.compare.supplies import constant, parameters, sizes, supplied
 from netwright.errors import NothingToReshape
+from netwright.generative.flows.flow import Flow, Transform
 from netwright.reshape.feedforward.swap_feedforward import swap_feedforward
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import call
 from netwright.tasks import Task
+from netwright.tasks.densities import conditioner
 
 __all__ = ["put"]
 
@@ -48,24 +52,54 @@ def put(network: nn.Module, step: Step, task: Task) -> nn.Module:
     """
     said = facets(step.what)
     place = "" if said is None else said.place
+    if isinstance(step.what, type) and issubclass(step.what, Transform):
+        place = "transform"
     if not place:
         raise ValueError(f"{step.name} cannot run on task {task.name!r} because it does not say "
                          "where in a network it goes; give a function of the network that puts "
                          "it there")
-    if place == "whole network":
-        return _made(step, {name: size() for name, size in sizes(task).items()})
     if place not in PLACES:
         raise ValueError(f"{step.name} cannot run on task {task.name!r} because nothing is known "
                          f"of how to put a block of the place {place!r} into a network; give a "
                          "function of the network that puts it there")
-    changed = PLACES[place](deepcopy(network), step, task)
+    try:
+        changed = PLACES[place](deepcopy(network), step, task)
+    except NothingToReshape as error:
+        raise NothingToReshape(f"{step.name} cannot run on task {task.name!r} because {error}"
+                               ) from error
     _check(network, changed, step, task)
     return changed
 
 
+def check_whole(network: nn.Module, step: Step, task: Task) -> None:
+    """Raise where a network that gives scores would stand for one that gives a density."""
+    if any(isinstance(part, Flow) for part in network.modules()):
+        raise ValueError(f"{step.name} cannot run on task {task.name!r} because that learns a "
+                         "density, which it does not give")
+
+
+def _whole_network(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    check_whole(network, step, task)
+    offered = {name: size() for name, size in sizes(task).items()}
+    said = facets(step.what)
+    if said is not None and "images" in said.needs:
+        if "size" not in offered:
+            raise NothingToReshape("its inputs are no images")
+        offered["inputs"] = offered["channels"]  # what a convolution calls so
+        usual = getattr(parameters(step.what).get("patch"), "default", 1)
+        if any(axis % usual or axis == usual for axis in offered["size"]):
+            offered["patch"] = max(1, min(offered["size"]) // 4)
+    takes = () if said is None else said.takes
+    return _made(step, {name: size for name, size in offered.items()
+                        if name in (*takes, "patch")}, only=("patch",))
+
+
 def _feedforward(network: nn.Module, step: Step, task: Task) -> nn.Module:
     def make(dim: int, hidden: int) -> nn.Module:
-        return _made(step, {"dim": dim, "hidden": hidden})
+        def expert() -> nn.Module:
+            return FeedForward(dim, hidden)
+        return _made(step, {"dim": dim, "hidden": hidden, "n_experts": EXPERTS,
+                            "experts": [expert() for _ in range(EXPERTS)]})
     return swap_feedforward(network, make, task.first, progress=False)
 
 
@@ -116,7 +150,10 @@ def _convolution(network: nn.Module, step: Step, task: Task) -> nn.Module:
 
 def _linear(network: nn.Module, step: Step, task: Task) -> nn.Module:
     *hidden, last = _linears(network, task)
-    return _replaced(network, step, [(site, _ends(site)) for site in hidden or [last]])
+    # Some count what they take or give once for each of several copies.
+    return _first([partial(_replaced, deepcopy(network), step, [
+        (site, _ends(site, *parts)) for site in hidden or [last]], only=("units",))
+        for parts in ((1, 1), (1, 2), (1, 4), (2, 2), (4, 4))])
 
 
 def _head(network: nn.Module, step: Step, task: Task) -> nn.Module:
@@ -129,16 +166,26 @@ def _embedding(network: nn.Module, step: Step, task: Task) -> nn.Module:
     first = _linears(network, task)[0]
     dim, out = first.taken.shape[-1], first.given.shape[-1]
     return _replaced(network, step, [(first, {"dim": dim, "dims": dim, "n_features": out,
-                                              "frequencies": out // 2})])
+                                              "frequencies": out // 2})],
+                     only=("frequencies",))
 
 
 def _attention(network: nn.Module, step: Step, task: Task) -> nn.Module:
-    sites = _sites(network, task, "attention",
-                   lambda site: isinstance(site.module, nn.MultiheadAttention))
-    return _replaced(network, step, [(site, {
-        "dim": site.given.shape[-1],
-        "heads": getattr(site.module, "num_heads", getattr(site.module, "heads", None)),
-        "causal": getattr(site.module, "causal", False)}) for site in sites])
+    def make(dim: int, heads: int, causal: bool = _predicts_next(task)) -> nn.Module:
+        return _made(step, {"dim": dim, "heads": heads, "causal": causal}, only=("causal",))
+    try:
+        sites = _sites(network, task, "attention", lambda site: isinstance(
+            site.module, nn.MultiheadAttention))
+    except NothingToReshape:
+        if "attention" not in parameters(task.network) or str(network) != str(task.network()):
+            raise
+        return task.network(attention=make)  # type: ignore[call-arg]
+    for site in sites:
+        made: Any = site.module
+        heads = made.num_heads if isinstance(made, nn.MultiheadAttention) else made.heads
+        network = put_module(network, site.name, make(site.given.shape[-1], heads,
+                                                      getattr(made, "causal", False)))
+    return network
 
 
 def _token_mixing(network: nn.Module, step: Step, task: Task) -> nn.Module:
@@ -147,9 +194,14 @@ def _token_mixing(network: nn.Module, step: Step, task: Task) -> nn.Module:
 
 
 def _residual_block(network: nn.Module, step: Step, task: Task) -> nn.Module:
-    sites = _blocks(network, task)
+    try:
+        sites = _blocks(network, task)
+    except NothingToReshape:
+        return _after_activations(network, step, task)
     if "depth" not in parameters(step.what):
-        return _replaced(network, step, [(site, _grid(site)) for site in sites])
+        # A block of two streams counts the size of one.
+        return _first([partial(_replaced, deepcopy(network), step, [
+            (site, _grid(site, parts)) for site in sites]) for parts in (1, 2)])
     whole = _made(step, {**_grid(sites[0]), "depth": len(sites)})  # one block is a stack of them
     for site in sites:
         network = put_module(network, site.name, whole if site is sites[0] else nn.Identity())
@@ -157,35 +209,127 @@ def _residual_block(network: nn.Module, step: Step, task: Task) -> nn.Module:
 
 
 def _residual_stream(network: nn.Module, step: Step, task: Task) -> nn.Module:
-    sites = _sites(network, task, "residual stream", lambda site: isinstance(
-        site.module, nn.Linear) and site.taken.ndim == 2 and site.taken.shape == site.given.shape)
+    try:
+        sites = _sites(network, task, "residual stream", lambda site: isinstance(
+            site.module, nn.Linear) and site.taken.ndim == 2
+            and site.taken.shape == site.given.shape)
+    except NothingToReshape:
+        return _after_activations(network, step, task)
 
-    def half(dim: int) -> nn.Module:
-        return FeedForward(dim // 2, dim // 2)
-    return _replaced(network, step, [(site, {
-        "f": half(site.taken.shape[-1]), "g": half(site.taken.shape[-1]),
-        "module": FeedForward(site.taken.shape[-1])}) for site in sites])
+    def half(dim: int, times: int) -> nn.Module:
+        return FeedForward(dim // 2, dim // 2, out=times * (dim // 2))
+    # A coupling asks its network for one number an entry, or for two.
+    return _first([partial(_replaced, deepcopy(network), step, [(site, {
+        "f": half(site.taken.shape[-1], times), "g": half(site.taken.shape[-1], times),
+        "module": FeedForward(site.taken.shape[-1]), "dim": site.taken.shape[-1]})
+        for site in sites]) for times in (1, 2)])
+
+
+def _after_activations(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    """Put a block after each activation of a convolutional network, where it may keep the shape."""
+    sites = [site for site in _sites(network, task, "residual stream", lambda site: type(
+        site.module).__module__ == activation.__name__) if site.given.ndim > 3]
+    if not sites:
+        raise NothingToReshape("its network has no stream that a block could go into; try another")
+    for site in sites:
+        channels = site.given.shape[1]
+        block = _made(step, {"channels": channels, "inputs": channels, "dim": channels,
+                             "dims": site.given.ndim - 2}, only=("dims",))
+        network = put_module(network, site.name, nn.Sequential(site.module, block))
+    return network
+
+
+def _downsampling(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    sites = _sites(network, task, "downsampling", lambda site: type(
+        site.module).__module__ == pooling.__name__ and site.taken.ndim == 4)
+    for site in sites:
+        block = _made(step, {"channels": site.taken.shape[1]})
+        with rehearsing(block):
+            channels = block(site.taken).shape[1]
+        # A convolution of single places brings the channels back to what the next module takes.
+        back = nn.Conv2d(channels, site.given.shape[1], 1)
+        network = put_module(network, site.name, nn.Sequential(block, back))
+    return network
+
+
+def _transform(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    """Put a transform in place of each coupling of a flow, or before it if it has no network."""
+    flow = next((part for part in network.modules() if isinstance(part, Flow)), None)
+    if flow is None:
+        raise NothingToReshape("its network is no flow; try moons-flow or digits-flow")
+    x, made = task.first, list[nn.Module]()
+    said = facets(step.what)
+    replaces = said is not None and "net" in said.takes
+    for number, part in enumerate(flow.transforms):
+        couples = isinstance(getattr(part, "net", None), nn.Module)
+        if couples:
+            made.append(_first([partial(_transformed, step, x, number, times)
+                                for times in range(1, 64)] if replaces else
+                               [partial(_transformed, step, x, number, 1)]))
+            x = _given(made[-1], x)
+        if not (couples and replaces):
+            made.append(part)
+            x = _given(part, x)
+    flow.transforms = nn.ModuleList(made)
+    return network
+
+
+def _transformed(step: Step, x: Tensor, number: int, times: int) -> nn.Module:
+    """Return a transform whose network gives `times` the numbers that it changes; try it on x."""
+    channels, axes = x.shape[1], x.ndim - 2
+    changed, kept = channels - channels // 2, channels // 2
+    whole = said.takes == ("net",) if (said := facets(step.what)) else False
+    net = (conditioner(channels, times * channels, axes) if whole else
+           conditioner(kept, times * changed, axes) if number % 2 == 0 or changed == kept else
+           conditioner(changed, times * kept, axes))
+    made = _made(step, {"net": net, "sizes": (changed, kept), "channels": channels,
+                        "dim": channels, "order": list(reversed(range(channels))),
+                        "flip": bool(number % 2)}, only=("flip",))
+    _given(made, x)
+    return made
+
+
+def _given(transform: nn.Module, x: Tensor) -> Tensor:
+    with rehearsing(transform):  # on a copy, since some begin by what they first see
+        given: Tensor = deepcopy(transform)(x)[0]
+    return given
+
+
+def _first(attempts: list[Callable[[], nn.Module]]) -> nn.Module:
+    """Return what the first attempt gives that does not fail; else fail as the first did."""
+    failure: Exception | None = None
+    for attempt in attempts:
+        try:
+            return attempt()
+        except (ValueError, RuntimeError) as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
 
 
 PLACES: Mapping[str, Callable[[nn.Module, Step, Task], nn.Module]] = {
     "activation": _activation, "attention": _attention, "convolution": _convolution,
-    "embedding": _embedding, "experts": _experts, "feedforward": _feedforward, "head": _head,
-    "linear": _linear, "normalisation": _normalisation, "residual block": _residual_block,
-    "residual stream": _residual_stream, "router": _router, "token mixing": _token_mixing}
+    "downsampling": _downsampling, "embedding": _embedding, "experts": _experts,
+    "feedforward": _feedforward, "head": _head, "linear": _linear,
+    "normalisation": _normalisation, "residual block": _residual_block,
+    "residual stream": _residual_stream, "router": _router, "token mixing": _token_mixing,
+    "transform": _transform, "whole network": _whole_network}
 
 
-def _ends(site: Site) -> dict[str, int]:
-    taken, given = site.taken.shape[-1], site.given.shape[-1]
+def _ends(site: Site, taking: int = 1, giving: int = 1) -> dict[str, int]:
+    taken, given = site.taken.shape[-1] // taking, site.given.shape[-1] // giving
     return {**dict.fromkeys(("inputs", "in_features", "dim_in"), taken),
             **dict.fromkeys(("outputs", "out_features", "dim_out", "units"), given)}
 
 
-def _grid(site: Site) -> dict[str, int]:
+def _grid(site: Site, parts: int = 1) -> dict[str, int]:
     """Return the sizes of a signal (batch, tokens, dim), as a square of tokens where it is one."""
-    tokens, dim = site.taken.shape[-2:]
+    tokens, dim = site.taken.shape[-2], site.taken.shape[-1] // parts
     side = math.isqrt(tokens)
     square = {"height": side, "width": side} if side * side == tokens else {}
-    return {"tokens": tokens, "dim": dim, "channels": dim, **square}
+    heads = getattr(site.module, "heads", None)
+    return {"tokens": tokens, "dim": dim, "channels": dim, **square,
+            **({} if heads is None else {"heads": heads})}
 
 
 def _linears(network: nn.Module, task: Task) -> list[Site]:
@@ -218,8 +362,7 @@ def _sites(network: nn.Module, task: Task, place: str,
         if fits(site) or (said is not None and said.place == place):
             found.append(site)
     if not found:
-        raise NothingToReshape(f"the network of task {task.name!r} has no place for a block of "
-                               f"the kind {place!r}; try another task or another network")
+        raise NothingToReshape(f"its network has no place of the kind {place!r}; try another")
     return found
 
 
@@ -243,10 +386,10 @@ def _watched(network: nn.Module, x: Any) -> Iterator[Site]:
     yield from sites.values()
 
 
-def _replaced(network: nn.Module, step: Step,
-              sites: list[tuple[Site, Mapping[str, Any]]]) -> nn.Module:
+def _replaced(network: nn.Module, step: Step, sites: list[tuple[Site, Mapping[str, Any]]],
+              only: tuple[str, ...] = ()) -> nn.Module:
     for site, offered in sites:
-        block = _made(step, offered)
+        block = _made(step, offered, only)
         with evaluating(block), rehearsing(block):
             given = block(site.taken)
         if not isinstance(given, Tensor) or given.shape != site.given.shape:
@@ -257,8 +400,17 @@ def _replaced(network: nn.Module, step: Step,
     return network
 
 
-def _made(step: Step, offered: Mapping[str, Any]) -> nn.Module:
-    made: nn.Module = step.what(**supplied(step, constant(offered), skip=0))
+def _made(step: Step, offered: Mapping[str, Any], only: tuple[str, ...] = ()) -> nn.Module:
+    """Build the block from what the place offers of what it takes, and of what it cannot lack.
+
+    A name in `only` is given where the block has such an argument.
+    """
+    said = facets(step.what)
+    takes = (*said.takes, *only) if said is not None else only
+    wanted = {name: value for name, value in offered.items() if name in takes or (
+        name in parameters(step.what)
+        and parameters(step.what)[name].default is Parameter.empty)}
+    made: nn.Module = step.what(**supplied(step, constant(wanted), skip=0))
     return made
 
 
@@ -269,7 +421,7 @@ def _check(network: nn.Module, changed: nn.Module, step: Step, task: Task) -> No
     if before.shape != after.shape:
         raise ValueError(f"{step.name} must leave what the network gives as it is, "
                          f"{tuple(before.shape)}, got {tuple(after.shape)}")
-    if isinstance(x, Tensor) and not x.is_floating_point() and before.shape[:2] == x.shape[:2]:
+    if _predicts_next(task) and before.shape[:2] == x.shape[:2]:
         other = x.clone()
         other[:, -1] = (other[:, -1] + 1) % task.classes
         for model, first in ((network, before), (changed, after)):
@@ -279,6 +431,12 @@ def _check(network: nn.Module, changed: nn.Module, step: Step, task: Task) -> No
                 raise ValueError(f"{step.name} cannot run on task {task.name!r} because with it a "
                                  "position sees those that come after it, which are what the "
                                  "network is to predict")
+
+
+def _predicts_next(task: Task) -> bool:
+    """Whether the task's inputs are sequences of tokens, each of which predicts the next."""
+    x = task.first
+    return isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point()
 
 
 def _run(network: nn.Module, x: Any) -> Tensor:

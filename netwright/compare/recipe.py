@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 
-from netwright.catalogue.facets import facets
+from netwright.catalogue.facets import KINDS, facets
 from netwright.catalogue.names import locate, name_of, short_name
 from netwright.errors import UnknownName
 from netwright.rules.rule import Rule
@@ -143,6 +143,32 @@ def recipe(given: Any) -> Recipe:
     return _filled([(_slot(step), step) for step in _steps(given)])
 
 
+def text_of(data: Mapping[str, Any]) -> str:
+    """Return plain data as text, what names functions of one's own included.
+
+    >>> text_of({"network": [{"function": "mine:wider"}], "rule": {"name": "rules.LLS"}})
+    'wider + LLS'
+    """
+    held = [entry if isinstance(entry, list) else [entry] for entry in data.values()]
+    return " + ".join(_data_text(step) for steps in held for step in steps) or "Backprop"
+
+
+def _data_text(value: Any) -> str:
+    if isinstance(value, Mapping) and "value" in value:
+        return str(value["value"])
+    if isinstance(value, Mapping) and ("name" in value or "function" in value):
+        name = (short_name(value["name"]) if "name" in value
+                else value["function"].rpartition(":")[2].rpartition(".")[2])
+        words = ", ".join(f"{key}={_data_text(entry)}"
+                          for key, entry in value.get("arguments", {}).items())
+        return f"{name}({words})" if words else name
+    if isinstance(value, list):
+        return f"[{', '.join(map(_data_text, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_data_text(entry)}' for key, entry in value.items())}}}"
+    return _text(value)
+
+
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
@@ -192,8 +218,8 @@ def _slot(step: Step) -> str:
     said = facets(step.what)
     if said is not None:
         if said.kind not in SLOT_OF:
-            raise ValueError(f"{step.name} is of the kind {said.kind}, which a recipe cannot hold; "
-                             f"it holds {', '.join(SLOT_OF)}")
+            raise ValueError(f"{step.name} is of the kind {said.kind} ({KINDS[said.kind]}), which "
+                             f"is no change by itself; a recipe holds {', '.join(SLOT_OF)}")
         return SLOT_OF[said.kind]
     if isinstance(step.what, type):
         for kind, slot in ((Rule, "rule"), (Optimizer, "optimizer"), (_Loss, "objective")):

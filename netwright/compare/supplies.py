@@ -4,10 +4,12 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import Parameter
 from typing import Any
 
 from torch import Tensor
 
+from netwright.catalogue.facets import facets
 from netwright.compare.recipe import Step
 from netwright.objectives.losses import cross_entropy
 from netwright.tasks import Task
@@ -37,11 +39,13 @@ def sizes(task: Task) -> dict[str, Callable[[], Any]]:
     x = first[0] if isinstance(first, tuple) else first
     known: dict[str, Any] = {}
     if isinstance(first, tuple):
-        known = {"features": x.shape[-1]}
+        known = {"features": x.shape[-1], "dim": 16}
     elif isinstance(x, Tensor) and not x.is_floating_point():
         known = {"context": x.shape[1], "characters": task.classes}
     elif isinstance(x, Tensor):
         known = {"inputs": math.prod(x.shape[1:])}
+        if x.ndim == 2 and task.batch[1].is_floating_point():
+            known |= {"lookback": x.shape[1], "horizon": task.classes}
         if x.ndim > 2:
             known |= {"channels": x.shape[1], "size": tuple(x.shape[2:])}
     return {"classes": lambda: task.classes, **constant(known)}
@@ -59,13 +63,18 @@ def _same(value: Any) -> Any:
 def supplied(step: Step, offered: Offers, *, skip: int = 1) -> dict[str, Any]:
     """Return the arguments of `step`: those that are set, and those that are offered by name.
 
-    The first `skip` parameters are what the step is called with.
+    The first `skip` parameters are what the step is called with. What has no default and nobody
+    offers is as in the method's own first variant, where that says it.
 
     Raises:
         ValueError: the step needs an argument that is neither set nor offered.
     """
     free = {name: p for name, p in [*parameters(step.what).items()][skip:]
             if name not in step.arguments}
+    said = facets(step.what)
+    variant = next(iter(said.variants.values()), {}) if said is not None else {}
+    offered = {**constant({name: value for name, value in variant.items()
+                           if name in free and free[name].default is Parameter.empty}), **offered}
     missing = [name for name, p in free.items() if p.default is p.empty and name not in offered]
     if missing:
         shown = ", ".join(f"{name}=..." for name in missing)

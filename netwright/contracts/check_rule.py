@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from netwright.contracts.checks import (
     Make,
     broken,
+    cast,
     check,
     expect,
     expect_same,
@@ -17,7 +18,7 @@ from netwright.contracts.checks import (
     offered,
 )
 from netwright.rules.rule import Rule
-from netwright.stages.stage import call
+from netwright.signals import call
 
 __all__ = ["check_rule"]
 
@@ -109,11 +110,6 @@ class Case:
         """Put one of the network's parts into eval mode, which no call may change."""
         [*self.network.modules()][-1].eval()
         return self.modes()
-
-
-def cast(x: Any, dtype: torch.dtype | None) -> Any:
-    """Return `x` with its floating-point tensors in another type."""
-    return tree_map(lambda part: part.to(dtype) if part.is_floating_point() else part, x)
 
 
 def expect_finite(loss: Tensor, mend: str = "keep the loss within the numbers' range") -> None:

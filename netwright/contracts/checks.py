@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from netwright.catalogue.facets import Facets, facets
 from netwright.errors import BrokenContract, MissingExtra, UnknownName
@@ -121,6 +122,12 @@ def offered(method: Callable[..., Any], **offers: Any) -> dict[str, Any]:
     """Return those of `offers` that the signature of `method` names."""
     named = inspect.signature(method).parameters
     return {name: value for name, value in offers.items() if name in named}
+
+
+def cast(x: Any, dtype: torch.dtype | None) -> Any:
+    """Return `x` with its floating-point tensors in another type, unless that is None."""
+    return tree_map_only(Tensor, lambda part: part.to(dtype) if part.is_floating_point() else part,
+                         x)
 
 
 def expect(holds: object, expected: str, got: object, mend: str) -> None:

@@ -18,7 +18,8 @@ __all__ = ["gpt"]
 )
 def gpt(characters: int, context: int, *, width: int = 64, depth: int = 2,
         heads: int = 4,
-        feedforward: Callable[[int, int], nn.Module] | None = None) -> nn.Sequential:
+        feedforward: Callable[[int, int], nn.Module] | None = None,
+        attention: Callable[[int, int], nn.Module] | None = None) -> nn.Sequential:
     """Return a small language model: an embedding, `depth` transformer blocks, an output layer.
 
     Each block is h := h + attention(norm(h)), then h := h + mlp(norm(h)); a position sees itself
@@ -26,6 +27,8 @@ def gpt(characters: int, context: int, *, width: int = 64, depth: int = 2,
 
     `feedforward(width, 4 * width)` makes the mlp of each block, a module that takes and returns
     (batch, length, width); without it, two linear layers with a GELU between.
+    `attention(width, heads)` makes the attention of each block, a module of the same shapes that
+    lets no position see a later one.
 
     Args:
         characters: that are told apart.
@@ -34,6 +37,7 @@ def gpt(characters: int, context: int, *, width: int = 64, depth: int = 2,
         depth: how many blocks there are.
         heads: of each attention.
         feedforward: makes the mlp of a block, see above.
+        attention: makes the attention of a block, see above.
 
     Shapes: x (batch, length) of int64 with length <= context; out (batch, length, characters).
 
@@ -48,7 +52,8 @@ def gpt(characters: int, context: int, *, width: int = 64, depth: int = 2,
     """
     if width % heads:
         raise ValueError(f"heads must divide width={width}, got {heads}; try 4")
-    blocks = [Block(width, heads, feedforward=feedforward) for _ in range(depth)]
+    blocks = [Block(width, heads, feedforward=feedforward, attention=attention)
+              for _ in range(depth)]
     return nn.Sequential(Embed(characters, context, width), *blocks, nn.LayerNorm(width),
                          nn.Linear(width, characters))
 
@@ -76,12 +81,16 @@ class Block(nn.Module):
     """Attention and a feed-forward module, each on a normalised copy of the signal."""
 
     def __init__(self, width: int, heads: int, *, causal: bool = True,
-                 feedforward: Callable[[int, int], nn.Module] | None = None) -> None:
+                 feedforward: Callable[[int, int], nn.Module] | None = None,
+                 attention: Callable[[int, int], nn.Module] | None = None) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.attention_out = nn.Linear(width, width)
+        if attention:
+            self.attention = attention(width, heads)
+        else:
+            self.query_key_value = nn.Linear(width, 3 * width)
+            self.attention_out = nn.Linear(width, width)
         if feedforward:
             self.feedforward = feedforward(width, 4 * width)
         else:
@@ -89,11 +98,16 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return `h` with what attention and feed-forward module add."""
-        h = h + self.attention_out(self._attend(self.query_key_value(self.attention_norm(h))))
+        h = h + self._attended(self.attention_norm(h))
         if hasattr(self, "feedforward"):
             added: Tensor = self.feedforward(self.mlp_norm(h))
             return h + added
         return h + self.mlp_out(gelu(self.mlp_in(self.mlp_norm(h))))
+
+    def _attended(self, h: Tensor) -> Tensor:
+        attended: Tensor = (self.attention(h) if hasattr(self, "attention") else
+                            self.attention_out(self._attend(self.query_key_value(h))))
+        return attended
 
     def _attend(self, projected: Tensor) -> Tensor:
         # Written out, since the fused attention has no forward-mode derivative on CPU.

@@ -18,12 +18,14 @@ __all__ = ["patch_transformer"]
 )
 def patch_transformer(channels: int, size: Sequence[int], classes: int, *, patch: int = 4,
                       width: int = 64, depth: int = 4, heads: int = 4,
-                      feedforward: Callable[[int, int], nn.Module] | None = None) -> nn.Sequential:
+                      feedforward: Callable[[int, int], nn.Module] | None = None,
+                      attention: Callable[[int, int], nn.Module] | None = None) -> nn.Sequential:
     """Return a small vision transformer: patches, `depth` transformer blocks, their mean, classes.
 
     Each block is h := h + attention(norm(h)), then h := h + mlp(norm(h)); every patch sees every
     other. `feedforward(width, 4 * width)` makes the mlp of each block, a module that takes and
     returns (batch, patches, width); without it, two linear layers with a GELU between.
+    `attention(width, heads)` makes the attention of each block, a module of the same shapes.
 
     Args:
         channels: of an image.
@@ -34,6 +36,7 @@ def patch_transformer(channels: int, size: Sequence[int], classes: int, *, patch
         depth: how many blocks there are.
         heads: of each attention.
         feedforward: makes the mlp of a block, see above.
+        attention: makes the attention of a block, see above.
 
     Shapes: x (batch, channels, *size); out (batch, classes).
 
@@ -51,7 +54,8 @@ def patch_transformer(channels: int, size: Sequence[int], classes: int, *, patch
     if width % heads:
         raise ValueError(f"heads must divide width={width}, got {heads}; try 4")
     height, breadth = (axis // patch for axis in size)
-    blocks = [Block(width, heads, causal=False, feedforward=feedforward) for _ in range(depth)]
+    blocks = [Block(width, heads, causal=False, feedforward=feedforward, attention=attention)
+              for _ in range(depth)]
     return nn.Sequential(Patches(channels, height * breadth, patch, width), *blocks,
                          nn.LayerNorm(width), Mean(), nn.Linear(width, classes))
 

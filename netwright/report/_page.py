@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from string import Template
 from typing import Any
 
+from netwright.compare.recipe import text_of
 from netwright.compare.results import Comparison, Row
 from netwright.report._figures import (
     FIGURES,
@@ -33,6 +34,7 @@ from netwright.report._figures import (
     without_nan,
     write_text,
 )
+from netwright.runtime.version import __version__
 
 
 def html(comparison: Comparison, path: str | Path) -> Path:
@@ -46,13 +48,12 @@ def html(comparison: Comparison, path: str | Path) -> Path:
     looks = {name: i for i, name in enumerate(dict.fromkeys(r.change for r in comparison.rows))}
     payload = {"palette": PALETTE, "tasks": [_task_data(rows, looks) for rows in tasks.values()]}
     template = Template(files("netwright.report").joinpath("_page.html").read_text("utf-8"))
-    import netwright
     page = template.substitute(
         title="What each change costs and gives", summary=_summary(comparison),
         tabs=_tabs(tasks), glossary=_glossary(), settings=_settings(comparison),
         sections="\n".join(_section(i, task, rows, looks)
                            for i, (task, rows) in enumerate(tasks.items())) or _NOTHING,
-        version=escape(netwright.__version__), plotly=get_plotlyjs(),
+        version=escape(__version__), plotly=get_plotlyjs(),
         data=json.dumps(without_nan(payload), allow_nan=False).replace("<", "\\u003c"))
     return write_text(path, page)
 
@@ -322,7 +323,13 @@ def _settings(comparison: Comparison) -> str:
         f"<dt>{escape(plain(r.change))} on {escape(plain(r.task))}</dt>"
         f"<dd>{escape(_setting(r.hyperparameters))}</dd>"
         for r in comparison.rows if r.hyperparameters)
+    texts = {r.change: text_of(r.recipe) for r in comparison.rows if r.recipe}
+    recipes = "".join(f"<dt>{escape(plain(label))}</dt><dd>{escape(plain(text))}</dd>"
+                      for label, text in texts.items() if text != label)
     said = f"<dl>{shared}</dl>" if shared else '<p class="soft">None were recorded.</p>'
+    if recipes:
+        said += f"<br><details open><summary>What the changes are</summary><dl>{recipes}</dl>" \
+                "</details>"
     if tuned:
         said += f"<br><details><summary>What tuning chose</summary><dl>{tuned}</dl></details>"
     return said

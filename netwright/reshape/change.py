@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
@@ -111,8 +112,8 @@ def reshape(body: Callable[P, nn.Module]) -> Reshape[P]:
         found = decide(*args, **kwargs)
         first, *given = signature.bind(*args, **kwargs).arguments.items()
         model = first[1] if isinstance(first[1], nn.Module) else first[1][0]
-        arguments = {key: plain(value) for key, value in given if key not in _DATA
-                     and not isinstance(value, (Generator, Tensor))}
+        arguments = {key: plain(value) for key, value in given
+                     if key not in _DATA and not _is_data(value)}
         return carry_out(deepcopy(model), found.decision, arguments, found.using)
 
     @torch.inference_mode(False)
@@ -198,6 +199,11 @@ def named(name: str) -> Reshape:
         raise UnknownName("reshape (one of your own must be imported before)", name,
                           [*_OWN, *(n for n in known if hasattr(getattr(ours, n), "carry_out"))])
     return cast(Reshape, found)
+
+
+def _is_data(value: Any) -> bool:
+    return any(isinstance(leaf, (Generator, nn.Module))
+               or (isinstance(leaf, Tensor) and leaf.numel() != 1) for leaf in tree_leaves(value))
 
 
 def _origin(model: Any) -> dict[str, Any]:

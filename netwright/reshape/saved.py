@@ -49,6 +49,11 @@ def save(model: nn.Module, folder: str | Path, *, base: str | Path | None = None
     A kill at any moment leaves what was in the folder, or the new model, whole. Other files in
     the folder stay.
 
+    Args:
+        model: what is kept.
+        folder: where; it is made where it is not there.
+        base: a folder of the model before its changes, see above.
+
     Raises:
         ValueError: a reshape was given something without a public name, a part of the model was
             reshaped by itself, or the model is compiled or holds no weights.
@@ -99,9 +104,13 @@ def load(folder: str | Path, network: nn.Module | None = None, *,
          base: str | Path | None = None) -> nn.Module:
     """Return the model that `save` wrote, its changes carried out again, its outputs the same.
 
-    A Hugging Face model is built from what the folder says. For any other, `network` is a fresh
-    one of the architecture that was reshaped, with whatever weights; it is left as it is. `base`
-    says where the folder is now that `save` was given as `base`.
+    A Hugging Face model is built from what the folder says.
+
+    Args:
+        folder: what `save` wrote to.
+        network: for any other model, a fresh one of the architecture that was reshaped, with
+            whatever weights; it is left as it is.
+        base: where the folder is now that `save` was given as `base`.
 
     Raises:
         CorruptCheckpoint: a file is missing, damaged, truncated or of something else.

@@ -7,18 +7,20 @@ is the model's own code. In between a member is called with the arguments that w
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from netwright.anatomy.calls import Call, link, version
 from netwright.errors import CannotStage
 from netwright.runtime.modes import rehearsing
-from netwright.runtime.random_state import random_state, set_random_state
+from netwright.runtime.random_state import RandomState, random_state, set_random_state
 from netwright.signals import Path, apply, at, found, replace, tensor_of, tensors
 from netwright.stages._transformers import fresh, is_cache
 from netwright.stages.stage import Context, Stage
@@ -74,12 +76,44 @@ class Member:
                        at(arguments, v.path) if isinstance(v, _Given) else v)
 
 
+class _Draws(TorchDispatchMode):
+    """Writes down what draws from the global random state, so that it can be drawn again.
+
+    A model may draw between its layers, to drop whole layers for instance.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Callable[[], Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (),
+                           kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in function.tags and not kwargs.get("generator"):
+            given, named = replace((args, kwargs), _own)
+            self.made.append(lambda: function(*replace(given, _own), **named))
+        return function(*args, **kwargs)
+
+    def so_far(self) -> list[Callable[[], Any]]:
+        """Return the draws since this was last asked."""
+        draws, self.made = self.made, []
+        return draws
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 class MemberContext(Context):
-    """What the stubs wrote down: the later members' arguments and the entry's outputs."""
+    """What the stubs wrote down: the later members' arguments and the entry's outputs.
+
+    `draws` are the random draws that the model makes just before each later member's call.
+    """
 
     def __init__(self, x: Any, *, live: bool = False) -> None:
         super().__init__(x, live=live)
         self.arguments: list[Any] | None = None
+        self.draws: list[list[Callable[[], Any]]] = []
         self.entry: dict[nn.Module, list[Any]] = {}
 
 
@@ -111,6 +145,7 @@ class MemberChain:
                  clone_entry: bool) -> None:
         self.model, self.members, self.groups = model, members, groups
         self.entry, self.options, self.clone_entry = entry, options, clone_entry
+        self.draws: dict[bool, bool] = {}  # whether the model draws between members, by its mode
 
     def first(self, x: Any, context: MemberContext) -> Tensor:
         """Run what comes before the members and the first group; write down what follows."""
@@ -118,12 +153,15 @@ class MemberChain:
             return tensor_of(apply(self.model, x, **self.options))
         start = self.groups[0].stop
         fill = context.live or context.arguments is None
+        training = self.model.training
+        listens = self.draws.get(training, True)  # which takes time, so once if there are none
         written: list[Any] = []
+        draws = _Draws()
+        drawn: list[list[Callable[[], Any]]] = []
         caches: dict[int, _Cache] = {}
         signal: Any = None
-        if isinstance(x, Mapping) and x.get("past_key_values") is not None:
-            raise CannotStage("x holds past_key_values, which a stage that is run twice would "
-                              "extend twice; leave them out")
+        state: RandomState | None = None
+        _refuse_caches(x)
 
         def kept(value: Any) -> Any:
             if value is signal:
@@ -131,7 +169,7 @@ class MemberChain:
             return caches.get(id(value)) or context.keep(value)
 
         def stub(k: int, arguments: Any, run: Callable[..., Any]) -> Any:
-            nonlocal signal
+            nonlocal signal, state
             member = self.members[k]
             if k == 0:
                 for cache in found(arguments, is_cache):
@@ -142,24 +180,35 @@ class MemberChain:
                 signal = at(arguments, member.slot)
                 if not fill:
                     raise _Stop
+                if listens:
+                    state = random_state()
+                    listening.enter_context(draws)
             elif at(arguments, member.slot) is not signal:
                 raise CannotStage(f"{member.name} did not take what {self.members[k - 1].name} "
                                   "returned, as it did for the example")
             written.append(replace(arguments, kept))
+            drawn.append(draws.so_far())
             if k + 1 == len(self.members):
+                listening.close()
                 raise _Stop
             return member.respond(signal, arguments)
 
         entry: dict[nn.Module, list[Any]] = {}
-        with self._stubs(stub, range(start)), self._recorded(entry if fill else None, context):
+        with (self._stubs(stub, range(start)), self._recorded(entry if fill else None, context),
+              ExitStack() as listening):
             self._run(x)
         if fill:
-            context.arguments, context.entry = written, entry
+            context.arguments, context.entry, context.draws = written, entry, drawn
+            if listens:
+                self.draws[training] = any(drawn)
+            if any(drawn) and state is not None:
+                set_random_state(state)
         return signal
 
     def middle(self, i: int, h: Tensor, context: MemberContext) -> Tensor:
         """Run group `i` on `h` with the arguments that were written down."""
         for k in self.groups[i]:
+            self._draw(k, context)
             args, kwargs = self._arguments(k, h, context)
             h = at(self.members[k].module(*args, **kwargs), self.members[k].path)
         return h
@@ -174,11 +223,16 @@ class MemberChain:
                 return member.respond(h, arguments)
             if k == group.start:
                 set_random_state(state)
+                self._draw(k, context)
             args, kwargs = self._arguments(k, at(arguments, member.slot), context)
             return run(*args, **kwargs)
 
         with self._stubs(stub, group), self._replayed(context):
             return tensor_of(apply(self.model, context.x, **self.options))
+
+    def _draw(self, k: int, context: MemberContext) -> None:
+        for draw in context.draws[k - self.groups[0].stop]:
+            draw()
 
     def _arguments(self, k: int, h: Any, context: MemberContext) -> Any:
         assert context.arguments is not None
@@ -251,6 +305,15 @@ class MemberChain:
         patched = {m: forward_of(m, count, m.forward) for m, count in self.entry}
         with _forwards(patched), _silence(patched):
             yield
+
+
+def _refuse_caches(x: Any) -> None:
+    entries = x.items() if isinstance(x, Mapping) else enumerate(
+        x if isinstance(x, (tuple, list)) else [x])
+    for name, value in entries:
+        if found(value, is_cache):
+            raise CannotStage(f"x holds the cache {name}, which a stage that is run twice would "
+                              "extend twice; leave it out")
 
 
 @contextmanager

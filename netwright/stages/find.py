@@ -38,12 +38,14 @@ def stages(network: nn.Module | Stages, example: Any = None,
 
     An `nn.Sequential` begins a new stage at each weighted layer; a Hugging Face model has a stage
     for each layer of its list of layers, a PyTorch Geometric `BasicGNN` for each convolution. Any
-    other module is watched while it runs on `example`. `cuts` names the modules at which the
-    stages begin, the first of which takes all that comes before it.
+    other module is watched while it runs on `example`. Where that is given, the stages have been
+    run beside the network and gave the same, bit for bit.
 
-    `example` is an input as the network takes it: a tensor, a tuple of arguments or a mapping of
-    keywords. Where it is given, or was needed, the stages have been run beside the network and
-    gave the same, bit for bit.
+    Args:
+        network: the module to read, or its stages, which are returned.
+        example: an input as the network takes it: a tensor, a tuple of arguments or a mapping of
+            keywords.
+        cuts: names of the modules at which the stages begin; the first takes all before it.
 
     Raises:
         CannotStage: no chain was found, or `cuts` names none, or the network does not take

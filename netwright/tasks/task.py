@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.functional import mse_loss
 from torch.optim import Adam, Optimizer
 
 from netwright import data, models
+from netwright.blocks.mixing.mlp_mixer import MLPMixer
 from netwright.data.batches import Batches
 from netwright.errors import BadTaskFile, NetwrightError, UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -26,6 +28,7 @@ from netwright.objectives.metrics import accuracy
 from netwright.runtime.modes import evaluating
 from netwright.runtime.random_state import same_random_state
 from netwright.stages import call
+from netwright.tasks import densities, forecasts
 
 __all__ = ["TASKS", "Parts", "Task", "load_tasks", "task"]
 
@@ -55,6 +58,8 @@ def bits_per_character(scores: Tensor, y: Tensor) -> float:
 METRICS: Mapping[str, tuple[Callable[[Tensor, Tensor], float | Tensor], bool]] = {
     "accuracy": (accuracy, True),
     "bits per character": (bits_per_character, False),
+    "mean squared error": (mse_loss, False),
+    "nats": (densities.negative_log_likelihood, False),
 }
 
 
@@ -62,13 +67,23 @@ METRICS: Mapping[str, tuple[Callable[[Tensor, Tensor], float | Tensor], bool]] =
 class Task:
     """What changes are compared on: a network builder, data, a loss and a metric.
 
-    `network` is a function without arguments that returns a fresh network. `data` is a function
-    without arguments or what it would return: a `Split` (or any four tensors x_train, y_train,
-    x_test, y_test), a `Graph`, or `Parts`. A share `validation` of a split's training samples is
-    set aside while hyperparameters are tuned, and used for training afterwards. `metric` is a
-    name of `METRICS` or a function of (scores, y) averaged over samples, with
-    `higher_is_better`. `num_classes` and `example` (an input) are found where they are not
-    given. `optimizer` takes parameters and `lr`; `learning_rate` is where tuning starts.
+    Args:
+        name: what results call it.
+        network: a function without arguments that returns a fresh network.
+        data: a function without arguments or what it would return: a `Split` (or any four tensors
+            x_train, y_train, x_test, y_test), a `Graph`, or `Parts`.
+        loss: of scores and targets.
+        metric: a name of `METRICS`, or a function of (scores, y) averaged over samples.
+        higher_is_better: whether more of `metric` is better; needed where it is a function.
+        epochs: of each run.
+        batch_size: in training.
+        learning_rate: where tuning starts.
+        optimizer: takes parameters and `lr`.
+        validation: the share of a split's training samples that is set aside while
+            hyperparameters are tuned, and used for training afterwards.
+        num_classes: found where it is not given.
+        example: an input, found where it is not given.
+        file: the file that defines the task, where one does.
 
     Raises:
         ValueError: an argument is not what it must be.
@@ -339,6 +354,21 @@ TASKS: Mapping[str, Task] = {entry.name: entry for entry in [
          learning_rate=2e-3, num_classes=10),
     Task("digits-cnn", partial(models.cnn, 1, (8, 8), 10), data.digits, epochs=15,
          learning_rate=2e-3, num_classes=10),
+    Task("digits-linear", partial(models.mlp, 64, 10, hidden=()), data.digits, epochs=15,
+         learning_rate=2e-3, num_classes=10),
+    Task("digits-transformer", partial(models.patch_transformer, 1, (8, 8), 10, patch=2, depth=2),
+         data.digits, epochs=15, learning_rate=2e-3, num_classes=10),
+    Task("digits-mixer", partial(MLPMixer, 1, (8, 8), 10, patch=2, depth=2), data.digits,
+         epochs=15, learning_rate=2e-3, num_classes=10),
+    Task("moons-flow", densities.points_flow, densities.moons,
+         loss=densities.negative_log_likelihood, metric="nats", epochs=15, learning_rate=2e-3,
+         num_classes=1),
+    Task("digits-flow", densities.images_flow, densities.smooth_digits,
+         loss=densities.negative_log_likelihood, metric="nats", epochs=15, learning_rate=2e-3,
+         num_classes=1),
+    Task("waves-gru", forecasts.Forecaster, forecasts.waves, loss=mse_loss,
+         metric="mean squared error", epochs=15, learning_rate=5e-3,
+         num_classes=forecasts.HORIZON),
     Task("mnist1d-cnn", partial(models.cnn, 1, (40,), 10, widths=(25, 25, 25), kernel=5),
          data.mnist1d, epochs=30, batch_size=100, num_classes=10),
     Task("char-gpt", _gpt, _pydoc_windows, metric="bits per character", epochs=4, batch_size=32,

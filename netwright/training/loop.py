@@ -58,27 +58,35 @@ def fit(rule: Rule | nn.Module, train: Data, *, epochs: int,
         progress: bool = True) -> History:
     """Train with `rule` on the batches of `train` and return what each epoch gave.
 
-    `rule` is a rule, or a module to train by backpropagation. `train` and `validation` are
-    iterables of (x, y) that can be passed over again: a `Batches`, a `DataLoader`, a list.
-
-    `optimizer` is one, or a function of the parameters that returns one; Adam with a rate of
-    0.001 where it is None. `scheduler` is one, or a function of the optimizer, stepped after
-    every epoch or every step as `scheduler_unit` says. `accumulate` batches make one step, as one
-    batch of all their samples would. `clip` bounds the norm of the gradient. `autocast` is the
-    type to compute in, `torch.bfloat16`.
-
-    `metric` takes predictions and targets of `validation`. `patience` stops after that many
-    epochs without a better one, and puts the best epoch's weights back.
-
-    `checkpoint` names a folder where the state of the training is kept, written after every epoch
-    and every `checkpoint_every` steps. The same call made again goes on from there, and ends with
-    the weights of a training that was never interrupted: on CPU bit for bit.
+    With `checkpoint` the same call made again goes on where it stopped, and ends with the weights
+    of a training that was never interrupted: on CPU bit for bit.
 
     Under `torchrun` every process trains on its own batches (`Batches` takes its share by
     itself), and gradients are averaged before each step.
 
-    `seed` seeds PyTorch, Python and numpy. `on_epoch` is called with what each epoch gave.
-    `tensorboard` names a folder to log to.
+    Args:
+        rule: a rule, or a module to train by backpropagation.
+        train: (x, y) that can be passed over again: a `Batches`, a `DataLoader`, a list.
+        epochs: passes over `train`.
+        optimizer: one, or a function of the parameters that returns one; by default Adam with a
+            rate of 0.001.
+        validation: batches like those of `train`, to judge each epoch by.
+        metric: takes predictions and targets of `validation`.
+        higher_is_better: whether more of `metric` is better.
+        scheduler: one, or a function of the optimizer.
+        scheduler_unit: when it is stepped, after each "epoch" or each "step".
+        patience: epochs without a better one after which training stops and the best epoch's
+            weights are put back.
+        accumulate: batches that make one step, as one batch of all their samples would.
+        clip: the most that the norm of the gradient may be.
+        autocast: the type to compute in, `torch.bfloat16`.
+        device: where to train; where the rule is without one.
+        seed: of PyTorch, Python and numpy.
+        checkpoint: a folder that the state of the training is kept in, after every epoch.
+        checkpoint_every: steps after which it is kept as well.
+        on_epoch: is called with what each epoch gave.
+        tensorboard: a folder to log to.
+        progress: whether a line shows how far it is.
 
     Raises:
         CorruptCheckpoint: the checkpoint is damaged, or another training's.

@@ -5,7 +5,7 @@ import pytest
 from torch import nn
 
 from netwright.catalogue.facets import KINDS, facets, method, methods, searched
-from netwright.compare.recipe import distribution
+from netwright.compare.changes import distribution
 from netwright.errors import UnknownName
 
 METHODS = pytest.mark.parametrize("entry", methods().values(), ids=lambda entry: entry.name)

@@ -227,6 +227,56 @@ def test_reshapes_and_lists():
     assert wide.mean > 0.8
 
 
+def test_what_cannot_run_is_found_before_anything_is_trained():
+    steps = []
+
+    class Seen(Backprop):
+        def forward(self, x, y):
+            steps.append(len(y))
+            return super().forward(x, y)
+    storage = InMemoryStorage()
+    fine, failed = trained({"fine": Seen, "block": "TokenMixing"}, storage=storage, trials=1).rows
+    assert failed.failure.startswith("TokenMixing cannot run on task 'points' because its network")
+    assert fine.mean > 0.8
+    found = [trial for study in storage.get_all_studies()
+             for trial in storage.get_all_trials(study._study_id, deepcopy=True)]
+    refused = next(t for t in found if t.state == TrialState.FAIL)
+    assert all(refused.datetime_complete < t.datetime_start for t in found
+               if t.state == TrialState.COMPLETE)
+    assert steps[0] == 20
+
+
+def test_rows_hold_their_recipe(tmp_path):
+    storage = InMemoryStorage()
+    rows = trained({"mine": "mlp(hidden=[8]) + SGD", "own": Named}, storage=storage, trials=2,
+                   seeds=1).rows
+    assert nw.recipe(rows[0].recipe) == nw.recipe("mlp(hidden=[8]) + SGD")
+    assert rows[1].recipe["rule"]["function"].endswith("test_compare:Named")
+    assert rows[0].parameters == 67
+    assert json.loads(json.dumps(rows[0].recipe)) == rows[0].recipe
+    assert nw.recorded(storage).rows == rows
+
+
+def test_batches_are_changed_in_training_only():
+    seen = []
+
+    def mirrored(x, y):
+        seen.append(len(y))
+        return -x, y
+    turned, = trained({"turned": nw.Recipe(data=nw.recipe({"data": mirrored}).data)},
+                      trials=1, seeds=1).rows
+    assert turned.mean < 0.4
+    assert set(seen) == {20, 8}  # the batches of 60 samples, and of the 48 that tuning trains on
+
+
+def test_the_same_name_in_two_steps_is_tuned_apart():
+    def scaled(network, *, strength=1.0):
+        return network
+    scaled.search = {"strength": [1.0, 3.0]}
+    row, = trained({"two": [scaled, Diverging]}, trials=1, seeds=1).rows
+    assert row.hyperparameters.keys() == {"learning_rate", "0.strength", "1.strength"}
+
+
 def test_lower_may_be_better():
     def error(scores, y):
         return 1 - nw.objectives.accuracy(scores, y)

@@ -851,6 +851,29 @@ def test_pretrained_given_a_cache() -> None:
     net = nw.stages(pretrained("LlamaForCausalLM", **LLAMA))
     with pytest.raises(CannotStage, match="past_key_values"):
         net(TEXT | {"past_key_values": cache})
+    with pytest.raises(CannotStage, match="cache 3, which a stage"):
+        net((TOKENS, None, None, cache))
+
+
+def test_draws_between_the_layers() -> None:
+    """The decision whether to drop a layer is drawn even where no layer is dropped."""
+
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Tanh()) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                if torch.empty(1).bernoulli_(0.5) < 0:
+                    continue
+                x = layer(x)
+            return x
+
+    net = nw.stages(Dropping(), x := torch.randn(2, 4))
+    assert net.names == ["layers.0", "layers.1", "layers.2"]
+    assert_same(net, x)
 
 
 def test_pretrained_that_drops_layers() -> None:

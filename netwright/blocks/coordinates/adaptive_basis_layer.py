@@ -11,7 +11,8 @@ from netwright.catalogue.facets import method
 __all__ = ["AdaptiveBasisLayer"]
 
 
-@method("block", papers=["003-132"], place="embedding", takes=("grid",), needs=["series"])
+@method("block", papers=["003-132"], place="embedding", takes=("grid",), needs=["series"],
+        network=lambda: AdaptiveBasisLayer(4, 6, torch.linspace(0, 1, 8)))
 class AdaptiveBasisLayer(nn.Module):
     """Describe a curve by its products with a few functions that are learnt with the network.
 

@@ -15,6 +15,8 @@ __all__ = ["CoordinateAwareModulation"]
     place="normalisation",
     takes=("grid_shape", "dim"),
     needs=["coordinates"],
+    variants={"grid": {"grid_shape": (4, 4)}},
+    batch=lambda: (torch.randn(6, 8), torch.rand(6, 2) * 2 - 1),
 )
 class CoordinateAwareModulation(nn.Module):
     """Scale and shift hidden features by values that grids hold at each coordinate.

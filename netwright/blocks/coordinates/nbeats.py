@@ -21,6 +21,7 @@ Stack = Literal["generic", "trend", "seasonality"] | tuple[Tensor, Tensor]
     takes=("lookback", "horizon"),
     needs=["series"],
     search={"blocks": [1, 3], "hidden": [64, 256]},
+    variants={"small": {"hidden": 8}, "generic": {"hidden": 8, "stacks": ("generic",)}},
 )
 class NBeats(nn.Module):
     """Forecast a series by blocks that each explain a part of it and pass on what is left.

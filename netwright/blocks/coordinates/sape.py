@@ -21,6 +21,7 @@ _POOLS: dict[int, Callable[..., Tensor]] = {
     takes=("dims",),
     needs=["coordinates"],
     search={"deviation": (0.5, 50.0)},
+    batch=lambda: torch.rand(2, 5, 2) * 2 - 1,
 )
 class FourierFeatures(nn.Module):
     """Sines and cosines of a coordinate along random directions, from slow to fast.
@@ -75,6 +76,8 @@ class FourierFeatures(nn.Module):
     place="embedding",
     takes=("encoding", "dims"),
     needs=["coordinates"],
+    network=lambda: SAPE(FourierFeatures(2, 4), dims=2, steps=10, grid=4),
+    batch=lambda: torch.rand(2, 5, 2) * 2 - 1,
 )
 class SAPE(nn.Module):
     """Unmask an encoding's features from slow to fast, in each place as long as the error remains.

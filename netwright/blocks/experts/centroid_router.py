@@ -7,7 +7,8 @@ from netwright.catalogue.facets import method
 __all__ = ["CentroidRouter"]
 
 
-@method("block", papers=["002-138"], place="router")
+@method("block", papers=["002-138"], place="router",
+        network=lambda: CentroidRouter(torch.randn(4, 8)))
 class CentroidRouter(nn.Module):
     """Send each input to the expert whose centroid is nearest.
 

@@ -29,7 +29,8 @@ _SLOPES: dict[type[nn.Module], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 
-@method("block", papers=["003-001"], place="experts", takes=("dim", "hidden", "n_experts"))
+@method("block", papers=["003-001"], place="experts", takes=("dim", "hidden", "n_experts"),
+        batch=lambda: (torch.randn(6, 8), torch.tensor([2, 0, 3, 1])))
 class GLUExperts(nn.Module):
     """Gated feed-forward experts whose weights lie in one tensor for each layer.
 

@@ -19,6 +19,7 @@ __all__ = ["HashRouter", "feed_token_ids"]
     place="router",
     takes=("n_experts", "vocabulary"),
     needs=["tokens"],
+    batch=lambda: (torch.randn(5, 8), torch.tensor([1, 0, 3, 9, 3])),
 )
 class HashRouter(nn.Module):
     """Send each token to the expert that a fixed table names for its id.

@@ -15,6 +15,7 @@ __all__ = ["LossFreeRouter"]
     place="router",
     takes=("dim", "n_experts"),
     search={"k": [1, 2], "bias_rate": (0.0001, 0.01)},
+    variants={"plain": {}, "softmax": {"scores": "softmax"}},
 )
 class LossFreeRouter(nn.Module):
     """Send tokens to the experts with the best biased scores; the bias evens their load.

@@ -39,6 +39,8 @@ class Usage(NamedTuple):
     place="feedforward",
     takes=("dim",),
     search={"k": [1, 2], "balance": (0.001, 0.1)},
+    variants={"plain": {"experts": lambda: nn.Linear(8, 8), "n_experts": 4},
+              "one by one": {"experts": lambda: nn.Linear(8, 8), "n_experts": 4, "fused": False}},
 )
 class MixtureOfExperts(nn.Module):
     """Run each token through the few experts that a router chooses for it.

@@ -199,6 +199,7 @@ def link_gates(network: nn.Module) -> nn.Module:
     takes=("dim",),
     saves=["training time", "inference time"],
     search={"share": [0.5, 0.75], "k": [1, 2]},
+    variants={"plain": {"experts": lambda: nn.Linear(8, 8), "n_experts": 4}},
 )
 def moe_plus_plus(dim: int, experts: Sequence[nn.Module] | Callable[[], nn.Module],
                   n_experts: int | None = None, *, zero: int = 1, copy: int = 1, constant: int = 2,

@@ -53,6 +53,7 @@ def check_choice(n_experts: int, k: int) -> None:
     place="router",
     takes=("dim", "n_experts"),
     search={"k": [1, 2], "softmax": ["chosen", "all"]},
+    variants={"plain": {}, "softmax over all": {"softmax": "all"}},
 )
 class TopKRouter(nn.Module):
     """Send each token to the k experts with the largest logits of a linear layer.

@@ -11,7 +11,8 @@ from netwright.errors import UnknownName
 __all__ = ["SelfAttention", "Sublayer", "par_pattern", "sublayers"]
 
 
-@method("block", place="attention", takes=("dim", "heads"))
+@method("block", place="attention", takes=("dim", "heads"),
+        variants={"plain": {}, "both ways": {"causal": False}})
 class SelfAttention(nn.Module):
     """Attention of tokens over one another, with as many heads as you like.
 
@@ -22,7 +23,7 @@ class SelfAttention(nn.Module):
         heads: how many heads.
         causal: whether a token sees only itself and those before it.
 
-    Shapes: x and y (batch, length, dim).
+    Shapes: x and y (*, length, dim).
 
     Raises:
         ValueError: `heads` does not divide `dim`.
@@ -42,15 +43,16 @@ class SelfAttention(nn.Module):
         self.query_key_value, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, length, dim) of (batch, length, dim)."""
-        query, key, value = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).permute(
-            2, 0, 3, 1, 4)
+        """Return (*, length, dim) of (*, length, dim)."""
+        query, key, value = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).movedim(
+            -3, 0).transpose(-3, -2)
         mixed = scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        y: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        y: Tensor = self.out(mixed.transpose(-3, -2).flatten(-2))
         return y
 
 
-@method("block", place="residual stream", takes=("dim", "module"))
+@method("block", place="residual stream", takes=("dim", "module"),
+        network=lambda: Sublayer(8, nn.Linear(8, 8)))
 class Sublayer(nn.Module):
     """Add to the signal what a module makes of a normalised copy.
 

@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -19,6 +20,9 @@ _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
     takes=("dim", "hidden"),
     needs=["images"],
     search={"kernel": [3, 5], "activation": ["gelu", "relu", "silu"]},
+    variants={"plain": {}, "tokens of an image": {"size": (2, 2)},
+              "causal": {"axes": 1, "causal": True}},
+    batch=lambda: torch.randn(2, 4, 4, 8),
 )
 class ConvGLU(nn.Module):
     """A gated feed-forward block whose gate also sees a token's neighbours in the grid.

@@ -41,6 +41,7 @@ def activation_module(activation: Activation) -> nn.Module:
     place="feedforward",
     takes=("dim", "hidden"),
     search={"layers": [2, 3], "activation": ["gelu", "relu", "silu"]},
+    variants={"plain": {}, "three layers": {"layers": 3}},
 )
 class FeedForward(nn.Sequential):
     """A feed-forward block of 1 to n linear layers with an activation between them.

@@ -17,6 +17,8 @@ __all__ = ["LehmerMultiplet"]
     place="linear",
     takes=("inputs", "units"),
     search={"mean": ["lehmer", "gini"]},
+    variants={"plain": {},
+              "Gini means": {"mean": "gini", "exponents": ((1.0, 0.0), (2.0, 1.0))}},
 )
 class LehmerMultiplet(nn.Module):
     """Neurons that take means instead of sums: several means with the same weights.

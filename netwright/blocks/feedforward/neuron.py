@@ -24,7 +24,8 @@ class Step(nn.Module):
         return (z >= 0).to(z.dtype)
 
 
-@method("block", papers=["003-036"], place="linear", takes=("in_features",))
+@method("block", papers=["003-036"], place="linear", takes=("in_features",),
+        variants={"plain": {}, "sigmoid": {"activation": "sigmoid"}})
 class Neuron(nn.Sequential):
     """A neuron: a weighted sum of its inputs, a threshold and an activation.
 
@@ -50,6 +51,11 @@ class Neuron(nn.Sequential):
     >>> Neuron(2)(torch.zeros(4, 2)).shape
     torch.Size([4, 1])
     """
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether a gradient reaches the weights; through a step none does."""
+        return not isinstance(self[1], Step)
 
     def __init__(self, in_features: int,
                  activation: Literal["step"] | Activation | Callable[[], nn.Module] = "step", *,

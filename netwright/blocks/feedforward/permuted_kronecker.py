@@ -21,6 +21,9 @@ Permutation = Literal["none", "transpose", "random"] | tuple[Tensor, Tensor]
     takes=("in_features", "out_features"),
     saves=["parameters", "file size"],
     search={"copies": [2, 4]},
+    variants={"plain": {"copies": 2, "in_features": 4},
+              "transposed": {"copies": 2, "in_features": 4, "permutation": "transpose"},
+              "random": {"copies": 2, "in_features": 4, "permutation": "random"}},
 )
 class PermutedKroneckerLinear(nn.Module):
     """A wide linear layer that uses one small matrix many times, between two permutations.

@@ -14,6 +14,7 @@ __all__ = ["ProjectionHead", "maxsim"]
     takes=("dim", "out"),
     needs=["tokens"],
     search={"layers": [1, 2], "gated": [False, True]},
+    variants={"plain": {}, "gated": {"gated": True}},
 )
 class ProjectionHead(nn.Module):
     """What makes a token's vector for late interaction of an encoder's output.

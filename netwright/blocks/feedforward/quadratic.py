@@ -18,6 +18,7 @@ __all__ = ["QuadraticFeedForward", "QuadraticLinear", "relinear_groups"]
     place="linear",
     takes=("inputs", "outputs"),
     search={"start": ["linear", "random"]},
+    variants={"plain": {}, "random start": {"start": "random"}},
 )
 class QuadraticLinear(nn.Module):
     """A layer of quadratic neurons: a product of two linear functions, and squares.

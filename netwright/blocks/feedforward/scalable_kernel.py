@@ -37,6 +37,7 @@ class Sine(nn.Module):
     place="embedding",
     takes=("dim", "n_features"),
     search={"function": ["sin", "cos", "relu"], "scale": (0.1, 10.0)},
+    variants={"plain": {}, "cosine": {"function": "cos"}, "ReLU": {"function": "relu"}},
 )
 class RandomFeatures(nn.Module):
     """Fixed random features of inputs and of weights, whose product is a layer on average.
@@ -155,6 +156,7 @@ class RandomFeatures(nn.Module):
     takes=("dim_in", "dim_out"),
     saves=["parameters", "file size"],
     search={"n_features": [16, 64, 256]},
+    variants={"plain": {"n_features": 6}},
 )
 class SNNK(nn.Module):
     """A layer s(W x + b) by random features: what is trained meets the input in one dot product.

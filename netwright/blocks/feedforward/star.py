@@ -1,3 +1,4 @@
+import torch
 from torch import Tensor, nn
 
 from netwright import checks
@@ -67,6 +68,7 @@ class Star(nn.Module):
     takes=("dim",),
     needs=["images"],
     search={"kernel": [3, 5, 7]},
+    batch=lambda: torch.randn(2, 8, 4, 4),
 )
 class StarBlock(nn.Module):
     """A block of StarNet: the star operation between two convolutions of each channel alone.

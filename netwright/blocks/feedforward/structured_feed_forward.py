@@ -15,6 +15,8 @@ __all__ = ["LowRankFeedForward", "StructuredFeedForward"]
     takes=("dim", "hidden"),
     saves=["parameters", "file size", "inference memory", "inference time", "training time"],
     search={"kind": ["lowrank", "blockdense", "blockshuffle"], "share": [0.16, 0.32, 0.63]},
+    variants={"plain": {}, "block-dense": {"kind": "blockdense"},
+              "block-shuffle": {"kind": "blockshuffle"}},
 )
 class StructuredFeedForward(nn.Sequential):
     """A feed-forward block of two layers whose matrices are products of smaller or sparser ones.

@@ -24,6 +24,8 @@ KINDS = ("lowrank", "blockdense", "blockshuffle")
     takes=("in_features", "out_features"),
     saves=["parameters", "file size", "inference memory", "inference time", "training time"],
     search={"kind": ["lowrank", "blockdense", "blockshuffle"], "share": [0.16, 0.32, 0.63]},
+    variants={"plain": {}, "block-dense": {"kind": "blockdense"},
+              "block-shuffle": {"kind": "blockshuffle"}},
 )
 class StructuredLinear(nn.Module):
     """A linear layer whose matrix is a product of two smaller or sparser ones.

@@ -32,6 +32,8 @@ _REDUCTIONS = ("global", "spatial", "linear", "none")
     place="linear",
     takes=("inputs", "outputs"),
     search={"grid": [3, 5]},
+    variants={"plain": {}, "linear reduction": {"reduce": "linear"},
+              "no reduction": {"reduce": "none"}},
 )
 class AFKANLinear(nn.Module):
     """A Kolmogorov-Arnold layer whose functions are combinations of two shifted activations.

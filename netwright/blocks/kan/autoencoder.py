@@ -16,6 +16,7 @@ __all__ = ["KANAutoencoder"]
     place="whole network",
     takes=("sizes",),
     search={"grid": [3, 5, 8]},
+    variants={"small": {"sizes": (8, 4, 2)}},
 )
 class KANAutoencoder(nn.Module):
     """An autoencoder of Kolmogorov-Arnold layers: a narrow code of x, and x again.

@@ -27,6 +27,7 @@ _BLOCK = 2 ** 16  # entries of a block on a processor, which stay in its cache
     place="activation",
     takes=("dim",),
     search={"fit": ["swish", "gelu"]},
+    variants={"plain": {}, "autograd": {"backward": "autograd"}},
 )
 class GroupRational(nn.Module):
     """An activation that is learnt: a quotient of two polynomials for each group of channels.

@@ -24,6 +24,7 @@ _PLAIN = [name for name, basis in BASES.items() if basis.plain]
     place="linear",
     takes=("inputs", "outputs"),
     search={"grid": [3, 5, 8], "select": ["soft", "hard", "sum"]},
+    variants={"plain": {}, "hard": {"select": "hard"}, "summed": {"select": "sum"}},
 )
 class SelectableKANLinear(nn.Module):
     """A Kolmogorov-Arnold layer whose outputs choose the family of functions on their edges.
@@ -112,6 +113,11 @@ class SelectableKANLinear(nn.Module):
         choice = None if select == "sum" else nn.Parameter(torch.zeros(outputs, len(bases)))
         self.register_parameter("logits", choice)
         self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
+
+    @property
+    def surrogate_gradient(self) -> bool:
+        """Whether the logits are given the gradient of a softer choice than the one made."""
+        return self.select == "hard"
 
     @property
     def select(self) -> Select:

@@ -107,6 +107,8 @@ class MixerBlock(nn.Module):
     takes=("channels", "size", "classes"),
     needs=["images"],
     search={"depth": [2, 4], "width": [32, 64]},
+    variants={"small": {"width": 12, "depth": 2},
+              "two scales": {"width": 12, "depth": 2, "scales": (1, 2)}},
 )
 class MLPMixer(nn.Sequential):
     """An image classifier of patches whose blocks mix tokens and channels without attention.

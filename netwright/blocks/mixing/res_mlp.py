@@ -102,6 +102,7 @@ class ResMLPBlock(nn.Module):
     takes=("channels", "size", "classes"),
     needs=["images"],
     search={"depth": [4, 12]},
+    variants={"small": {"patch": 4, "width": 12, "depth": 2}},
 )
 class ResMLP(MLPMixer):
     """An image classifier of `ResMLPBlock`s: patches, blocks, an affine layer, their mean, classes.

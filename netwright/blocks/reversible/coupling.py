@@ -13,7 +13,9 @@ from netwright.reversing.engine import Add, Update
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 
 
-@method("block", place="residual stream", takes=("f", "g"), saves=["training memory"])
+@method("block", place="residual stream", takes=("f", "g"), saves=["training memory"],
+        network=lambda: AdditiveCoupling(nn.Linear(3, 3), nn.Linear(3, 3)),
+        batch=lambda: torch.randn(5, 6))
 class AdditiveCoupling(ReversibleBlock):
     """Add to each half of the input what a module makes of the other half.
 
@@ -54,7 +56,9 @@ class AdditiveCoupling(ReversibleBlock):
         return [Add("f", self.f, (1,), 0, args, options), Add("g", self.g, (0,), 1, args, options)]
 
 
-@method("block", place="residual stream", takes=("f", "g"), saves=["training memory"])
+@method("block", place="residual stream", takes=("f", "g"), saves=["training memory"],
+        network=lambda: AffineCoupling(nn.Linear(3, 6), nn.Linear(3, 6)),
+        batch=lambda: torch.randn(5, 6))
 class AffineCoupling(ReversibleBlock):
     """Scale and shift each half of the input by what a module makes of the other half.
 

@@ -26,6 +26,8 @@ LEAST_SCALE = 1e-3
     saves=["training memory"],
     needs=["images"],
     search={"columns": [2, 4]},
+    variants={"small": {"channels": (4, 6), "columns": 2, "inputs": 1}},
+    batch=lambda: torch.randn(2, 1, 4, 4),
 )
 class ReversibleDecoupler(nn.Module):
     """Separate what shines through a pane from what it reflects, by an encoder that can be undone.

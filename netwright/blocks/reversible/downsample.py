@@ -63,7 +63,7 @@ class InvertibleDownsample(nn.Module):
         split = [n for s, f in zip(x.shape[2:], factors, strict=True) for n in (s // f, f)]
         x = x.reshape(*x.shape[:2], *split)
         x = x.permute(0, *[3 + 2 * i for i in axes], 1, *[2 + 2 * i for i in axes])
-        return x.reshape(x.shape[0], -1, *x.shape[2 + count:])
+        return x.flatten(1, 1 + count)
 
     def inverse(self, y: Tensor, *args: Any, **options: Any) -> Tensor:
         """Return the image of which `forward` makes `y`."""

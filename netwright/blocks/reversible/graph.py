@@ -3,6 +3,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from netwright import checks
@@ -23,6 +24,9 @@ __all__ = ["GroupedReversible", "ReversibleGIN"]
     saves=["training memory"],
     needs=["a graph"],
     search={"groups": [2, 4]},
+    variants={"three groups": {"make_conv": lambda width: nn.Linear(width, width), "channels": 6,
+                               "groups": 3}},
+    batch=lambda: torch.randn(5, 6),
 )
 class GroupedReversible(ReversibleBlock):
     """Add to each group of channels what a convolution makes of the group before it.
@@ -83,6 +87,8 @@ class GroupedReversible(ReversibleBlock):
     saves=["training memory"],
     needs=["a graph"],
     search={"groups": [2, 4]},
+    variants={"small": {"depth": 2}},
+    batch=lambda: (torch.randn(4, 8), torch.tensor([[0, 1, 2], [1, 2, 3]])),
 )
 class ReversibleGIN(nn.Module):
     """A graph isomorphism network as deep as you like, in the memory of one layer.

@@ -2,6 +2,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
@@ -20,6 +21,8 @@ __all__ = ["IRevNet", "IRevNetBlock"]
     takes=("inputs", "channels"),
     saves=["training memory"],
     needs=["images"],
+    variants={"plain": {}, "strided": {"channels": 32, "stride": 2}},
+    batch=lambda: torch.randn(2, 16, 4, 4),
 )
 class IRevNetBlock(ReversibleBlock):
     """Add to one half of the channels what a bottleneck makes of the other, and swap the halves.
@@ -96,6 +99,7 @@ class IRevNetBlock(ReversibleBlock):
     takes=("inputs", "classes"),
     saves=["training memory"],
     needs=["images"],
+    variants={"small": {"channels": (16, 64), "depths": (1, 1)}},
 )
 class IRevNet(nn.Sequential):
     """A classifier that discards nothing before its last layer: its features give the image back.

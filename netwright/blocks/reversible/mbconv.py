@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.block import ReversibleBlock
@@ -84,6 +85,7 @@ class MBConv(nn.Sequential):
     saves=["training memory"],
     needs=["images"],
     search={"expand": [2.0, 4.0, 6.0]},
+    batch=lambda: torch.randn(2, 8, 2, 2, 2),
 )
 class ReversibleMBConv(ReversibleBlock):
     """Add to each half of the channels an inverted bottleneck of the other half.

@@ -18,6 +18,8 @@ __all__ = ["DropVelocity", "MomentumBlock", "StartVelocity"]
     takes=("f",),
     saves=["training memory"],
     search={"gamma": [0.5, 0.9]},
+    network=lambda: MomentumBlock(nn.Linear(3, 3)),
+    batch=lambda: torch.randn(5, 6),
 )
 class MomentumBlock(ReversibleBlock):
     """Let a residual function push a velocity, and the velocity move the features.

@@ -31,6 +31,7 @@ MakeOptimizer = Callable[[list[Parameter]], Optimizer]
     takes=("ops",),
     saves=["training memory"],
     search={"splits": [2, 4]},
+    variants={"two operations": {"ops": {"linear": lambda: nn.Linear(4, 4), "tanh": nn.Tanh}}},
 )
 class MultiSplitReversible(ReversibleBlock):
     """Add to each split of the input, in turn, a weighted mixture of operations on the others.

@@ -23,6 +23,8 @@ MakeFusion = Callable[[int, int], nn.Module]
     takes=("channels",),
     saves=["training memory"],
     needs=["images"],
+    variants={"two levels": {"channels": (4, 6)}},
+    batch=lambda: ((torch.randn(2, 4, 4, 4), torch.randn(2, 6, 2, 2)),),
 )
 class RevSilo(ReversibleBlock):
     """Let feature maps of several resolutions exchange what they hold, both ways, reversibly.
@@ -115,6 +117,8 @@ class RevSilo(ReversibleBlock):
     takes=("inputs",),
     saves=["training memory"],
     needs=["images"],
+    variants={"small": {"channels": (4, 6), "depth": 1, "fold": 2, "inputs": 1}},
+    batch=lambda: torch.randn(2, 1, 4, 4),
 )
 class RevBiFPN(nn.Module):
     """Make a pyramid of feature maps that exchange what they hold, all of it reversible.

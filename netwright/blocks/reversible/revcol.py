@@ -18,7 +18,10 @@ __all__ = ["ColumnLevel", "ColumnSupervision", "RevCol", "RevColumn"]
 MakeLevel = Callable[[int], nn.Module]
 
 
-@method("block", place="residual stream", takes=("levels", "channels"), saves=["training memory"])
+@method("block", place="residual stream", takes=("levels", "channels"), saves=["training memory"],
+        network=lambda: RevColumn([ColumnLevel(4, above=6), ColumnLevel(6, below=4)], (4, 6)),
+        batch=lambda: ((torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4),
+                        torch.randn(2, 6, 2, 2)),))
 class RevColumn(ReversibleBlock):
     """Update every level of a feature hierarchy, from the lowest up, by what its neighbours hold.
 
@@ -108,6 +111,8 @@ class RevColumn(ReversibleBlock):
     takes=("channels",),
     saves=["training memory"],
     search={"shortcut_scale": [0.5, 1.0]},
+    network=lambda: RevCol.convolutional(channels=(8, 12), blocks=(1, 1), columns=2),
+    batch=lambda: torch.randn(2, 8, 4, 4),
 )
 class RevCol(nn.Module):
     """Refine a feature hierarchy in columns, and store the last column alone.

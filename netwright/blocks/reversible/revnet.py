@@ -16,6 +16,7 @@ __all__ = ["RevNet"]
     takes=("inputs", "classes"),
     saves=["training memory"],
     needs=["images"],
+    variants={"small": {"channels": (8, 16), "depths": (1, 1)}},
 )
 class RevNet(nn.Sequential):
     """A residual classifier of additive couplings, with ordinary layers where the image shrinks.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright.blocks.reversible.block import ReversibleBlock
+from netwright.blocks.reversible.coupling import AdditiveCoupling
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
 from netwright.reversing.engine import Step, Stored, Whole, chained, run
@@ -14,7 +15,8 @@ from netwright.reversing.engine import Step, Stored, Whole, chained, run
 __all__ = ["ReversibleSequential"]
 
 
-@method("block", place="residual stream", saves=["training memory"])
+@method("block", place="residual stream", saves=["training memory"],
+        network=lambda: ReversibleSequential(AdditiveCoupling(nn.Linear(4, 4), nn.Linear(4, 4))))
 class ReversibleSequential(nn.Sequential):
     """Run invertible modules one after another, without storing what passes between them.
 

@@ -12,7 +12,8 @@ from netwright.reversing.engine import Add, Update
 __all__ = ["DoubleStreams", "MergeStreams", "ReversibleTransformerBlock"]
 
 
-@method("block", place="residual block", takes=("dim", "heads"), saves=["training memory"])
+@method("block", place="residual block", takes=("dim", "heads"), saves=["training memory"],
+        variants={"plain": {}, "causal": {"causal": True}}, batch=lambda: torch.randn(2, 5, 16))
 class ReversibleTransformerBlock(ReversibleBlock):
     """Add attention over one copy of the tokens to the other copy, and feed-forward back again.
 

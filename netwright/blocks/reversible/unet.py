@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from netwright.blocks.reversible.mbconv import CONVS, ReversibleMBConv
@@ -18,6 +19,8 @@ __all__ = ["ReversibleUNet"]
     takes=("inputs", "outputs"),
     saves=["training memory"],
     needs=["images"],
+    variants={"small": {"widths": (8, 16), "depths": (1, 1)}},
+    batch=lambda: torch.randn(2, 8, 2, 2, 2),
 )
 class ReversibleUNet(nn.Module):
     """Label every voxel, with reversible blocks at each resolution of a U-Net.

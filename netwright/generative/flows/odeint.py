@@ -24,6 +24,8 @@ _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
     place="residual stream",
     takes=("f", "ts"),
     saves=["training memory"],
+    network=lambda: ReversibleHeun(_Field(), torch.tensor([0.0, 1.0]), steps=2),
+    batch=lambda: ((torch.randn(3, 4), torch.randn(3, 4)),),
 )
 class ReversibleHeun(ReversibleBlock):
     """Solve dy/dt = f(t, y) by a method whose every step can be undone.
@@ -280,3 +282,15 @@ def _by_torchdiffeq(f: nn.Module, y0: Tensor, ts: Tensor, solver: str, backward:
 def _grid(ts: Tensor, steps: int) -> Tensor:
     inner = ts[:-1, None] + ts.diff()[:, None] * torch.arange(steps, device=ts.device) / steps
     return torch.cat([inner.flatten(), ts[-1:]])
+
+
+class _Field(nn.Module):
+    """A field of four numbers that turns with time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        field: Tensor = torch.tanh(self.layer(y)) * torch.cos(t)
+        return field

@@ -1,6 +1,6 @@
 """Feed-forward layers as blocks that a mixture of experts can hold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -9,10 +9,15 @@ from torch import Tensor, nn
 
 from netwright.blocks.feedforward import GLU, FeedForward
 from netwright.errors import NothingToReshape
-from netwright.reshape.feedforward import FeedForwardLayer, FeedForwardWeights, feedforwards
+from netwright.reshape.feedforward import (
+    FeedForwardLayer,
+    FeedForwardWeights,
+    feedforwards,
+    put_block,
+)
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
-from netwright.signals import apply
+from netwright.signals import apply, first_argument
 
 _KNOWN = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.ReLU6)
 
@@ -78,22 +83,16 @@ def as_block(weights: FeedForwardWeights, activation: nn.Module) -> FeedForward 
     return block
 
 
+def put_blocks(model: nn.Module, blocks: Mapping[FeedForwardLayer, nn.Module]) -> nn.Module:
+    """Put each layer's block in its place, in place; return the model."""
+    for layer, block in blocks.items():
+        model = put_block(model, layer, block)
+    return model
+
+
 def _copy(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format),
                         weight.requires_grad)
-
-
-def batches_of(calibration: Any) -> list[Any]:
-    """Return calibration data as a list of batches.
-
-    Raises:
-        ValueError: there is none.
-    """
-    batches = calibration if isinstance(calibration, list) else [calibration]
-    if not batches or any(isinstance(x, Tensor) and not x.numel() for x in batches):
-        raise ValueError("calibration must hold at least one sample, got none; a few hundred "
-                         "tokens or some tens of images are enough")
-    return batches
 
 
 @torch.no_grad()
@@ -101,10 +100,12 @@ def rows_of(model: nn.Module, names: list[str], batches: list[Any]) -> dict[str,
     """Return all that the modules called `names` were given, (rows, dim) each, in eval mode."""
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def keep(name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda module, args: seen[name].append(args[0].detach().flatten(0, -2))
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, kwargs: seen[name].append(
+            first_argument(module, args, kwargs).detach().flatten(0, -2))
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
+               for name in names]
     try:
         with same_random_state(), evaluating(model), same_buffers(model):
             for batch in batches:

@@ -1,5 +1,4 @@
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +9,10 @@ from netwright.anatomy.elementwise import is_linear, linear_sizes
 from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.reshape.experts._dense import activation_of, as_block, dense_layers
-from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights, with_blocks
+from netwright.reshape._layers import layer_of, plain_layer
+from netwright.reshape.change import decided, reshape
+from netwright.reshape.experts._dense import activation_of, as_block, dense_layers, put_blocks
+from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights
 
 __all__ = ["mix_lora"]
 
@@ -24,7 +25,7 @@ __all__ = ["mix_lora"]
     keeps_function=True,
     search={"n_experts": [4, 8], "rank": [4, 8, 16]},
 )
-@torch.inference_mode(False)
+@reshape
 def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank: int = 8,
              k: int = 2, alpha: float | None = None, dropout: float = 0.0,
              balance: float = 0.01, attention: bool | Sequence[str] = True, square: bool = True,
@@ -85,16 +86,27 @@ def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank:
         if not is_linear(modules.get(name, nn.Identity())):
             raise NothingToReshape(f"attention names {name!r}, which is no linear layer of "
                                    f"{type(model).__name__}")
-    scale = (2 * rank if alpha is None else alpha) / rank
+    return decided({
+        "layers": [plain_layer(layer, model) for layer in layers],
+        "attention": list(names),  # type: ignore[arg-type]
+        "n_experts": n_experts, "rank": rank, "k": k, "dropout": dropout, "balance": balance,
+        "scale": (2 * rank if alpha is None else alpha) / rank}, layers=layers, generator=generator)
+
+
+@mix_lora.applies
+def _with_adapters(model: nn.Module, decision: Mapping[str, Any],
+                   layers: Sequence[FeedForwardLayer] | None = None,
+                   generator: Generator | None = None) -> nn.Module:
+    layers = layers or [layer_of(said, model) for said in decision["layers"]]
+    rank, scale, dropout = (decision[name] for name in ("rank", "scale", "dropout"))
     blocks = {}
     for layer in layers:
         weights = feedforward_weights(model, layer)
         base = as_block(weights, activation_of(layer, weights.up))
-        blocks[layer] = LowRankExperts(base, layer, n_experts, rank, k, scale, dropout, balance,
-                                       generator)
-    frozen = deepcopy(model).requires_grad_(False)
-    tuned = with_blocks(frozen, blocks)
-    for name in names:  # type: ignore[union-attr]
+        blocks[layer] = LowRankExperts(base, layer, decision["n_experts"], rank, decision["k"],
+                                       scale, dropout, decision["balance"], generator)
+    tuned = put_blocks(model.requires_grad_(False), blocks)
+    for name in decision["attention"]:
         parent, _, child = name.rpartition(".")
         setattr(tuned.get_submodule(parent), child,
                 LowRank(tuned.get_submodule(name), rank, scale, dropout, generator))

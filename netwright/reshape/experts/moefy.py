@@ -1,3 +1,4 @@
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,17 +9,20 @@ from netwright.blocks.experts import MixtureOfExperts, Routing
 from netwright.blocks.feedforward import GLU
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
+from netwright.reshape._calibration import batches_of
+from netwright.reshape._layers import layer_of, plain_layer
+from netwright.reshape.change import decided, reshape
 from netwright.reshape.experts._dense import (
     activation_of,
     as_block,
-    batches_of,
     dense_layers,
+    put_blocks,
     rows_of,
 )
 from netwright.reshape.feedforward import (
+    FeedForwardLayer,
     FeedForwardWeights,
     feedforward_weights,
-    with_blocks,
 )
 
 __all__ = ["moefy"]
@@ -36,7 +40,7 @@ Router = Literal["mlp", "similarity", "groundtruth"]
     keeps_function=False,
     search={"n_experts": [8, 16], "split": ["cluster", "coactivation"]},
 )
-@torch.inference_mode(False)
+@reshape
 def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Split = "cluster",
           router: Router = "mlp", k: int | None = None, square: bool = True, rows: int = 8192,
           steps: int = 500, generator: Generator | None = None) -> nn.Module:
@@ -101,7 +105,7 @@ def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Spl
             raise ValueError(f"n_experts must divide the {layer.hidden} hidden units of "
                              f"{layer}, got {n_experts}")
     given = rows_of(model, [str(layer.up) for layer in layers], batches)
-    blocks = {}
+    said, routers = [], []
     for layer in layers:
         x = given[str(layer.up)]
         if not x.isfinite().all():
@@ -112,14 +116,36 @@ def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Spl
         weights = feedforward_weights(model, layer)
         activation = activation_of(layer, weights.up)
         groups = _groups(weights, activation, x, n_experts, split, generator)
-        made = [as_block(weights.units(group)._replace(down_bias=None), activation)
-                for group in groups]
-        chooser = ActiveExperts(made, k, router)
+        chooser = ActiveExperts(_experts(weights, activation, groups), k, router)
         chooser.fit(x, steps, generator)
+        routers.append(chooser.state_dict())
+        said.append({"layer": plain_layer(layer, model), "groups": groups.tolist()})
+    return decided({"layers": said, "k": k, "router": router}, layers=layers, routers=routers)
+
+
+@moefy.applies
+def _of_experts(model: nn.Module, decision: Mapping[str, Any],
+                layers: Sequence[FeedForwardLayer] | None = None,
+                routers: Sequence[Mapping[str, Tensor]] = ()) -> nn.Module:
+    layers = layers or [layer_of(said["layer"], model) for said in decision["layers"]]
+    blocks = {}
+    for i, (layer, said) in enumerate(zip(layers, decision["layers"], strict=True)):
+        weights = feedforward_weights(model, layer)
+        made = _experts(weights, activation_of(layer, weights.up), torch.tensor(said["groups"]))
+        chooser = ActiveExperts(made, decision["k"], decision["router"])
+        if routers:
+            chooser.load_state_dict(routers[i])
         # The bias of the second matrix counts once, whatever the experts.
         bias = None if weights.down_bias is None else Bias(weights.down_bias)
         blocks[layer] = MixtureOfExperts(layer.dim, made, chooser, shared=bias, balance=0.0)
-    return with_blocks(model, blocks)
+    return put_blocks(model, blocks)
+
+
+def _experts(weights: FeedForwardWeights, activation: nn.Module,
+             groups: Tensor) -> list[nn.Module]:
+    """Return a block of each group of hidden units."""
+    return [as_block(weights.units(group)._replace(down_bias=None), activation)
+            for group in groups]
 
 
 class Bias(nn.Module):

@@ -13,7 +13,7 @@ __all__ = ["multiplets"]
 
 
 @method(
-    "reshape",
+    "companion",
     papers=["000-009"],
     place="feedforward",
     needs=["training"],

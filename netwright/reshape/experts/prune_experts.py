@@ -1,4 +1,4 @@
-from copy import deepcopy
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy
@@ -8,7 +8,9 @@ from torch import Generator, Tensor, nn
 from netwright.blocks.experts.routing import router_logits
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
-from netwright.reshape.experts._dense import batches_of, rows_of
+from netwright.reshape._calibration import batches_of
+from netwright.reshape.change import decided, reshape
+from netwright.reshape.experts._dense import rows_of
 
 __all__ = ["prune_experts"]
 
@@ -26,9 +28,9 @@ _CHOSEN = ("k", "top_k", "num_experts_per_tok")
     keeps_function=False,
     search={"keep": [2, 4], "method": ["cluster_router", "usage"]},
 )
-@torch.inference_mode(False)
+@reshape
 @torch.no_grad()
-def prune_experts(model: nn.Module, task_data: Any, keep: int, *,
+def prune_experts(model: nn.Module, calibration: Any, keep: int, *,
                   method: Method = "cluster_router",
                   generator: Generator | None = None) -> nn.Module:
     """Return a copy with `keep` experts in each mixture, chosen by how a task's tokens are routed.
@@ -47,7 +49,7 @@ def prune_experts(model: nn.Module, task_data: Any, keep: int, *,
         model: with mixtures of experts: `MixtureOfExperts` with a router that has a weight
             (experts, dim), such as `TopKRouter`, or Hugging Face's Mixtral and others whose blocks
             hold `experts` and a `gate` or `router` with such a weight.
-        task_data: what the model takes, or a list of such batches.
+        calibration: some of the task's data: what the model takes, or batches of that.
         keep: how many experts stay.
         method: how they are chosen.
         generator: draws "random"; the global state without one.
@@ -72,7 +74,7 @@ def prune_experts(model: nn.Module, task_data: Any, keep: int, *,
     known = Method.__args__  # type: ignore[attr-defined]
     if method not in known:
         raise UnknownName("method", method, known)
-    batches = batches_of(task_data)
+    batches = batches_of(calibration)
     found = _mixtures(model)
     for mixture in found:
         if not 1 <= keep <= mixture.experts:
@@ -85,17 +87,24 @@ def prune_experts(model: nn.Module, task_data: Any, keep: int, *,
         logits = router_logits(given[mixture.router].flatten(0, -2), router.weight,
                                getattr(router, "bias", None))
         if not logits.isfinite().all():
-            raise ValueError(f"task_data must give finite router logits, got others in "
+            raise ValueError(f"calibration must give finite router logits, got others in "
                              f"{mixture.router!r}; check the inputs and the weights")
         chosen.append(_stay(logits, keep, method, generator))
-    pruned: Any = deepcopy(model)
-    for mixture, stay in zip(found, chosen, strict=True):
-        _prune(pruned.get_submodule(mixture.name), pruned.get_submodule(mixture.router),
-               mixture.experts, stay)
+    return decided({"mixtures": [{**mixture._asdict(), "stay": stay.tolist()}
+                                 for mixture, stay in zip(found, chosen, strict=True)]})
+
+
+@prune_experts.applies
+@torch.no_grad()
+def _fewer(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
+    pruned: Any = model
+    for said in decision["mixtures"]:
+        _prune(pruned.get_submodule(said["name"]), pruned.get_submodule(said["router"]),
+               said["experts"], torch.tensor(said["stay"]))
     if hasattr(pruned, "config"):
-        _count(pruned.config, found[0].experts, keep)
-    result: nn.Module = pruned
-    return result
+        first = decision["mixtures"][0]
+        _count(pruned.config, first["experts"], len(first["stay"]))
+    return pruned
 
 
 class _Mixture(NamedTuple):

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -10,11 +10,13 @@ from netwright import checks
 from netwright.blocks.experts import MixtureOfExperts, TopKRouter
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.reshape.experts._dense import activation_of, as_block, dense_layers
-from netwright.reshape.feedforward import feedforward_weights, with_blocks
+from netwright.reshape._layers import layer_of, plain_layer
+from netwright.reshape.change import decided, reshape
+from netwright.reshape.experts._dense import activation_of, as_block, dense_layers, put_blocks
+from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
-from netwright.signals import apply
+from netwright.signals import apply, first_argument
 
 __all__ = ["upcycle"]
 
@@ -27,7 +29,7 @@ __all__ = ["upcycle"]
     keeps_function=True,
     search={"n_experts": [2, 4, 8], "k": [1, 2]},
 )
-@torch.inference_mode(False)
+@reshape
 def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, n_experts: int = 8,
             k: int = 2, noise: float = 0.0, attention: Sequence[str] = (),
             balance: float = 0.01, square: bool = True,
@@ -81,6 +83,20 @@ def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, n_ex
         raise ValueError("example must be given where attention is, to see what attention takes; "
                          "pass a batch of what the model takes")
     layers = dense_layers(models[0], example, square)
+    return decided({
+        "layers": [plain_layer(layer, models[0]) for layer in layers], "models": len(models),
+        "attention": _widths(models[0], names, example), "n_experts": n_experts, "k": k,
+        "noise": noise, "balance": balance}, layers=layers, models=models, generator=generator)
+
+
+@upcycle.applies
+def _mixed(model: nn.Module, decision: Mapping[str, Any],
+           layers: Sequence[FeedForwardLayer] | None = None,
+           models: Sequence[nn.Module] | None = None,
+           generator: Generator | None = None) -> nn.Module:
+    layers = layers or [layer_of(said, model) for said in decision["layers"]]
+    models = models or [model] * decision["models"]
+    n_experts, noise = decision["n_experts"], decision["noise"]
     blocks: dict[Any, nn.Module] = {}
     for layer in layers:
         made = []
@@ -91,13 +107,16 @@ def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, n_ex
                 _shake(block, noise, generator)
             made.append(block)
         like = next(made[0].parameters())
-        router = TopKRouter(layer.dim, n_experts, k, generator=generator).to(like)
-        blocks[layer] = MixtureOfExperts(layer.dim, made, router, balance=balance)
-    mixed = with_blocks(_mean(models), blocks)
-    for name, dim in _widths(models[0], names, example).items():
+        router = TopKRouter(layer.dim, n_experts, decision["k"], generator=generator).to(like)
+        blocks[layer] = MixtureOfExperts(layer.dim, made, router, balance=decision["balance"])
+    parts = {name: [deepcopy(m.get_submodule(name)) for m in models]
+             for name in decision["attention"]}
+    _average(model, models)
+    mixed = put_blocks(model, blocks)
+    for name, dim in decision["attention"].items():
         parent, _, child = name.rpartition(".")
-        parts = [deepcopy(m.get_submodule(name)) for m in models]
-        setattr(mixed.get_submodule(parent), child, SoftExperts(dim, parts, generator=generator))
+        setattr(mixed.get_submodule(parent), child,
+                SoftExperts(dim, parts[name], generator=generator))
     return mixed
 
 
@@ -108,7 +127,7 @@ class SoftExperts(nn.Module):
 
     What a module returns besides, in a tuple, is the first module's.
 
-    Shapes: x (*, dim), the first argument or `hidden_states`; y (*, dim).
+    Shapes: x (*, dim), the first argument; y (*, dim).
     """
 
     def __init__(self, dim: int, experts: Sequence[nn.Module], *,
@@ -121,7 +140,7 @@ class SoftExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the weighted sum of what the modules make of the arguments."""
-        x = args[0] if args else kwargs["hidden_states"]
+        x = first_argument(self.experts[0], args, kwargs)
         weights = linear(x, self.router).softmax(-1)
         given = [expert(*args, **kwargs) for expert in self.experts]
         tensors = [g[0] if isinstance(g, tuple) else g for g in given]
@@ -168,8 +187,7 @@ def _widths(model: nn.Module, names: list[str], example: Any) -> dict[str, int]:
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
-            widths[name] = x.shape[-1]
+            widths[name] = first_argument(module, args, kwargs).shape[-1]
         return hook
 
     handles = [model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
@@ -185,15 +203,13 @@ def _widths(model: nn.Module, names: list[str], example: Any) -> dict[str, int]:
 
 
 @torch.no_grad()
-def _mean(models: list[nn.Module]) -> nn.Module:
-    """Return a copy of the first whose parameters are the mean of all models'."""
+def _average(model: nn.Module, models: Sequence[nn.Module]) -> None:
+    """Give `model` the mean of all models' parameters."""
     if len(models) == 1:
-        return models[0]
-    mean = deepcopy(models[0])
+        return
     others = [dict(m.named_parameters()) for m in models]
-    for name, parameter in mean.named_parameters():
+    for name, parameter in model.named_parameters():
         parameter.copy_(torch.stack([other[name] for other in others]).mean(0))
-    return mean
 
 
 @torch.no_grad()

@@ -1,5 +1,4 @@
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,10 @@ from netwright.anatomy.exchanging import feedforward_weights, write_feedforward
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.reshape.feedforward.swap_feedforward import batches_of, choose, unfused
+from netwright.reshape._calibration import batches_of
+from netwright.reshape._layers import layer_of, plain_layer
+from netwright.reshape.change import decided, reshape
+from netwright.reshape.feedforward.swap_feedforward import choose, unfused
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.signals import apply
 
@@ -63,8 +65,6 @@ def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
     True
     """
     batches = batches_of(calibration)
-    if not batches:
-        raise ValueError("calibration must be given: bricks are found by what is active on it")
     try:
         found = feedforwards(model, batches[0])
     except NothingToReshape:
@@ -88,7 +88,7 @@ def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
     saves=["parameters", "file size", "inference memory", "inference time"],
     keeps_function=False,
 )
-@torch.inference_mode(False)
+@reshape
 @torch.no_grad()
 def keep_bricks(model: nn.Module, found: Sequence[Bricks],
                 keep: Sequence[Sequence[int]]) -> nn.Module:
@@ -124,11 +124,19 @@ def keep_bricks(model: nn.Module, found: Sequence[Bricks],
             raise ValueError(f"keep must name some of the bricks 0 to {len(units) - 1} of "
                              f"{layer.down!r}, got {list(numbers)}; to remove a whole layer, use "
                              "prune_sublayers")
-    result = deepcopy(model)
-    for (layer, units), numbers in zip(found, keep, strict=True):
-        kept = torch.cat([units[number] for number in dict.fromkeys(numbers)]).sort().values
-        write_feedforward(result, layer, feedforward_weights(result, layer).units(kept))
-    return result
+    kept = [torch.cat([units[number] for number in dict.fromkeys(numbers)]).sort().values
+            for (_, units), numbers in zip(found, keep, strict=True)]
+    return decided({"layers": [{"layer": plain_layer(layer, model), "units": units.tolist()}
+                               for (layer, _), units in zip(found, kept, strict=True)]})
+
+
+@keep_bricks.applies
+@torch.no_grad()
+def _kept(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
+    for said in decision["layers"]:
+        layer = layer_of(said["layer"], model)
+        write_feedforward(model, layer, feedforward_weights(model, layer).units(said["units"]))
+    return model
 
 
 def _co_activation(model: nn.Module, layer: FeedForwardLayer, batches: list[Any]) -> Tensor:

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,8 +16,12 @@ from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
 from netwright.anatomy.residual import Sublayer, trace
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
+from netwright.reshape._calibration import batches_of
+from netwright.reshape._layers import layer_of, plain_layer
+from netwright.reshape._layouts import plain_silent
+from netwright.reshape.change import decided, reshape
 from netwright.reshape.feedforward.swap_feedforward import choose, unfused
-from netwright.reshape.pruning.prune_sublayers import without_sublayers
+from netwright.reshape.pruning.prune_sublayers import taken_out
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.random_state import same_random_state
 from netwright.signals import apply
@@ -54,9 +58,9 @@ class _Branch:
     keeps_function=False,
     search={"dependence": (0.01, 1.0)},
 )
-@torch.inference_mode(False)
+@reshape
 @torch.no_grad()
-def fuse_feedforward(model: nn.Module, example: Any, layers: Sequence[str] | None = None, *,
+def fuse_feedforward(model: nn.Module, calibration: Any, layers: Sequence[str] | None = None, *,
                      dependence: float = 0.1) -> nn.Module:
     """Return a copy in which runs of feed-forward layers are each one wide feed-forward layer.
 
@@ -79,7 +83,8 @@ def fuse_feedforward(model: nn.Module, example: Any, layers: Sequence[str] | Non
 
     Args:
         model: a residual network.
-        example: what it takes; the dependence is measured on it, so give some hundred tokens.
+        calibration: what it takes, or batches of that; the dependence is measured on it, so give
+            some hundred tokens.
         layers: the names of those to fuse, where they follow one another, whatever their
             dependence; all that depend little where None is given.
         dependence: how much a layer may depend on one that it is fused with, between 0 and 2.
@@ -103,8 +108,9 @@ def fuse_feedforward(model: nn.Module, example: Any, layers: Sequence[str] | Non
     >>> fused[1].mlp_in.out_features, fused.fused_feedforward
     (768, (('1.mlp_out', '2.mlp_out', '3.mlp_out'),))
     """
-    branches = _branches(model, example)
-    groups = _groups(model, example, branches)
+    batches = batches_of(calibration)
+    branches = _branches(model, batches[0])
+    groups = _groups(model, batches[0], branches)
     if layers is not None:
         wanted = choose([b.layer for b in branches], layers)
         groups = [[b for b in group if b.layer in wanted] for group in groups]
@@ -114,27 +120,42 @@ def fuse_feedforward(model: nn.Module, example: Any, layers: Sequence[str] | Non
                                    "follow one another with nothing between them")
     else:
         groups = [part for group in groups
-                  for part in _independent(group, _dependence(model, example, group), dependence)]
+                  for part in _independent(group, _dependence(model, batches, group), dependence)]
         if not groups:
             raise NothingToReshape(
                 f"no feed-forward layer depends on the one before it by dependence={dependence:g} "
                 "or less; see feedforward_runs for what was measured, and allow more")
     for group in groups:
         _check(model, group)
-    result: Any = deepcopy(model)
+    with same_random_state(), torch.enable_grad():
+        silent = trace(deepcopy(model), batches[0]).silent
+    gone = [branch.sublayer for group in groups for branch in group[1:]]
+    return decided({
+        "groups": [[{"layer": plain_layer(branch.layer, model), "norm": branch.norm}
+                    for branch in group] for group in groups],
+        "removed": [sublayer.name for sublayer in gone], "layers": [],
+        "silent": {name: plain_silent(silent[name]) for sublayer in gone
+                   for name in (sublayer.name, *sublayer.feeders)}})
+
+
+@fuse_feedforward.applies
+@torch.no_grad()
+def _fused(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
+    groups = [[(layer_of(said["layer"], model), said["norm"]) for said in group]
+              for group in decision["groups"]]
     for group in groups:
-        _write(result, group)
-    gone = [b.sublayer.name for group in groups for b in group[1:]]
-    result = without_sublayers(result, example, gone)
+        _write(model, group)
+    result: Any = taken_out(model, decision)
     without_fused_paths(result)
-    result.fused_feedforward = tuple(tuple(str(b.layer.down) for b in group) for group in groups)
+    result.fused_feedforward = tuple(tuple(str(layer.down) for layer, _ in group)
+                                     for group in groups)
     return result
 
 
 @method("companion")
 @torch.inference_mode(False)
 @torch.no_grad()
-def feedforward_runs(model: nn.Module, example: Any) -> list[FeedForwardRun]:
+def feedforward_runs(model: nn.Module, calibration: Any) -> list[FeedForwardRun]:
     """Return the runs of feed-forward layers, with how much each depends on those before it.
 
     Raises:
@@ -144,9 +165,10 @@ def feedforward_runs(model: nn.Module, example: Any) -> list[FeedForwardRun]:
     >>> [run.layers for run in feedforward_runs(stack, torch.randn(5, 8))]
     [('0.mlp', '1.mlp', '2.mlp')]
     """
-    groups = _groups(model, example, _branches(model, example))
+    batches = batches_of(calibration)
+    groups = _groups(model, batches[0], _branches(model, batches[0]))
     return [FeedForwardRun(tuple(b.layer.name if b.layer.whole else str(b.layer.down)
-                                 for b in group), _dependence(model, example, group))
+                                 for b in group), _dependence(model, batches, group))
             for group in groups]
 
 
@@ -227,16 +249,21 @@ def _groups(model: nn.Module, example: Any, branches: list[_Branch]) -> list[lis
     return groups
 
 
-def _dependence(model: nn.Module, example: Any, group: list[_Branch]) -> Tensor:
+def _dependence(model: nn.Module, batches: Sequence[Any], group: list[_Branch]) -> Tensor:
     names = [branch.sublayer.name for branch in group]
-    whole = _added(model, example, names, None)
     found = torch.zeros(len(names), len(names))
-    for i, name in enumerate(names[:-1]):
-        without = _added(model, example, names, name)
-        for j in range(i + 1, len(names)):
-            cosine = nn.functional.cosine_similarity(whole[j].double(), without[j].double(), dim=-1)
-            found[i, j] = float((1 - cosine).mean())
-    return found
+    positions = 0
+    for batch in batches:
+        whole = _added(model, batch, names, None)
+        count = whole[0][..., 0].numel()
+        for i, name in enumerate(names[:-1]):
+            without = _added(model, batch, names, name)
+            for j in range(i + 1, len(names)):
+                cosine = nn.functional.cosine_similarity(
+                    whole[j].double(), without[j].double(), dim=-1)
+                found[i, j] += float((1 - cosine).mean()) * count
+        positions += count
+    return found / positions
 
 
 def _added(model: nn.Module, example: Any, names: list[str], silent: str | None) -> list[Tensor]:
@@ -311,16 +338,16 @@ def _plain(norm: Any) -> tuple[Tensor, Tensor | None]:
     return kept + offset, shift
 
 
-def _write(model: nn.Module, group: list[_Branch]) -> None:
+def _write(model: nn.Module, group: Sequence[tuple[FeedForwardLayer, str | None]]) -> None:
     """Give the first layer of a run the weights of all, in place."""
     folded = []
-    for branch in group:
-        weights = feedforward_weights(model, branch.layer)
-        if branch.norm is not None:
-            scale, shift = _plain(model.get_submodule(branch.norm))
+    for layer, norm in group:
+        weights = feedforward_weights(model, layer)
+        if norm is not None:
+            scale, shift = _plain(model.get_submodule(norm))
             weights = _fold(weights, scale, shift)
         folded.append(weights)
-    write_feedforward(model, group[0].layer, FeedForwardWeights(
+    write_feedforward(model, group[0][0], FeedForwardWeights(
         torch.cat([w.up for w in folded]), torch.cat([w.down for w in folded], 1),
         _joined(folded, "gate"), _joined(folded, "up_bias"), _summed(folded),
         _joined(folded, "gate_bias")))

@@ -1,5 +1,7 @@
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from netwright.blocks.feedforward.repa_feed_forward import RePaFeedForward
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
+from netwright.reshape.change import decided, reshape
 
 __all__ = ["reparameterize"]
 
@@ -18,6 +21,7 @@ __all__ = ["reparameterize"]
     saves=["inference time", "parameters", "file size", "inference memory"],
     keeps_function=True,
 )
+@reshape
 @torch.no_grad()
 def reparameterize(model: nn.Module) -> nn.Module:
     """Return a copy in which what is linear is multiplied out, where that makes it smaller.
@@ -47,41 +51,60 @@ def reparameterize(model: nn.Module) -> nn.Module:
     >>> [sum(p.numel() for p in m.parameters()) for m in (model, smaller)]
     [1468, 244]
     """
-    copy = deepcopy(model)
-    blocks = {module: module.merged() for module in copy.modules()
-              if isinstance(module, RePaFeedForward)}
-    pairs = 0
-    for parent in list(copy.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in blocks:
-                setattr(parent, name, blocks[child])
-        if type(parent).forward is nn.Sequential.forward:
-            pairs += _merge_pairs(parent)
+    trial = deepcopy(model)
+    blocks = [name for name, module in trial.named_modules() if isinstance(module, RePaFeedForward)]
+    trial = _merge_blocks(trial, blocks)
+    pairs: list[list[str]] = []
+    for name, chain in trial.named_modules():
+        if type(chain).forward is nn.Sequential.forward:
+            while pair := _pair(chain):
+                _merge_pair(chain, *pair)
+                pairs.append([name, *pair])
     if not blocks and not pairs:
         raise NothingToReshape(f"{type(model).__name__} must have a RePaFeedForward, or two "
                                "nn.Linear in a row in an nn.Sequential whose product is no larger "
                                "than they are, got none; build it with RePaFeedForward")
-    return blocks.get(copy, copy)  # type: ignore[call-overload]
+    return decided({"blocks": blocks, "pairs": pairs})
 
 
-def _merge_pairs(chain: nn.Module) -> int:
-    """Merge what can be in `chain` until nothing can; return how often."""
-    merged = 0
-    while True:
-        names = [name for name, part in chain._modules.items()
-                 if not isinstance(part, nn.Identity)]
-        for first, second in pairwise(names):
-            one, two = chain._modules[first], chain._modules[second]
-            if (type(one) is nn.Linear and type(two) is nn.Linear
-                    and not any(_watched(part) for part in (one, two))
-                    and one.in_features * two.out_features
-                    <= one.weight.numel() + two.weight.numel()):
-                setattr(chain, first, _product(one, two))
-                setattr(chain, second, nn.Identity())
-                merged += 1
-                break
-        else:
-            return merged
+@reparameterize.applies
+@torch.no_grad()
+def _multiplied_out(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
+    merged = _merge_blocks(model, decision["blocks"])
+    for name, first, second in decision["pairs"]:
+        _merge_pair(merged.get_submodule(name), first, second)
+    return merged
+
+
+def _merge_blocks(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Put what each block is in eval mode into its place, wherever it stands."""
+    found: list[Any] = [model.get_submodule(name) for name in names]
+    blocks: dict[Any, nn.Module] = {block: block.merged() for block in found}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in blocks:
+                setattr(parent, name, blocks[child])
+    return blocks.get(model, model)
+
+
+def _pair(chain: nn.Module) -> tuple[str, str] | None:
+    """Return the names of the first two layers of `chain` whose product is no larger than both."""
+    names = [name for name, part in chain._modules.items() if not isinstance(part, nn.Identity)]
+    for first, second in pairwise(names):
+        one, two = chain._modules[first], chain._modules[second]
+        if (type(one) is nn.Linear and type(two) is nn.Linear
+                and not any(_watched(part) for part in (one, two))
+                and one.in_features * two.out_features
+                <= one.weight.numel() + two.weight.numel()):
+            return first, second
+    return None
+
+
+def _merge_pair(chain: nn.Module, first: str, second: str) -> None:
+    one: Any = chain._modules[first]
+    two: Any = chain._modules[second]
+    setattr(chain, first, _product(one, two))
+    setattr(chain, second, nn.Identity())
 
 
 def _watched(layer: nn.Linear) -> bool:

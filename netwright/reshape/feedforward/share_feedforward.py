@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
 from netwright.anatomy.residual import Place, Silent, trace
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
+from netwright.reshape._layers import layer_of, plain_layer
+from netwright.reshape.change import decided, reshape
 from netwright.runtime.random_state import same_random_state
 
 __all__ = ["share_feedforward"]
@@ -32,7 +34,7 @@ STARTS = ("new", "first")
     keeps_function=False,
     search={"hidden": [None, "budget"], "start": ["new", "first"]},
 )
-@torch.inference_mode(False)
+@reshape
 @torch.no_grad()
 def share_feedforward(model: nn.Module, hidden: int | Literal["budget"] | None = None,
                       example: Any = None, *, drop_decoder: bool = True,
@@ -91,19 +93,29 @@ def share_feedforward(model: nn.Module, hidden: int | Literal["budget"] | None =
     if width < (first.hidden if start == "first" else 1):
         raise ValueError(f"hidden must be at least {first.hidden if start == 'first' else 1} with "
                          f"start={start!r}, got {width}")
-    norms = _norms(model, example, dropped)
+    return decided({"shared": [plain_layer(layer, model) for layer in shared],
+                    "dropped": [plain_layer(layer, model) for layer in dropped],
+                    "norms": _norms(model, example, dropped), "hidden": width, "start": start},
+                   generator=generator)
 
-    result: Any = deepcopy(model)
-    write_feedforward(result, first, _drawn(feedforward_weights(model, first), width, start,
-                                            generator))
-    for layer in shared[1:]:
+
+@share_feedforward.applies
+@torch.no_grad()
+def _shared(model: nn.Module, decision: Mapping[str, Any],
+            generator: Generator | None = None) -> nn.Module:
+    first, *others = (layer_of(said, model) for said in decision["shared"])
+    dropped = [layer_of(said, model) for said in decision["dropped"]]
+    result: Any = model
+    write_feedforward(result, first, _drawn(feedforward_weights(model, first), decision["hidden"],
+                                            decision["start"], generator))
+    for layer in others:
         for name, source in zip(_linears(layer), _linears(first), strict=True):
             result = put_module(result, name, result.get_submodule(source))
     for layer in dropped:
         result = put_block(result, layer, Silent(None, Place.STREAM))
-    for name in norms:
+    for name in decision["norms"]:
         result = put_module(result, name, nn.Identity())
-    result.shared_feedforward = tuple(layer.down for layer in shared)
+    result.shared_feedforward = tuple(layer.down for layer in (first, *others))
     return result
 
 

@@ -1,7 +1,8 @@
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,10 @@ from netwright.anatomy.exchanging import put_block, put_module
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
 from netwright.catalogue.facets import method
 from netwright.errors import Diverged, UnknownName
+from netwright.reshape._calibration import batches_of
+from netwright.reshape._layers import layer_of, plain_layer
+from netwright.reshape._naming import Built, restored
+from netwright.reshape.change import History, decided, history, remember, reshape
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.progress import Bar
 from netwright.signals import apply
@@ -36,7 +41,7 @@ class Swap(NamedTuple):
 
 
 @method("reshape", place="feedforward", needs=["training"], keeps_function=False)
-@torch.inference_mode(False)
+@reshape
 def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], example: Any = None,
                      *, calibration: Any = None, layers: Sequence[str] | None = None,
                      steps: int = 200, lr: float = 1e-2, generator: Generator | None = None,
@@ -84,30 +89,47 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
     >>> torch.equal(unswap_feedforward(swapped, model)(x), model(x))
     True
     """
-    batches = batches_of(calibration)
+    batches = [] if calibration is None else batches_of(calibration)
     if example is None and batches:
         example = batches[0]
     checks.count(1, steps=steps)
     chosen = choose(feedforwards(model, example), layers)
-    swapped = deepcopy(model)
-    blocks: list[tuple[FeedForwardLayer, nn.Module, float | None]] = []
+    watched, built = deepcopy(model), Built()
+    blocks: list[nn.Module] = []
+    said: list[dict[str, Any]] = []
     bar = Bar(len(chosen), steps, "error", unit="layer")
     if batches and progress:
         bar.start()
     try:
         for number, layer in enumerate(chosen):
-            block = _made(make, layer, swapped)
-            samples = record(swapped, layer, batches or ([] if example is None else [example]))
+            with built.watching():
+                block: Any = make(layer.dim, layer.hidden)
+            block = _fitting(block, layer, watched)
+            said.append({"layer": plain_layer(layer, model), "block": built.said(block)})
+            samples = record(watched, layer, batches or ([] if example is None else [example]))
             _check(block, layer, samples)
-            error = _distil(block, samples, layer, steps, lr, generator, bar,
-                            number) if batches else None
-            blocks.append((layer, block, error))
+            said[-1]["error"] = _distil(block, samples, layer, steps, lr, generator, bar,
+                                        number) if batches else None
+            blocks.append(block)
     finally:
         bar.stop()
-    result: Any = swapped
-    for layer, block, _ in blocks:
+    return decided({"layers": said}, layers=chosen, blocks=blocks)
+
+
+@swap_feedforward.applies
+@torch.no_grad()
+def _swapped(model: nn.Module, decision: Mapping[str, Any],
+             layers: Sequence[FeedForwardLayer] | None = None,
+             blocks: Sequence[nn.Module] | None = None) -> nn.Module:
+    layers = layers or [layer_of(said["layer"], model) for said in decision["layers"]]
+    blocks = blocks or [_fitting(restored(said["block"]), layer, model)
+                        for said, layer in zip(decision["layers"], layers, strict=True)]
+    result: Any = model
+    for layer, block in zip(layers, blocks, strict=True):
         result = put_block(result, layer, block)
-    result.swapped_feedforward = tuple(Swap(layer, error) for layer, _, error in blocks)
+    result.swapped_feedforward = tuple(
+        Swap(layer, said["error"])
+        for layer, said in zip(layers, decision["layers"], strict=True))
     return result
 
 
@@ -145,7 +167,19 @@ def unswap_feedforward(swapped: nn.Module, model: nn.Module, *,
                 holder.activation_relu_or_gelu)
     left = tuple(swap for swap in swaps if swap.layer not in chosen)
     result.swapped_feedforward = left or getattr(model, "swapped_feedforward", ())
+    remember(result, _without(history(swapped), {layer.down or layer.name for layer in chosen}))
     return result
+
+
+def _without(past: History, undone: set[str]) -> History:
+    """Return a history whose last swap did not touch some layers."""
+    *_, last = (i for i, change in enumerate(past.records)
+                     if change.name == swap_feedforward.__name__)
+    records = list(past.records)
+    left = [said for said in records[last].decision["layers"]
+            if (said["layer"]["down"] or said["layer"]["name"]) not in undone]
+    records[last:last + 1] = [replace(records[last], decision={"layers": left})] if left else []
+    return History(past.origin, tuple(records))
 
 
 def choose(found: Sequence[FeedForwardLayer],
@@ -211,20 +245,8 @@ def _stood(layer: FeedForwardLayer) -> list[str]:
     return [name for name in (layer.up, layer.gate, layer.down) if name is not None]
 
 
-def batches_of(calibration: Any) -> list[Any]:
-    """Return the batches of `calibration`, none where it is None."""
-    if calibration is None:
-        return []
-    batches = calibration if isinstance(calibration, list) else [calibration]
-    if not batches or any(isinstance(x, Tensor) and not x.numel() for x in batches):
-        raise ValueError("calibration must hold at least one sample, got none; some thousand "
-                         "tokens are enough to begin with")
-    return batches
-
-
-def _made(make: Callable[[int, int], nn.Module], layer: FeedForwardLayer,
-          model: nn.Module) -> nn.Module:
-    block: Any = make(layer.dim, layer.hidden)
+def _fitting(block: Any, layer: FeedForwardLayer, model: nn.Module) -> nn.Module:
+    """Return what was made, on the layer's device and of its dtype."""
     if not isinstance(block, nn.Module):
         raise TypeError(f"make(dim, hidden) must return a module, got {type(block).__name__}")
     like = next(model.get_submodule(layer.down or layer.name).parameters())

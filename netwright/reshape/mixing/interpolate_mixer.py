@@ -1,5 +1,5 @@
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -8,11 +8,13 @@ from netwright.blocks.mixing import MLPMixer
 from netwright.blocks.mixing.mlp_mixer import check_tokens
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
+from netwright.reshape.change import decided, reshape
 
 __all__ = ["interpolate_mixer"]
 
 
 @method("reshape", papers=["003-084"], place="token mixing", needs=["images"], keeps_function=False)
+@reshape
 def interpolate_mixer(model: nn.Module, size: int | Sequence[int]) -> nn.Module:
     """Return a copy of a mixer for images of another size, by bicubic interpolation of its tokens.
 
@@ -56,13 +58,18 @@ def interpolate_mixer(model: nn.Module, size: int | Sequence[int]) -> nn.Module:
         if len(size) != 2 or any(axis < 1 or axis % patch for axis in size):
             raise ValueError(f"size must be two multiples of patch={patch}, got {size}; crop or "
                              "resize the images")
-    changed = deepcopy(model)
-    for module in list(changed.modules()):
+    return decided({"size": list(size)})
+
+
+@interpolate_mixer.applies
+def _interpolated(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
+    for module in list(model.modules()):
         if isinstance(module, MLPMixer):
             old, patch = module.grid, module.embedding.patch
-            module.embedding.grid = size[0] // patch, size[1] // patch
+            height, width = decision["size"]
+            module.embedding.grid = height // patch, width // patch
             _interpolate(module, old, module.grid)
-    return changed
+    return model
 
 
 def _interpolate(module: nn.Module, old: tuple[int, int], new: tuple[int, int]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from netwright.anatomy.residual import Silent, Sublayer, Trace, trace
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
+from netwright.reshape._calibration import batches_of
 from netwright.reshape._layouts import plain_silent, silent_of
 from netwright.reshape.change import decided, reshape
 from netwright.runtime.modes import evaluating, same_buffers
@@ -78,7 +79,7 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     (2, torch.Size([4, 16, 96]))
     """
     measure = _measure(distance)
-    batches = _batches(calibration)
+    batches = batches_of(calibration)
     found = _found(model, batches[0])
     if not 1 <= remove <= len(found.sublayers):
         raise ValueError(f"remove must be between 1 and the {len(found.sublayers)} sublayers of "
@@ -219,14 +220,6 @@ def _found(model: nn.Module, x: Any) -> Trace:
             f"{type(model).__name__} has no sublayer: no module's output was added to a tensor "
             "that it was computed from (h + g(h)); a plain chain of layers has none to remove")
     return found
-
-
-def _batches(calibration: Any) -> list[Any]:
-    batches = calibration if isinstance(calibration, list) else [calibration]
-    if not batches or any(isinstance(x, Tensor) and not x.numel() for x in batches):
-        raise ValueError("calibration must hold at least one sample, got none; a few hundred "
-                         "tokens or some tens of images are enough")
-    return batches
 
 
 def _some(found: Trace) -> str:

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -8,9 +8,11 @@ from torch.utils._pytree import tree_leaves
 
 from netwright import checks
 from netwright.anatomy.residual import trace
-from netwright.anatomy.residual_blocks import Block, Passed, example_of, respond, runs_of
+from netwright.anatomy.residual_blocks import Passed, example_of, respond, runs_of
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
+from netwright.reshape._layouts import layout_of, plain_layout
+from netwright.reshape.change import decided, reshape
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
 
@@ -25,7 +27,7 @@ __all__ = ["parallelize_residual"]
     keeps_function=False,
     search={"group": [None, 2]},
 )
-@torch.inference_mode(False)
+@reshape
 def parallelize_residual(model: nn.Module, example: Any = None, *,
                          group: int | None = None) -> nn.Module:
     """Return a copy whose residual blocks stand side by side instead of one after another.
@@ -73,22 +75,25 @@ def parallelize_residual(model: nn.Module, example: Any = None, *,
         raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
                                "the module that was compiled, and compile the result")
     x = example_of(model) if example is None else example
-    changed: Any = deepcopy(model)
-    with same_random_state(), evaluating(changed), same_buffers(changed):
-        runs = runs_of(changed, x, trace(deepcopy(changed), x), alone=False)
+    watched = deepcopy(model)
+    with same_random_state(), evaluating(watched), same_buffers(watched):
+        runs = runs_of(watched, x, trace(deepcopy(watched), x), alone=False)
     if not runs:
         raise NothingToReshape(
             f"{type(model).__name__} has no residual blocks in a row: modules beside one another "
             "of which each takes what the one before returns, keeps its shape and adds to it what "
             "a module with weights returns (h + g(h)); put its residual blocks into an "
             "nn.Sequential or an nn.ModuleList, and g with its activation into a module")
-    said = []
-    for run in runs:
-        size = group or len(run)
-        for some in (run[i:i + size] for i in range(0, len(run), size)):
-            if len(some) > 1:
-                said.append(_put(changed, some))
-    changed.parallel_changes = tuple(said)
+    groups = [run[i:i + (group or len(run))] for run in runs
+              for i in range(0, len(run), group or len(run))]
+    return decided({"groups": [[{"name": block.name, "response": plain_layout(block.response)}
+                                for block in some] for some in groups if len(some) > 1]})
+
+
+@parallelize_residual.applies
+def _side_by_side(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
+    changed: Any = model
+    changed.parallel_changes = tuple(_put(model, run) for run in decision["groups"])
     return changed
 
 
@@ -117,14 +122,15 @@ class ParallelSum(nn.Module):
             return getattr(blocks[0], name)
 
 
-def _put(model: nn.Module, run: list[Block]) -> str:
+def _put(model: nn.Module, run: Sequence[Mapping[str, Any]]) -> str:
     """Put the blocks side by side into the place of the first; say what was done."""
-    parent = model.get_submodule(run[0].parent)
-    parallel = ParallelSum([block.module for block in run], run[0].response)
-    parallel.train(run[0].module.training)
-    for k, block in enumerate(run):
-        parent._modules[block.name.rpartition(".")[2]] = (
-            parallel if k == 0 else Passed(block.response))
-    kinds = " and ".join(dict.fromkeys(block.kind for block in run))
-    return (f"{run[0].name} to {run[-1].name.rpartition('.')[2]}: {len(run)} blocks ({kinds}) "
+    names = [block["name"] for block in run]
+    modules = [model.get_submodule(name) for name in names]
+    responses = [layout_of(block["response"]) for block in run]
+    parallel = ParallelSum(modules, responses[0]).train(modules[0].training)
+    for k, (name, response) in enumerate(zip(names, responses, strict=True)):
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent)._modules[child] = parallel if k == 0 else Passed(response)
+    kinds = " and ".join(dict.fromkeys(type(module).__name__ for module in modules))
+    return (f"{names[0]} to {names[-1].rpartition('.')[2]}: {len(run)} blocks ({kinds}) "
             "side by side")

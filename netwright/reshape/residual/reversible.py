@@ -1,4 +1,4 @@
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -14,6 +14,8 @@ from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse, NothingToReshape, UnknownName
+from netwright.reshape._layouts import layout_of, plain_layout, plain_silent, silent_of
+from netwright.reshape.change import decided, reshape
 from netwright.reversing.engine import Add, Update
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.random_state import same_random_state
@@ -33,7 +35,7 @@ How = Literal["coupling", "momentum"]
     keeps_function=False,
     search={"how": ["coupling", "momentum"]},
 )
-@torch.inference_mode(False)
+@reshape
 def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
                gamma: float = 0.9, exact: bool | None = None) -> nn.Module:
     """Return a copy whose residual blocks can be undone, so that training stores none of them.
@@ -101,15 +103,10 @@ def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
         raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
                                "the module that was compiled, and compile the result")
     x = example_of(model) if example is None else example
-    changed: Any = deepcopy(model)
-    if hasattr(getattr(changed, "config", None), "use_cache"):
-        changed.config.use_cache = False
-    for layer in changed.modules():  # its fused path in eval mode would not see the parts' roles
-        if isinstance(layer, nn.TransformerEncoderLayer):
-            layer.activation_relu_or_gelu = 0
-    with same_random_state(), evaluating(changed), same_buffers(changed):
-        found = trace(deepcopy(changed), x)
-        runs = runs_of(changed, x, found, alone=how == "coupling")
+    watched = _without_cache_and_fused_paths(deepcopy(model))
+    with same_random_state(), evaluating(watched), same_buffers(watched):
+        found = trace(deepcopy(watched), x)
+        runs = runs_of(watched, x, found, alone=how == "coupling")
         for run in runs:
             for block in run:
                 block.parts = _parts(block, found) if how == "coupling" else [(block.kind, {})]
@@ -119,13 +116,32 @@ def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
             f"{type(model).__name__} has no residual blocks in a row: modules beside one another "
             "of which each takes what the one before returns, keeps its shape and adds to it "
             "(h + g(h)); put its residual blocks into an nn.Sequential or an nn.ModuleList")
-    exact = how == "momentum" if exact is None else exact
-    keys: dict[str, str] = {}
-    for run in runs:
-        keys |= _put(changed, run, gamma if how == "momentum" else None, exact)
-    changed.reversible_changes = tuple(_said(run, how, gamma) for run in runs)
-    changed.reversible_keys = keys
+    return decided({
+        "how": how, "gamma": gamma, "exact": how == "momentum" if exact is None else exact,
+        "runs": [[{"name": block.name, "response": plain_layout(block.response),
+                   "parts": [[name, {short: plain_silent(stub) for short, stub in silent.items()}]
+                             for name, silent in block.parts]} for block in run] for run in runs]})
+
+
+@reversible.applies
+def _undoable(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
+    changed: Any = _without_cache_and_fused_paths(model)
+    gamma = decision["gamma"] if decision["how"] == "momentum" else None
+    said, keys = [], dict[str, str]()
+    for run in decision["runs"]:
+        said.append(_said(model, run, gamma))
+        keys |= _put(changed, run, gamma, decision["exact"])
+    changed.reversible_changes, changed.reversible_keys = tuple(said), keys
     return changed
+
+
+def _without_cache_and_fused_paths(model: Any) -> Any:
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        model.config.use_cache = False
+    for layer in model.modules():  # its fused path in eval mode would not see the parts' roles
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            layer.activation_relu_or_gelu = 0
+    return model
 
 
 class ReversibleStack(nn.Module):
@@ -270,22 +286,27 @@ def _parts(block: Block, found: Trace) -> list[tuple[str, dict[str, Silent]]]:
     return parts if near else whole
 
 
-def _put(model: nn.Module, run: list[Block], gamma: float | None, exact: bool) -> dict[str, str]:
+def _put(model: nn.Module, run: Sequence[Mapping[str, Any]], gamma: float | None,
+         exact: bool) -> dict[str, str]:
     """Put the stack in the run's place; return where the blocks' parameters are now."""
-    parent = model.get_submodule(run[0].parent)
+    outer = run[0]["name"].rpartition(".")[0]
+    parent = model.get_submodule(outer)
     turn, blocks = 0, list[ReversibleBlock]()
     for block in run:
-        blocks.append(Coupled(block.module, block.parts, turn) if gamma is None
-                      else Momentum(block.module, gamma))
-        turn = (turn + len(block.parts)) % 2
-    names = [block.name.rpartition(".")[2] for block in run]
-    stack = ReversibleStack(blocks, run[0].response, momentum=gamma is not None, exact=exact)
-    stack.train(run[0].module.training)
-    for k, (name, block) in enumerate(zip(names, run, strict=True)):
-        parent._modules[name] = stack if k == 0 else Passed(block.response)
+        module = model.get_submodule(block["name"])
+        parts = [(name, {short: silent_of(stub) for short, stub in silent.items()})
+                 for name, silent in block["parts"]]
+        blocks.append(Coupled(module, parts, turn) if gamma is None else Momentum(module, gamma))
+        turn = (turn + len(parts)) % 2
+    names = [block["name"].rpartition(".")[2] for block in run]
+    responses = [layout_of(block["response"]) for block in run]
+    stack = ReversibleStack(blocks, responses[0], momentum=gamma is not None, exact=exact)
+    stack.train(model.get_submodule(run[0]["name"]).training)
+    for k, (name, response) in enumerate(zip(names, responses, strict=True)):
+        parent._modules[name] = stack if k == 0 else Passed(response)
     moves = {f"{name}.": f"{names[0]}.blocks.{k}.block." for k, name in enumerate(names)}
     parent._register_load_state_dict_pre_hook(partial(_moved, moves))
-    outer = f"{run[0].parent}." if run[0].parent else ""
+    outer = f"{outer}." if outer else ""
     return {outer + old: outer + new for old, new in moves.items()}
 
 
@@ -301,13 +322,14 @@ def _moved(moves: dict[str, str], state: dict[str, Any], prefix: str, *_: Any) -
                 break
 
 
-def _said(run: list[Block], how: How, gamma: float) -> str:
-    where = run[0].name if len(run) == 1 else f"{run[0].name} to {run[-1].name.rpartition('.')[2]}"
-    kinds = " and ".join(dict.fromkeys(block.kind for block in run))
+def _said(model: nn.Module, run: Sequence[Mapping[str, Any]], gamma: float | None) -> str:
+    names = [block["name"] for block in run]
+    where = names[0] if len(run) == 1 else f"{names[0]} to {names[-1].rpartition('.')[2]}"
+    kinds = " and ".join(dict.fromkeys(type(model.get_submodule(name)).__name__ for name in names))
     what = f"{len(run)} block{'s' * (len(run) > 1)} ({kinds})"
-    if how == "momentum":
+    if gamma is not None:
         return f"{where}: {what} with momentum {gamma}"
-    parts = run[0].parts
-    inside = (f"each in {len(parts)} parts: {', '.join(name for name, _ in parts)}"
-              if len(parts) > 1 else "each as a whole")
+    parts = [name for name, _ in run[0]["parts"]]
+    inside = (f"each in {len(parts)} parts: {', '.join(parts)}" if len(parts) > 1
+              else "each as a whole")
     return f"{where}: {what} in two coupled streams, {inside}"

@@ -13,6 +13,7 @@ from netwright.models import gpt, mlp
 from netwright.reshape import reversible
 from netwright.rules import Backprop, Reversible
 from netwright.stages import call
+from netwright.stages._transformers import is_cache
 
 IDS = torch.randint(1, 20, (3, 7), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -229,9 +230,9 @@ def test_llama_is_two_streams_of_attention_and_feed_forward():
         h=args[0], options=options), with_kwargs=True)
     model(**x)
     a = b = inputs["h"]
-    inputs["options"]["past_key_values"] = None
+    given = {name: None if is_cache(value) else value for name, value in inputs["options"].items()}
     for layer in layers:
-        a = a + layer.self_attn(layer.input_layernorm(b), **inputs["options"])[0]
+        a = a + layer.self_attn(layer.input_layernorm(b), **given)[0]
         b = b + layer.mlp(layer.post_attention_layernorm(a))
     layers[2].register_forward_hook(lambda *_: (a + b) / 2)
     torch.testing.assert_close(call(flat, x), call(model, x), rtol=1e-10, atol=1e-12)

@@ -11,11 +11,13 @@ from torch.func import functional_call, stack_module_state, vmap
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
+from netwright.numerics.fixed_point import check_iterations, settled
 from netwright.runtime.modes import evaluating
-from netwright.stages import Stage, Stages, stages
 from netwright.stages._sequential import SequentialStage
+from netwright.stages.find import stages
+from netwright.stages.stage import Stage, Stages
 
-__all__ = ["fixed_point", "parallel_forward", "parallel_recurrence"]
+__all__ = ["parallel_forward", "parallel_recurrence"]
 
 Method = Literal["jacobi", "gauss_seidel", "hybrid"]
 METHODS = ("jacobi", "gauss_seidel", "hybrid")
@@ -157,45 +159,6 @@ def parallel_recurrence(cell: Callable[[Tensor, Any], Any], x: Tensor, start: An
     return (states if single else tuple(states.split(sizes, -1))), steps
 
 
-@method("companion", papers=["003-015"])
-@torch.no_grad()
-def fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, *, tolerance: float = 0.0,
-                max_iterations: int) -> tuple[Tensor, int]:
-    """Return what `update` leaves as it is, begun at `start`, and the iterations that it took.
-
-    x^0 = start;  x^{k+1} = update(x^k), until no number moves more than `tolerance`, or for
-    `max_iterations`.
-
-    Where each of n parts of x depends on the parts before it alone, as when a sequence is sampled
-    with given random numbers, n iterations give exactly what part after part would.
-
-    Args:
-        update: of x, returns one like it.
-        start: the first x.
-        tolerance: the most that a number may still move at the end.
-        max_iterations: after which x is taken as it is.
-
-    Raises:
-        ValueError: `max_iterations` is below 1, or `tolerance` is negative.
-
-    Paper: that of `parallel_forward`.
-
-    >>> def doubled(x):  # x_i = 2 x_{i-1}, x_0 = 1
-    ...     return torch.cat([torch.ones(1), 2 * x[:-1]])
-    >>> fixed_point(doubled, torch.zeros(4), max_iterations=4)
-    (tensor([1., 2., 4., 8.]), 4)
-    """
-    _check("jacobi", 1, tolerance, max_iterations)
-    x = start
-    for k in range(max_iterations):
-        found = update(x)
-        settled = _settled(found, x, tolerance)
-        x = found
-        if settled:
-            return x, k + 1
-    return x, max_iterations
-
-
 # What returns the states after stages first, first + 1, ..., given those before them.
 _Update = Callable[[Tensor, int], Tensor]
 
@@ -204,15 +167,7 @@ def _check(method: str, blocks: int, tolerance: float, max_iterations: int | Non
     if method not in METHODS:
         raise UnknownName("method", method, METHODS)
     checks.count(1, blocks=blocks)
-    checks.at_least(0, tolerance=tolerance, advice="0 goes on until nothing moves")
-    checks.count(1, max_iterations=max_iterations, optional=True,
-                 advice="None is as many as it takes")
-
-
-def _settled(found: Tensor, before: Tensor, tolerance: float) -> bool:
-    if not tolerance:
-        return torch.equal(found, before)
-    return bool(((found - before).abs() <= tolerance).all())
+    check_iterations(tolerance, max_iterations)
 
 
 def _solve(update: _Update, start: Tensor, states: Tensor, method: str, blocks: int,
@@ -236,10 +191,10 @@ def _solve(update: _Update, start: Tensor, states: Tensor, method: str, blocks: 
             found = update(above, begin + k)
             if residual:
                 found[1:] = found[0] + (found - above)[1:].cumsum(0)
-            settled = _settled(found, states[begin + k:end], tolerance)
+            still = settled(found, states[begin + k:end], tolerance)
             states[begin + k:end] = found
             steps += 1
-            if settled:
+            if still:
                 break
     return states, steps
 
@@ -264,7 +219,7 @@ def _blocks_at_once(update: _Update, start: Tensor, states: Tensor, ends: Sequen
                 if begin > ends[k]:  # its start moves to where the block before now ends
                     shift = states[begin - 1] - before[begin - 1]
                 states[begin:end] += shift
-        if _settled(states, before, tolerance):
+        if settled(states, before, tolerance):
             break
     return states, steps
 

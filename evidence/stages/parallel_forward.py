@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from netwright.data import Batches, digits
 from netwright.evidence import Curve, Outcome, Scale, Verdict, evidence
 from netwright.models import gpt
-from netwright.numerics.parallel_forward import (
+from netwright.numerics.fixed_point import fixed_point
+from netwright.rules import Backprop
+from netwright.stages import stages
+from netwright.stages.parallel_forward import (
     Method,
-    fixed_point,
     parallel_forward,
     parallel_recurrence,
 )
-from netwright.rules import Backprop
-from netwright.stages import stages
 from netwright.training import fit
 
 DEPTH, WIDTH, STEPS, LETTERS, TOLERANCE = 64, 16, 256, 64, 1e-3

@@ -1,0 +1,45 @@
+import pytest
+import torch
+from torch import nn
+
+import netwright as nw
+from netwright.blocks.feedforward import GLU
+from netwright.errors import NothingToReshape
+
+
+@pytest.fixture
+def model():
+    return nw.models.gpt(12, 8, width=16, heads=2)
+
+
+TOKENS = torch.zeros(2, 8, dtype=torch.long)
+
+
+def test_the_network_is_changed_and_the_given_one_is_not(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    changed = nw.apply("prune_sublayers(remove=1) + GLU(hidden=8)", model, TOKENS)
+    blocks = [part for part in changed.modules() if isinstance(part, GLU)]
+    assert {block.down.in_features for block in blocks} == {8}
+    assert nw.changes(changed)[0].name == "prune_sublayers"
+    assert changed(TOKENS).shape == (2, 8, 12)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_reshape_looks_at_every_batch(model):
+    seen = []
+
+    def looking(network, calibration):
+        seen.extend(calibration)
+        return network
+    nw.apply(looking, model, [TOKENS, TOKENS + 1])
+    assert [int(batch[0, 0]) for batch in seen] == [0, 1]
+
+
+def test_only_the_network_can_be_changed(model):
+    with pytest.raises(ValueError, match="must change the network alone, got GLU"):
+        nw.apply("GLU + MonoForward", model, TOKENS)
+    with pytest.raises(ValueError, match="must hold at least one batch, got an empty list"):
+        nw.apply("GLU", model, [])
+    with pytest.raises(NothingToReshape, match="GLU cannot run on task 'model' because"):
+        nw.apply("GLU", nn.Linear(2, 2), torch.zeros(1, 2))
