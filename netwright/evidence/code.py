@@ -206,6 +206,10 @@ class _Bare(ast.NodeTransformer):
         only_raises = all(isinstance(statement, ast.Raise) for statement in node.body)
         return None if only_raises and not node.orelse else node
 
+    def visit_For(self, node: ast.For) -> ast.AST | None:
+        self.generic_visit(node)
+        return None if isinstance(node.body[0], ast.Pass) and not node.orelse else node
+
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         if isinstance(node.exc, ast.Call):
             node.exc = node.exc.func
