@@ -25,10 +25,12 @@ face(
         "rules": "netwright.rules",
     },
     names={
+        "Anatomy": "netwright.anatomy.anatomy",
         "History": "netwright.training",
         "Recipe": "netwright.compare.recipe",
         "Stages": "netwright.stages",
         "Task": "netwright.tasks",
+        "anatomy": "netwright.anatomy.anatomy",
         "apply": "netwright.compare.apply",
         "changes": "netwright.reshape.change",
         "compare": "netwright.compare",

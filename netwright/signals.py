@@ -2,6 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -102,3 +104,32 @@ def at(value: Any, path: Path) -> Any:
     for key in path:
         value = value[key]
     return value
+
+
+def copied(value: Any) -> Any:
+    """Return a deep copy of what a network takes, caches among it, cut off from any graph.
+
+    >>> import torch
+    >>> h = torch.ones(2, requires_grad=True) * 2
+    >>> copied({"h": (h, 1)})
+    {'h': (tensor([2., 2.]), 1)}
+    """
+    return deepcopy(value, {id(t): t.detach().clone() for t in _held(value)})
+
+
+def _held(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in `value`, those that its objects hold among them."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen or isinstance(part, (type, ModuleType)):
+            continue
+        seen.add(id(part))
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, (tuple, list)):
+            waiting += part
+        else:
+            waiting += part.values() if isinstance(part, dict) else []
+            waiting += getattr(part, "__dict__", {}).values()

@@ -71,9 +71,9 @@ def test_every_text_beside_the_code_belongs_to_a_page():
     assert texts <= places
 
 
-@pytest.mark.parametrize("rule", [page for page in pages() if any(
+@pytest.mark.parametrize("rule", [page for page in pages() if page.text and any(
     entry.facets.kind == "rule" for entry in page.methods.values())], ids=lambda page: page.uri)
-def test_every_rule_says_what_it_costs_and_how_it_differs_from_its_paper(rule):
+def test_the_text_of_a_rule_says_what_it_costs_and_how_it_differs_from_its_paper(rule):
     for part in ("What it costs.", "When to use it.", "Options.", "What differs from the paper"):
         assert f"**{part}" in rule.text, f"{rule.uri} does not say: {part}"
     assert set(rule.facts) == {"how the signal travels", "what it takes", "activations kept"}
@@ -97,6 +97,37 @@ def test_a_result_stands_in_full_on_one_page_alone():
     names = [re.search(r"#evidence-(\w+)", line)[1] for line in sections]
     assert sorted(names) == sorted(name for name, home in measured.homes().items()
                                    if home != measured.EVIDENCE)
+
+
+@pytest.mark.check
+@pytest.mark.browser
+def test_the_table_is_filtered_by_menus_words_and_the_address(browser, tmp_path):
+    rows = [("GLU", "block", "shown", "inference time, parameters"),
+            ("Star", "block", "not shown", "–"), ("MonoForward", "rule", "shown", "parameters")]
+    cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    (tmp_path / "table.html").write_text(
+        '<div class="filter" data-columns="kind verdict saves place"></div><div><table><thead><tr>'
+        "<th>method</th><th>kind</th><th>verdict</th><th>saves</th></tr></thead><tbody>"
+        f"{cells}</tbody></table></div><script src='{ROOT / 'docs/scripts/filter.js'}'></script>")
+    page = browser.new_page()
+
+    def shown() -> list[str]:
+        return page.locator("tbody tr:visible td:first-child").all_text_contents()
+
+    address = (tmp_path / "table.html").as_uri()
+    page.goto(address)
+    assert page.locator("select").count() == 3  # there is no column of places
+    assert shown() == ["GLU", "Star", "MonoForward"]
+    page.select_option("select[name=kind]", "block")
+    page.select_option("select[name=verdict]", "shown")
+    assert shown() == ["GLU"]
+    assert page.locator("output").text_content() == "1 of 3"
+    assert page.url == address + "?kind=block&verdict=shown"
+    page.goto(address + "?saves=parameters&kind=unknown")
+    assert shown() == ["GLU", "MonoForward"]
+    page.fill("input", "mono")
+    assert shown() == ["MonoForward"]
+    page.close()
 
 
 @pytest.mark.check

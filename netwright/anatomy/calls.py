@@ -1,6 +1,6 @@
 """Watches an example run: which module was called when, with which tensors, returning which."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +11,13 @@ from netwright.anatomy.layers import count_weighted, reversible
 from netwright.signals import Path, apply, tensors
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Call:
-    """One call of a module: `start` and `end` count the events of the run."""
+    """One call of a module: `start` and `end` count the events of the run.
+
+    `taken` and `gave` are the numbers of the values that it was given and returned, where a
+    `Run` counts them.
+    """
 
     module: nn.Module
     name: str
@@ -26,10 +30,19 @@ class Call:
     output_versions: dict[int, int] = field(default_factory=dict)
     children: list["Call"] = field(default_factory=list)
     weights: int = 0
+    taken: tuple[int, ...] = ()
+    gave: tuple[int, ...] = ()
 
     def inside(self, other: "Call") -> bool:
         """Whether this call was made while `other` ran."""
         return other.start < self.start and self.end < other.end
+
+    def around(self) -> list["Call"]:
+        """Return the calls in which this one was made, itself first and the model's last."""
+        chain: list[Call] = [self]
+        while chain[-1].parent is not None:
+            chain.append(chain[-1].parent)
+        return chain
 
 
 def version(tensor: Tensor) -> int:
@@ -49,12 +62,18 @@ def watch(model: nn.Module, x: Any, **options: Any) -> tuple[list[Call], Any]:
 
 
 @contextmanager
-def watching(model: nn.Module, calls: list[Call]) -> Iterator[None]:
-    """Add to `calls` whatever is called inside `model`; the `end` of what raised stays 0."""
+def watching(model: nn.Module, calls: list[Call], *, everywhere: bool = False,
+             values: Callable[[Any], tuple[int, ...]] = lambda _: ()) -> Iterator[list[Call]]:
+    """Add to `calls` whatever is called inside `model`; the `end` of what raised stays 0.
+
+    What is inside a module that has an inverse is left out unless `everywhere`, since such a
+    module may run its parts in an order of its own. `values` numbers the tensors in what a module
+    takes and returns. The calls that are running are yielded, innermost last.
+    """
     stack: list[Call] = []
     clock = iter(range(1 << 62))
     inside = {part for module in model.modules() if module is not model and reversible(module)
-              for part in module.modules() if part is not module}
+              for part in module.modules() if part is not module and not everywhere}
     names = {module: name for name, module in reversed(list(model.named_modules()))
              if module not in inside}
 
@@ -62,7 +81,7 @@ def watching(model: nn.Module, calls: list[Call]) -> Iterator[None]:
         arguments = (args, kwargs)
         made = Call(module, names[module], stack[-1] if stack else None, next(clock), arguments,
                     {id(t): version(t) for _, t in tensors(arguments)},
-                    weights=count_weighted(module))
+                    weights=count_weighted(module), taken=values(arguments))
         if stack:
             stack[-1].children.append(made)
         stack.append(made)
@@ -72,13 +91,14 @@ def watching(model: nn.Module, calls: list[Call]) -> Iterator[None]:
         made = stack.pop()
         made.output, made.end = output, next(clock)
         made.output_versions = {id(t): version(t) for _, t in tensors(output)}
+        made.gave = values(output)
 
     handles = []
     try:
         for module in names:
             handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             handles.append(module.register_forward_hook(finish, with_kwargs=True))
-        yield
+        yield stack
     finally:
         for handle in handles:
             handle.remove()

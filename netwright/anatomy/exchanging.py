@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.functional import linear
+from torch.nn.utils.parametrize import is_parametrized
 
-from netwright.anatomy.elementwise import is_linear
 from netwright.anatomy.feedforwards import FeedForwardLayer
+from netwright.anatomy.layers import is_linear
 
 __all__ = ["FeedForwardWeights", "feedforward_weights", "put_block", "with_blocks",
            "write_feedforward"]
@@ -211,6 +212,9 @@ def _matrix(part: Any) -> Tensor:
 
 
 def _write(part: Any, matrix: Tensor, bias: Tensor | None) -> None:
+    if is_parametrized(part):
+        raise ValueError(f"{part} is parametrized, so that new weights have no place in it; take "
+                         "that off by torch.nn.utils.parametrize.remove_parametrizations first")
     learns = part.weight.requires_grad
     out, dim = matrix.shape
     if isinstance(part, nn.Linear):

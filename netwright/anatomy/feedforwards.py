@@ -1,25 +1,17 @@
 from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from netwright.anatomy.elementwise import (
-    Itself,
-    Named,
-    Seen,
-    Watch,
-    is_linear,
-    linear_sizes,
-    watch,
-)
+from netwright.anatomy.elementwise import Itself, Named, function_of
+from netwright.anatomy.layers import common, is_linear, linear_sizes
+from netwright.anatomy.products import Product, products
+from netwright.anatomy.run import Operation, Run, record
 from netwright.errors import NothingToReshape
-from netwright.runtime.modes import evaluating
 from netwright.runtime.random_state import same_random_state
-from netwright.signals import apply
 
 __all__ = ["FeedForwardLayer", "feedforwards"]
 
@@ -101,13 +93,12 @@ def feedforwards(model: nn.Module, example: Any = None, *,
         raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
                                "the module that was compiled, and compile the result")
     found: list[FeedForwardLayer] = []
-    with same_random_state():
-        copy = deepcopy(model)
-        with evaluating(copy):
-            if example is None:
-                found = _in_parts(copy, "", square)
-            else:
-                found = _layers(copy, watch(copy, lambda: apply(copy, example)), square)
+    if example is None:
+        with same_random_state():
+            found = _in_parts(model, "", square)
+    else:
+        run = record(model, example)
+        found = _separable(model, feedforward_layers(run, products(run), square))
     if not found:
         raise NothingToReshape(
             f"{type(model).__name__} has no feed-forward layer: no linear layer's output goes "
@@ -145,20 +136,20 @@ def _in_parts(module: nn.Module, prefix: str, square: bool) -> list[FeedForwardL
                 found += _in_parts(child, f"{prefix}{name}.", square)
     if found:
         return found
-    for seen in _tries(module, linears):
-        found = _layers(module, seen, square)
+    for run in _tries(module, linears):
+        found = _separable(module, feedforward_layers(run, products(run), square))
         return [_placed(layer, prefix) for layer in found]
     return [_placed(layer, prefix) for layer in _expert_blocks(module, None)]
 
 
-def _tries(module: nn.Module, linears: list[nn.Module]) -> Iterator[Watch]:
-    """Yield what was seen of `module` where it runs on one or two tensors of its width."""
+def _tries(module: nn.Module, linears: list[nn.Module]) -> Iterator[Run]:
+    """Yield a run of `module` where it runs on one or two tensors of its width."""
     dim = _expert_sizes(module)[0] if _has_experts(module) else linear_sizes(linears[0])[0]
     parameter = next(module.parameters())
     x = torch.randn(1, 3, dim).to(parameter.device, parameter.dtype)
     for given in ((x,), (x, x)):
         try:
-            yield watch(module, partial(module, *given))
+            yield record(module, given)
             return
         except Exception:  # whatever a part raises that does not run on its own
             continue
@@ -174,54 +165,191 @@ def _placed(layer: FeedForwardLayer, prefix: str) -> FeedForwardLayer:
                  down=placed(layer.down), gate=placed(layer.gate), activation=activation)
 
 
-def _layers(model: nn.Module, seen: Watch, square: bool) -> list[FeedForwardLayer]:
+def _separable(model: nn.Module, layers: list[FeedForwardLayer]) -> list[FeedForwardLayer]:
+    """Return the layers whose matrices are linear layers of their own."""
     modules = dict(model.named_modules())
-    experts = [layer for layer in _expert_blocks(model, seen) if layer.out == layer.dim
-               or not square]
-    found = []
+    return [layer for layer in layers if layer.experts is not None or (
+        layer.gate != layer.up and all(
+            name in modules and is_linear(modules[name])
+            for name in (layer.up, layer.gate, layer.down) if name is not None))]
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """A tensor that is a function of what a product gave, times what another one gave.
+
+    `acted` is the value that the function gives. A product that gives both the gate and what it
+    gates is named twice, with the half of its outputs that each is.
+    """
+
+    layer: str
+    read: tuple[int, float]  # what the product read
+    acted: int
+    plain: bool = True  # whether the function is the identity
+    half: int | None = None
+    other: str | None = None
+
+
+@dataclass
+class _Flow:
+    """What a run showed of hidden tensors."""
+
+    run: Run
+    hidden: dict[int, _Hidden] = field(default_factory=dict)
+    made: dict[str, list[Product]] = field(default_factory=dict)
+    seen: dict[str, list[tuple[_Hidden, Product]]] = field(default_factory=dict)
+    escaped: set[str] = field(default_factory=set)
+
+    def apply(self, product: Product) -> None:
+        """Follow a product."""
+        before = self.hidden.get(product.taken)
+        if before is not None and before.plain and before.other is None:
+            self.escape(before)  # a product of two matrices has no hidden units
+        elif before is not None:
+            self.seen.setdefault(product.name, []).append((before, product))
+        self.made.setdefault(product.name, []).append(product)
+        gave = product.operation.gave[0]
+        self.hidden[gave] = _Hidden(product.name, rows(self.run, product.taken), gave)
+
+    def follow(self, operation: Operation) -> None:
+        """Follow any other operation."""
+        read = [self.hidden[n] for n in operation.taken if n in self.hidden]
+        if not read:
+            return
+        first, gave = read[0], operation.gave[0]
+        others = [n for n in operation.taken if n not in self.hidden
+                  and (n not in self.run.scalars or self.run.fed[n])]
+        if len(read) == 1 and (operation.dropped or keeps_rows(self.run, operation)):
+            self.hidden[gave] = replace(first, acted=gave if first.other is None else first.acted)
+        elif len(read) == 1 and first.plain and first.half is None and (
+                halves := _halves(self.run, operation)):
+            for number, half in halves.items():
+                self.hidden[number] = replace(first, acted=number, half=half)
+        elif len(read) == 1 and first.plain and self._bias(first, operation, others):
+            self.hidden[gave] = replace(first, acted=gave)
+        elif operation.elementwise and not others and all(
+                (h.layer, h.half, h.read) == (first.layer, first.half, first.read)
+                and h.other is None for h in read):
+            self.hidden[gave] = replace(first, acted=gave, plain=False)
+        elif operation.name == "mul" and len(read) == 2 and _gated(*read):
+            gate, up = read if read[1].plain else read[::-1]
+            self.hidden[gave] = replace(gate, plain=False, other=up.layer)
+        else:
+            for hidden in read:
+                self.escape(hidden)
+
+    def escape(self, hidden: _Hidden) -> None:
+        """Note that a hidden tensor is used for something else as well."""
+        self.escaped |= {name for name in (hidden.layer, hidden.other) if name}
+
+    def _bias(self, hidden: _Hidden, operation: Operation, others: list[int]) -> bool:
+        width = self.made[hidden.layer][-1].outputs
+        return operation.name == "add" and len(others) == 1 and self.run.learned(
+            others[0]) and self.run.shapes[others[0]] == (width,)
+
+
+def _gated(a: _Hidden, b: _Hidden) -> bool:
+    """Return whether a * b is act(gate(x)) * up(x)."""
+    return ((a.layer, a.half) != (b.layer, b.half) and a.read == b.read
+            and (a.half is None) == (b.half is None) and a.other is b.other is None
+            and (a.plain or b.plain))
+
+
+def _halves(run: Run, operation: Operation) -> dict[int, int]:
+    """Return the two halves into which `operation` cuts the last axis, none where it does not."""
+    if not operation.layout:
+        return {}
+    *axes, width = run.shapes[operation.taken[0]]
+    if any(run.shapes[n] != (*axes, width / 2) for n in operation.gave):
+        return {}
+    if operation.name == "slice":
+        return {operation.gave[0]: int(operation.arguments[0][2] > 0)}
+    return dict(zip(operation.gave, (0, 1), strict=True)) if len(operation.gave) == 2 else {}
+
+
+def keeps_rows(run: Run, operation: Operation) -> bool:
+    """Return whether a result holds the rows of the last axis as they were, all of them."""
+    if not operation.layout:
+        return False
+    before, after = run.shapes[operation.taken[0]], run.shapes[operation.gave[0]]
+    if prod(before) != prod(after) or before[-1:] != after[-1:]:
+        return False
+    if operation.name in ("t", "transpose", "permute", "movedim"):
+        last = len(before) - 1
+        dims = operation.arguments[0][1:]
+        if operation.name == "permute":
+            return dims[0][-1] % len(before) == last
+        return operation.name == "transpose" and all(d % len(before) != last for d in dims)
+    return True
+
+
+def rows(run: Run, number: int) -> tuple[int, float]:
+    """Return what tells rows from others: where they come from, and how much was dropped."""
+    kept = 1.0
+    while number in run.maker:
+        operation = run.maker[number]
+        if not operation.dropped and not keeps_rows(run, operation):
+            break
+        kept *= 1 - operation.dropped
+        number = operation.taken[0]
+    return number, 1 - kept
+
+
+def feedforward_layers(run: Run, found: list[Product], square: bool) -> list[FeedForwardLayer]:
+    """Return the feed-forward layers of a run, blocks of experts among them, in order."""
+    flow = _Flow(run)
+    applied = {id(product.operation): product for product in found}
+    for operation in run.operations:
+        if id(operation) in applied:
+            flow.apply(applied[id(operation)])
+        else:
+            flow.follow(operation)
+    for number in run.outputs:
+        if number in flow.hidden:
+            flow.escape(flow.hidden[number])
+    experts = [layer for layer in _expert_blocks(run.network, run)
+               if layer.out == layer.dim or not square]
+    layers = []
     taken: set[str | None] = set()
-    for down, times in seen.seen.items():
-        layer = _layer(down, times, seen, modules)
+    for down in flow.seen:
+        layer = _layer(down, flow)
         inside = any(_within(down, block.name) for block in experts)
         if layer is None or inside or (square and layer.out != layer.dim) or taken & {
                 layer.up, layer.down, layer.gate} - {None}:
             continue
         taken |= {layer.up, layer.down, layer.gate}
-        found.append(layer)
-    return sorted(found + experts, key=lambda layer: seen.order[layer.down or layer.name])
+        layers.append(layer)
+    ends = {layer: (run.operations.index(flow.seen[layer.down][0][1].operation)
+                    if layer.down else run.end(run.called(layer.name)[0]))
+            for layer in [*layers, *experts]}
+    return sorted(ends, key=ends.__getitem__)
 
 
-def _layer(down: str, times: list[Seen], seen: Watch,
-           modules: dict[str, nn.Module]) -> FeedForwardLayer | None:
+def _layer(down: str, flow: _Flow) -> FeedForwardLayer | None:
     """Return the layer that ends in `down`, None where its parts are also used otherwise."""
-    first = times[0]
-    gate, up = (first.hidden, first.other) if first.other else (None, first.hidden)
-    parts = [name for name in (up, gate) if name]
-    if any(other != first for other in times) or any(
-            name in seen.escaped or seen.runs[name] != len(times) for name in parts) or (
-            seen.runs[down] != len(times)):
+    times, run = flow.seen[down], flow.run
+    first, out = times[0]
+    gate, up = (first.layer, first.other) if first.other else (None, first.layer)
+    parts = [name for name in dict.fromkeys((up, gate)) if name]
+    if flow.escaped & set(parts) or any(
+            (hidden.layer, hidden.other) != (first.layer, first.other) for hidden, _ in times) or (
+            any(len(flow.made[name]) != len(times) for name in [*parts, down])):
         return None
-    (dim, hidden), (reads, out) = linear_sizes(modules[parts[0]]), linear_sizes(modules[down])
-    if hidden != reads:
+    into = flow.made[parts[0]][0]
+    hidden = into.outputs // (1 if first.half is None else 2)
+    if hidden != out.inputs or into.convolution or out.convolution:
         return None
-    name = _common([down, *parts])
-    calls = seen.calls.get(name, [])
+    name = common([down, *parts])
+    calls = run.called(name)
+    ends = [rows(run, call.gave[0]) if len(call.gave) == 1 else (-1, 0.0) for call in calls]
     whole = len(calls) == len(times) and all(
-        call.single and call.read == time.read and call.gave == time.gave
-        for call, time in zip(calls, times, strict=True))
-    return FeedForwardLayer(name, parts[0], down, gate, first.function, dim, hidden, out,
-                            whole, round(calls[0].dropped, 12) if whole else 0.0)
-
-
-def _common(names: list[str]) -> str:
-    """Return the smallest module that holds all of `names`."""
-    paths = [name.split(".")[:-1] for name in names]
-    shared = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
+        len(call.taken) == 1 and rows(run, call.taken[0]) == hidden.read and end == product.gave
+        for call, (end, _), (hidden, product) in zip(calls, ends, times, strict=True))
+    plain = {number for number, hidden in flow.hidden.items() if hidden.plain and (
+        hidden.layer, hidden.half) == (first.layer, first.half)}
+    return FeedForwardLayer(name, parts[0], down, gate, function_of(run, first.acted, plain),
+                            into.inputs, hidden, out.outputs, whole,
+                            round(ends[0][1], 12) if whole else 0.0)
 
 
 def _within(name: str, outer: str) -> bool:
@@ -232,18 +360,22 @@ def _has_experts(module: nn.Module) -> bool:
     return _expert_sizes(module)[2] > 0
 
 
-def _expert_blocks(model: nn.Module, seen: Watch | None) -> Iterator[FeedForwardLayer]:
+def _expert_blocks(model: nn.Module, run: Run | None) -> Iterator[FeedForwardLayer]:
     """Yield the blocks of experts of `model`, outermost only."""
     outer: list[str] = []
     for name, module in model.named_modules():
         dim, hidden, count = _expert_sizes(module)
         if not count or any(_within(name, other) for other in outer):
             continue
-        calls = seen.calls.get(name, []) if seen else []
-        if seen and not calls:
+        calls = run.called(name) if run else []
+        if run and not calls:
             continue
-        sizes = calls[0].sizes if calls else (dim, dim)
         outer.append(name)
+        sizes: tuple[int, int] | None = (dim, dim)
+        if run:
+            call = calls[0]
+            sizes = ((run.shapes[call.taken[0]][-1], run.shapes[call.gave[0]][-1])
+                     if isinstance(call.output, Tensor) and call.taken else None)
         activation = getattr(module.experts, "act_fn", None)
         if isinstance(activation, nn.Module):
             activation = Named(f"{name}.experts.act_fn".lstrip("."), activation)

@@ -1,9 +1,28 @@
-"""Which modules count as weighted layers."""
+"""What a module is: a linear layer, a norm, a layer with weights of its own."""
+
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether `module` is a linear layer: PyTorch's, or the transposed one of GPT-2."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether it is the linear layer of GPT-2, whose weight is (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+def linear_sizes(module: Any) -> tuple[int, int]:
+    """Return how many features a linear layer takes and gives."""
+    if is_transposed(module):
+        return module.nx, module.nf
+    return module.in_features, module.out_features
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -30,3 +49,14 @@ def weighted(module: nn.Module) -> bool:
 def reversible(module: nn.Module) -> bool:
     """Whether `module` has an inverse, so that it may run its parts in an order of its own."""
     return callable(getattr(module, "inverse", None))
+
+
+def common(names: list[str]) -> str:
+    """Return the smallest module that holds all of `names`."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)

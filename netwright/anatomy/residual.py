@@ -1,20 +1,18 @@
-"""Which modules write to a residual stream, found by watching one run of a model."""
+"""Residual streams and what adds to them, found by watching one run of a model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from netwright.runtime.modes import evaluating
-from netwright.signals import call
+from netwright.anatomy.calls import Call
+from netwright.anatomy.run import Operation, Run, Value, record
 
-_SUM = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-_SAME_BRANCH = {"mul", "mul_", "__mul__", "__rmul__", "to", "type_as", "dropout"}
+__all__ = ["Silent", "Sublayer", "Sum", "Trace", "sums", "trace"]
 
 
 class Place(Enum):
@@ -64,63 +62,64 @@ class Trace:
     silent: dict[str, Silent] = field(default_factory=dict)
 
 
-@dataclass
-class _Branch:
-    """A tensor that may be added to a stream, by the modules whose outputs it sums."""
+@dataclass(frozen=True)
+class Sum:
+    """One addition to a residual stream, by the numbers of its tensors.
 
-    tensor: Tensor  # held, so that its id stays its own
-    writers: dict[str, Any]  # name -> graph node of the output
+    `before` is the stream, `branch` what is added, computed from it, and `after` their sum;
+    `writers` are the modules whose outputs the branch sums, with what each gave.
+    """
+
+    before: int
+    branch: int
+    after: int
+    writers: dict[str, int]
 
 
-class _Watch(TorchFunctionMode):
-    """Follows module outputs to the sums that put them onto a stream they depend on."""
+def sums(run: Run) -> list[Sum]:
+    """Return the additions of something to what it was computed from, h + g(h), in order."""
+    writers: dict[int, dict[str, int]] = {}
+    for call in run.calls:  # an outer module begins before those inside it
+        if call.name and call.taken and call.gave and run.taught[call.gave[0]] and any(
+                True for _ in call.module.parameters()):
+            writers.setdefault(call.gave[0], {call.name: call.gave[0]})
+    found = []
+    for operation in run.operations:
+        if operation.name == "add" and len(operands := _operands(operation)) == 2:
+            made = _sum(run, operation, operands, writers)
+            if made is not None:
+                found.append(made)
+        elif (passed := _passed(run, operation)) in writers:
+            writers.setdefault(operation.gave[0], writers[passed])
+    return found
 
-    def __init__(self, names: dict[nn.Module, str]) -> None:
-        super().__init__()
-        self.names = names
-        self.branches: dict[int, _Branch] = {}
-        self.found: dict[str, Any] = {}
-        self.calls: dict[str, list[tuple[Any, Any]]] = {}
 
-    def returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        name = self.names[module]
-        first = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
-        out = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
-        if first is None or out is None:
-            return
-        layout = tree_map(lambda leaf: Place.STREAM if leaf is out else
-                          leaf if isinstance(leaf, (bool, int, float, str)) else None, output)
-        self.calls.setdefault(name, []).append(((first.shape, out.shape), layout))
-        if any(True for _ in module.parameters()) and out.requires_grad:
-            self.branches[id(out)] = _Branch(out, {name: _node(out)})
+def _sum(run: Run, operation: Operation, operands: list[int],
+         writers: dict[int, dict[str, int]]) -> Sum | None:
+    """Return the addition to a stream; note what is summed before it is added to one."""
+    after = operation.gave[0]
+    for branch, before in (operands, operands[::-1]):
+        if branch in writers and run.reaches(branch, before):
+            return Sum(before, branch, after, writers[branch])
+    if all(n in writers for n in operands):  # parallel branches are summed first
+        writers[after] = {**writers[operands[0]], **writers[operands[1]]}
+    return None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (),
-                           kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        # Before the call, since an operation in place changes what its operand is.
-        before = [(t, self.branches.get(id(t)), _node(t)) for t in args
-                  if isinstance(t, Tensor)] if name in _SUM | _SAME_BRANCH else []
-        out = func(*args, **(kwargs or {}))
-        if not isinstance(out, Tensor):
-            return out
-        if name in _SAME_BRANCH:
-            known = [branch for _, branch, _ in before if branch]
-            if len(known) == len(before) == 1:
-                self.branches[id(out)] = _Branch(out, known[0].writers)
-        elif name in _SUM and len(before) == 2:
-            self._sum(before, out)
-        return out
 
-    def _sum(self, operands: list[tuple[Tensor, _Branch | None, Any]], out: Tensor) -> None:
-        joined: dict[str, Any] = {}
-        for (_, branch, node), (_, _, skip) in (operands, operands[::-1]):
-            if branch and skip is not None and _reaches(node, skip):
-                self.found |= branch.writers
-                self.branches.pop(id(out), None)  # the sum is the stream
-                return
-            joined |= branch.writers if branch else {}
-        if all(branch for _, branch, _ in operands):  # parallel branches are summed first
-            self.branches[id(out)] = _Branch(out, joined)
+def _operands(operation: Operation) -> list[int]:
+    args, kwargs = operation.arguments
+    plain = kwargs.get("alpha", 1) == 1
+    return [a.number for a in args if isinstance(a, Value)] if plain else []
+
+
+def _passed(run: Run, operation: Operation) -> int:
+    """Return what `operation` only scales, drops from or lays out anew, -1 for any other."""
+    numbers = [n for n in operation.taken if run.fed[n]]
+    if len(numbers) != 1 or not operation.gave:
+        return -1
+    whole = prod(run.shapes[numbers[0]]) == prod(run.shapes[operation.gave[0]])
+    scaled = operation.layout or operation.name == "mul"  # a dropout is a clone
+    return numbers[0] if scaled and whole else -1
 
 
 def trace(model: nn.Module, x: Any) -> Trace:
@@ -128,75 +127,53 @@ def trace(model: nn.Module, x: Any) -> Trace:
 
     A sublayer is the outermost module whose output is added to a tensor that the output was
     computed from. Its feeders are the modules whose weights matter only through it, such as the
-    norm before it. `model` gets every parameter's `requires_grad` set: pass a copy.
+    norm before it.
     """
-    for p in model.parameters():
-        p.requires_grad_(p.is_floating_point())
-    x = tree_map(lambda t: t.detach().clone().requires_grad_(t.is_floating_point())
-                 if isinstance(t, Tensor) else t, x)
-    names = {module: name for name, module in model.named_modules() if name}
-    watch = _Watch(names)
-    handles = [module.register_forward_hook(watch.returned, with_kwargs=True) for module in names]
-    try:
-        with evaluating(model), torch.enable_grad(), watch:
-            output = call(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    silent = {name: stub for name, calls in watch.calls.items() if (stub := _silent(calls))}
-    writers = {name: node for name, node in watch.found.items() if name in silent}
-    outer = [name for name in writers
-             if not any(name.startswith(other + ".") for other in writers)]
-    everything = _ancestors(_node(output))
-    sublayers = []
-    for name in outer:
-        without = _ancestors(_node(output), apart=writers[name])
-        sublayers.append(Sublayer(name, tuple(_feeders(
-            model, name, silent, lost=everything - without))))
-    return Trace(sublayers, silent)
+    run = record(model, x)
+    silent = {name: stub for name, calls in _by_name(run).items() if (stub := _silent(calls))}
+    writers = {name: number for made in sums(run) for name, number in made.writers.items()
+               if name in silent}
+    return Trace([Sublayer(name, tuple(name for name in feeders(run, name, writers[name])
+                                       if name in silent))
+                  for name in outermost(list(writers))], silent)
 
 
-def _feeders(model: nn.Module, writer: str, silent: dict[str, Silent],
-             lost: set[Any]) -> Iterator[str]:
-    for name, module in model.named_modules():
-        own = [_node(p) for p in module.parameters(recurse=False)]
-        if (own and name in silent and name != writer and not name.startswith(writer + ".")
-                and all(node in lost for node in own)):
+def outermost(names: list[str]) -> list[str]:
+    """Return those of `names` that are inside no other."""
+    return [name for name in names
+            if not any(name.startswith(other + ".") for other in names)]
+
+
+def feeders(run: Run, writer: str, number: int) -> Iterator[str]:
+    """Yield the modules whose own weights matter only through what `writer` gave."""
+    lost = run.ancestors(run.output) - run.ancestors(run.output, apart=[number])
+    numbers = {id(p): n for p, n in run.learning()}
+    for name, module in run.network.named_modules():
+        own = [numbers[id(p)] for p in module.parameters(recurse=False)]
+        if (own and name != writer and not name.startswith(writer + ".")
+                and all(n in lost for n in own)):
             yield name
 
 
-def _silent(calls: list[tuple[Any, Any]]) -> Silent | None:
+def _by_name(run: Run) -> dict[str, list[Call]]:
+    found: dict[str, list[Call]] = {}
+    for call in run.calls:
+        if call.name and call.taken and call.gave:
+            found.setdefault(call.name, []).append(call)
+    return found
+
+
+def _silent(calls: list[Call]) -> Silent | None:
     """Return what can stand for a module, None where its output's shape does not follow."""
     if len(calls) != 1:
         return None
-    (taken, given), layout = calls[0]
-    if taken == given:
+    call = calls[0]
+    taken, given = (next(t for t in tree_leaves(value) if isinstance(t, Tensor))
+                    for value in (call.arguments, call.output))
+    layout = tree_map(lambda leaf: Place.STREAM if leaf is given else
+                      leaf if isinstance(leaf, (bool, int, float, str)) else None, call.output)
+    if taken.shape == given.shape:
         return Silent(None, layout)
-    if len(given) > 1 and taken[:-1] == given[:-1]:
-        return Silent(given[-1], layout)
+    if given.ndim > 1 and taken.shape[:-1] == given.shape[:-1]:
+        return Silent(given.shape[-1], layout)
     return None
-
-
-def _node(tensor: Tensor) -> Any:
-    """Return the node of the autograd graph that `tensor` comes from."""
-    if not tensor.requires_grad:
-        return None
-    return tensor.grad_fn or torch.autograd.graph.get_gradient_edge(tensor).node
-
-
-def _reaches(node: Any, target: Any) -> bool:
-    return node is not target and target in _ancestors(node)
-
-
-def _ancestors(node: Any, apart: Any = None) -> set[Any]:
-    """Return the nodes that `node` was computed from, on paths that avoid `apart`."""
-    seen: set[Any] = set()
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen or node is apart:
-            continue
-        seen.add(node)
-        waiting += [before for before, _ in node.next_functions]
-    return seen

@@ -41,10 +41,10 @@ def _plain(part: Any, names: Mapping[nn.Module, str]) -> Any:
             return {"call": name_of(part.function) or str(part.function),
                     "given": [_plain(a, names) for a in part.args],
                     "options": {k: _plain(a, names) for k, a in part.kwargs.items()}}
-        case nn.Identity():
-            return {"identity": True}
         case nn.Module() if part in names:
             return {"module": names[part]}
+        case nn.Module() if name_of(type(part)) and str(part) == f"{type(part).__name__}()":
+            return {"block": name_of(type(part))}
     return plain(part)
 
 
@@ -57,8 +57,6 @@ def _restored(said: Any, model: nn.Module) -> Any:
         case {"call": name}:
             return Expression(resolved(name), tuple(_restored(a, model) for a in said["given"]),
                               {k: _restored(a, model) for k, a in said["options"].items()})
-        case {"identity": True}:
-            return nn.Identity()
         case {"module": name}:
             return model.get_submodule(name)
         case {"unnamed": _}:

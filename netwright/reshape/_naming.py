@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch._ops import OpOverload
 
 from netwright.catalogue.facets import public_name
 from netwright.runtime.random_state import same_random_state
@@ -81,6 +82,8 @@ def restored(said: Any) -> Any:
 
 def name_of(value: Any) -> str | None:
     """Return the public name of a class or function: as in `blocks.GLU` or `torch.nn.GELU`."""
+    if isinstance(value, OpOverload):
+        return f"torch.ops.{value}"
     own = getattr(value, "__name__", None)
     if not isinstance(own, str):
         return None
@@ -105,6 +108,7 @@ def resolved(name: str) -> Any:
     found = _found(name)
     place, _, own = name.rpartition(".")
     if not (isinstance(found, torch.dtype)
+            or (isinstance(found, OpOverload) and torch.Tag.pointwise in found.tags)
             or (isinstance(found, type) and issubclass(found, nn.Module))
             or (callable(found) and (place in ("blocks", "torch.nn.functional", "torch.Tensor")
                                      or (place == "torch" and hasattr(Tensor, own))))):

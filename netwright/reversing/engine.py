@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -224,14 +223,9 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break("reconstruction runs modules inside a backward pass; compile the "
                                   "modules inside the reversible blocks instead")
-        return list(_uncompiled()(steps, streams, exact, first))
+        # Wrapped here, since the import of what wraps takes longer than that of this library.
+        return list(torch.compiler.disable(_run)(steps, streams, exact, first))
     return _run(steps, streams, exact, first)
-
-
-@cache
-def _uncompiled() -> Callable[..., list[Tensor]]:
-    # Made where something compiles, since its import takes longer than that of this library.
-    return torch.compiler.disable(_run)
 
 
 def _run(steps: Sequence[Step], streams: Sequence[Tensor], exact: bool,

@@ -58,6 +58,18 @@ def same_buffers(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def same_attributes(network: nn.Module) -> Iterator[None]:
+    """Undo what the body sets on the modules of `network`, such as what they remember of a run."""
+    before = [(module, dict(module.__dict__)) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+@contextmanager
 def rehearsing(network: nn.Module) -> Iterator[None]:
     """Let the body run `network` without a trace: no graph, no random draw, no changed buffer."""
     cached = torch.is_autocast_cache_enabled()

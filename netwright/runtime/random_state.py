@@ -50,6 +50,25 @@ def replaying(state: RandomState) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def drawing_from(generator: Generator | None) -> Iterator[None]:
+    """Let what the body draws follow `generator`, where one is given, and leave the global state.
+
+    >>> with drawing_from(torch.Generator().manual_seed(0)):
+    ...     first = torch.rand(3)
+    >>> with drawing_from(torch.Generator().manual_seed(0)):
+    ...     torch.equal(first, torch.rand(3))
+    True
+    """
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    with same_random_state():
+        torch.manual_seed(seed)
+        yield
+
+
 def every_random_state(generators: Sequence[Generator] = ()) -> dict[str, Any]:
     """Return the random states of PyTorch, Python and numpy, and those of `generators`."""
     _, keys, *rest = numpy.random.get_state(legacy=True)

@@ -3,7 +3,6 @@ import math
 import os
 import random
 import re
-import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -246,22 +245,6 @@ def test_a_picture_of_nothing_is_refused(tmp_path):
 
 
 # The page in a browser.
-
-@pytest.fixture(scope="module")
-def browser():
-    found = os.environ.get("NETWRIGHT_BROWSER") or shutil.which("chromium") or shutil.which(
-        "chromium-browser") or shutil.which("google-chrome")
-    if not found:
-        why = "no Chromium was found on the path; install one or set NETWRIGHT_BROWSER to it"
-        if os.environ.get("NETWRIGHT_REQUIRE_BROWSER"):
-            pytest.fail(why)
-        pytest.skip(why)
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield running
-        running.close()
-
 
 class Page:
     """A report opened in a browser that has no network, and what the browser complained of."""

@@ -17,10 +17,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from handbook import measured, ranking, signals, tables
+from handbook import measured, ranking, reference, signals, tables
 from handbook.method_page import method_page
-from handbook.pages import called, folders, link, pages
-from handbook.pictures import draw
+from handbook.pages import ROOT, called, folders, link, pages, said
+from handbook.pictures import drawn
 
 MARK = re.compile(r"^( *)<!-- (measured map|measured comparison|methods(?: [^>]*)?) -->$",
                   re.MULTILINE)
@@ -28,12 +28,25 @@ PICTURE = re.compile(r"^!\[[^]]*\]\((?:\.\./)*pictures/(\w+)\.svg\)$", re.MULTIL
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the methods into the menu, and write the stubs in which their names are looked up."""
+    """Fill the menu, and write the stubs in which the methods' names are looked up."""
     stubs.write(stubs.ROOT / "netwright")
     for part in config.nav or []:
-        if part.get("Methods") == tables.METHODS:
+        if "Guides" in part:
+            part["Guides"] = _guides()
+        elif "Methods" in part:
             part["Methods"] = [tables.METHODS, *map(_menu, folders()[""])]
+        elif "Reference" in part:
+            part["Reference"] += [{said(room): f"reference/{room}.md"}
+                                  for room in reference.rooms()]
     return config
+
+
+def _guides() -> list[str]:
+    """Return the guides in the order in which their index names them, then any others."""
+    index = ROOT / "docs/guides/index.md"
+    named = re.findall(r"\]\(([\w-]+\.md)\)", index.read_text("utf-8"))
+    there = sorted(path.name for path in index.parent.glob("*.md") if path != index)
+    return [f"guides/{name}" for name in dict.fromkeys(["index.md", *named, *there])]
 
 
 def _menu(folder: str) -> dict[str, Any]:
@@ -50,11 +63,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             "reference/layout.md": tables.layout_page(),
             measured.EVIDENCE: measured.evidence_page(),
             "measured/ranking.md": ranking.page(),
-            "measured/benchmarks.md": measured.benchmarks_page()}
+            measured.BENCHMARKS: measured.benchmarks_page()}
+    made |= {f"reference/{room}.md": reference.page(room) for room in reference.rooms()}
     made |= {page.uri: method_page(page) for page in pages()}
     made |= {f"{folder}/index.md": tables.folder_page(folder) for folder in folders() if folder}
-    made |= {f"pictures/{name}.svg": draw(result) for name, result in measured.results().items()}
-    made |= {f"pictures/digits_{rule}.svg": draw(curves)
+    made |= {f"pictures/{name}.svg": drawn(result) for name, result in measured.results().items()}
+    made |= {f"pictures/digits_{rule}.svg": drawn(curves)
              for rule, curves in measured.by_epoch().items()}
     made |= {"pictures/map_of_signals.svg": signals.schemes(),
              "pictures/map_of_costs.svg": signals.measured()}

@@ -1,6 +1,7 @@
 """What was measured of a method: its evidence, and what it costs. All is read once a build."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ from netwright.compare.results import Comparison, Row
 
 EVIDENCE = "measured/evidence.md"
 COMPARISON = "measured/comparison.md"
+BENCHMARKS = "measured/benchmarks.md"
 
 
 @cache
@@ -242,22 +244,52 @@ def in_words(value: Any) -> str:
     return number(value, 4) if isinstance(value, (int, float)) else str(value)
 
 
+@cache
+def benchmarks() -> Mapping[str, Mapping[str, Any]]:
+    """Return what the benchmarks recorded, by name."""
+    return {path.stem: json.loads(path.read_text("utf-8"))
+            for path in sorted((ROOT / "benchmarks/results").glob("*.json"))}
+
+
+def benchmarks_of(page: Page) -> list[str]:
+    """Return a line with the benchmarks in whose figures a name of the page is measured.
+
+    A name that is a plain word may mean something else there.
+    """
+    names = {name for entry in page.main if not (name := entry.name.rpartition(".")[2]).islower()
+             or "_" in name}
+    found = [f"[{said(name)}]({link(page.uri, BENCHMARKS)}#{name.replace('_', '-')})"
+             for name in benchmarks() if names & _words(name)]
+    return [f"**Benchmarks:** {', '.join(found)}.", ""] if found else []
+
+
+@cache
+def _words(benchmark: str) -> frozenset[str]:
+    def keys(found: Any) -> Iterable[str]:
+        if isinstance(found, Mapping):
+            for key, part in found.items():
+                yield key
+                yield from keys(part)
+    return frozenset(word for key in keys(benchmarks()[benchmark])
+                     for word in re.findall(r"\w+", key))
+
+
 def benchmarks_page() -> str:
     """Return the page of every recorded benchmark, each with the script that runs it again."""
     parts = ["# Benchmarks", "",
              "What the scripts in `benchmarks/` measured, beside plain PyTorch and the published "
              "packages of others. Times are ratios within one run, which tell more than seconds: "
              "machines and their other users differ.", ""]
-    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
-        found = json.loads(path.read_text("utf-8"))
-        script = next(script for name in (path.stem, f"test_{path.stem}")
-                      if (script := ROOT / f"benchmarks/{name}.py").exists())
+    for name, found in benchmarks().items():
+        script = next(script for stem in (name, f"test_{name}")
+                      if (script := ROOT / f"benchmarks/{stem}.py").exists())
         what = script.read_text("utf-8").partition('"""')[2].partition("\n")[0].removesuffix('"""')
-        machine = found.pop("machine", {})
-        parts += [f"## {said(path.stem)}", "", what, "",
+        machine = found.get("machine", {})
+        parts += [f"## {said(name)} {{ #{name.replace('_', '-')} }}", "", what, "",
                   f"`python benchmarks/{script.name}`; {in_words(machine)}.", "",
                   "??? abstract \"Figures\"", "",
-                  *(f"    {line}" if line else "" for line in _figures(found)), ""]
+                  *(f"    {line}" if line else "" for line in _figures(
+                      {key: part for key, part in found.items() if key != "machine"})), ""]
     return "\n".join(parts) + "\n"
 
 

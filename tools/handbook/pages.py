@@ -1,4 +1,4 @@
-"""What the site shows of each method: one page for each public file of a room that has methods.
+"""What the site shows of each method: one page for each file that has methods, or a text.
 
 A page's text stands beside the file, under the same name: `mono_forward.md` beside
 `mono_forward.py`. Its front matter, if it has any, becomes columns of the room's table. The text
@@ -8,7 +8,6 @@ of its `__init__.py`.
 
 import ast
 import importlib
-import inspect
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from mkdocs.utils.meta import get_data
 
+from netwright.catalogue import facets
 from netwright.catalogue.facets import KINDS, Method, methods, public_name
 from netwright.runtime.faces import declared, files
 
@@ -65,12 +65,11 @@ def pages() -> tuple[Page, ...]:
     by_module: dict[str, dict[str, Method]] = {}
     for name, entry in known.items():
         by_module.setdefault(entry.value.__module__, {})[name] = entry
-    rooms = {module.split(".")[1] for module in by_module if module.count(".") > 1}
     found = []
     for module, path in files("netwright"):
-        if module.split(".")[1] in rooms and declared(path):
+        text, facts = hand_written(path.with_suffix(".md"))
+        if declared(path) and (text or module in by_module):
             loaded = importlib.import_module(module)
-            text, facts = hand_written(path.with_suffix(".md"))
             found.append(Page(module, {public_name(module, name): getattr(loaded, name)
                                        for name in declared(path)},
                               by_module.get(module, {}), text, facts))
@@ -130,10 +129,8 @@ def said(name: str) -> str:
 
 
 def gist(value: Any) -> str:
-    """Return the first sentence of a docstring on one line, for the cell of a table."""
-    own = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
-    doc = inspect.cleandoc(own or "").partition("\n\n")[0]
-    return cell(doc.replace("\n", " ").partition(". ")[0].rstrip("."))
+    """Return the first sentence of a docstring, for the cell of a table."""
+    return cell(facets.gist(value).partition(". ")[0].rstrip("."))
 
 
 def cell(text: str) -> str:

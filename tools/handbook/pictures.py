@@ -1,9 +1,13 @@
 """Draws what was measured, from the committed results of the evidence."""
 
 import io
+import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from itertools import pairwise
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
@@ -20,6 +24,23 @@ matplotlib.rcParams.update({
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
 })
 MOST_BARS = 24
+KEPT = Path(__file__).resolve().parents[2] / "build/pictures"
+
+
+def drawn(result: Mapping[str, Any]) -> str:
+    """Return what `draw` makes of a result, from the last build where that drew the same.
+
+    Drawing takes half of a first build.
+    """
+    shown = [result.get(part) for part in ("curves", "axes", "summary")]
+    said = json.dumps([shown, Path(__file__).read_text("utf-8"), matplotlib.__version__])
+    kept = KEPT / f"{sha256(said.encode()).hexdigest()[:32]}.svg"
+    if not kept.exists():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(draw(result), "utf-8")
+        os.replace(unfinished, kept)
+    return kept.read_text("utf-8")
 
 
 def draw(result: Mapping[str, Any]) -> str:

@@ -95,7 +95,7 @@ def folder_page(folder: str) -> str:
 def measured_map(uri: str) -> str:
     """Return the table of a room's facts and figures: the front matter of its texts, and costs."""
     inside = [page for page in pages() if page.uri.startswith(uri.removesuffix("index.md"))
-              and page.facts]
+              and any(entry.facets.kind != "companion" for entry in page.main)]
     tasks = list(dict.fromkeys(task for task, _ in rows()))
     facts = list(dict.fromkeys(fact for page in inside for fact in page.facts))
     parts = [f"What was measured is for `{', '.join(tasks)}`: accuracy after equal tuning; time "

@@ -1,10 +1,12 @@
 from torch import nn
 
+from netwright.catalogue.facets import method
 from netwright.generative.flows.coupling import AffineCouplingTransform
 
 __all__ = ["coupling_net", "image_coupling"]
 
 
+@method("companion", place="transform")
 def coupling_net(inputs: int, outputs: int, hidden: int = 64) -> nn.Sequential:
     """Return the small convolutional network of image couplings, which returns zeros at first.
 
@@ -26,6 +28,7 @@ def coupling_net(inputs: int, outputs: int, hidden: int = 64) -> nn.Sequential:
                          nn.Conv2d(hidden, hidden, 1), nn.ReLU(), last)
 
 
+@method("companion", place="transform")
 def image_coupling(channels: int, hidden: int = 64, *, clamp: float = 2.0,
                    flip: bool = False) -> AffineCouplingTransform:
     """Return an affine coupling of the halves of an image's channels, by a `coupling_net`.

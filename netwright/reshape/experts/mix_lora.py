@@ -5,7 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from netwright import checks
-from netwright.anatomy.elementwise import is_linear, linear_sizes
+from netwright.anatomy.layers import is_linear, linear_sizes
 from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
@@ -24,6 +24,7 @@ __all__ = ["mix_lora"]
     needs=["training"],
     keeps_function=True,
     search={"n_experts": [4, 8], "rank": [4, 8, 16]},
+    variants={"plain": {"n_experts": 2, "rank": 2}},
 )
 @reshape
 def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank: int = 8,

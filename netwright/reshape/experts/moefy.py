@@ -39,6 +39,9 @@ Router = Literal["mlp", "similarity", "groundtruth"]
     needs=["calibration data"],
     keeps_function=False,
     search={"n_experts": [8, 16], "split": ["cluster", "coactivation"]},
+    variants={"clusters": {"n_experts": 4, "steps": 2},
+              "co-activation": {"n_experts": 4, "split": "coactivation", "router": "similarity"},
+              "random": {"n_experts": 4, "split": "random", "router": "groundtruth"}},
 )
 @reshape
 def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Split = "cluster",

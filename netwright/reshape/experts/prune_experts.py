@@ -5,7 +5,9 @@ import numpy
 import torch
 from torch import Generator, Tensor, nn
 
-from netwright.blocks.experts.routing import router_logits
+from netwright.blocks.experts.mixture import MixtureOfExperts
+from netwright.blocks.experts.routing import TopKRouter, router_logits
+from netwright.blocks.feedforward.feed_forward import FeedForward
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
 from netwright.reshape._calibration import batches_of
@@ -27,6 +29,11 @@ _CHOSEN = ("k", "top_k", "num_experts_per_tok")
     needs=["experts", "calibration data"],
     keeps_function=False,
     search={"keep": [2, 4], "method": ["cluster_router", "usage"]},
+    variants={"clusters": {"keep": 2}, "usage": {"keep": 2, "method": "usage"},
+              "random": {"keep": 2, "method": "random"}},
+    network=lambda: nn.Sequential(nn.Embedding(16, 8), MixtureOfExperts(
+        8, [FeedForward(8, 16) for _ in range(4)], TopKRouter(8, 4, 2)), nn.Linear(8, 16)),
+    batch=lambda: torch.randint(16, (2, 8)),
 )
 @reshape
 @torch.no_grad()
@@ -165,6 +172,7 @@ def _prune(block: Any, router: Any, n: int, stay: Tensor) -> None:
     else:
         _select(block.experts, n, stay)
     _select(router, n, stay)
+    vars(block).pop("usage", None)  # how many tokens each expert had, those that went among them
     strengths = getattr(block, "balance", None)
     if isinstance(strengths, tuple) and len(strengths) == n:
         block.balance = tuple(strengths[i] for i in stay.tolist())

@@ -14,7 +14,7 @@ from netwright.reshape._layers import layer_of, plain_layer
 from netwright.reshape.change import decided, reshape
 from netwright.reshape.experts._dense import activation_of, as_block, dense_layers, put_blocks
 from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights
-from netwright.runtime.modes import evaluating, same_buffers
+from netwright.runtime.modes import evaluating
 from netwright.runtime.random_state import same_random_state
 from netwright.signals import apply, first_argument
 
@@ -28,6 +28,7 @@ __all__ = ["upcycle"]
     needs=["training"],
     keeps_function=True,
     search={"n_experts": [2, 4, 8], "k": [1, 2]},
+    variants={"plain": {"n_experts": 2}, "noisy": {"n_experts": 2, "noise": 0.1}},
 )
 @reshape
 def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, n_experts: int = 8,
@@ -190,15 +191,12 @@ def _widths(model: nn.Module, names: list[str], example: Any) -> dict[str, int]:
             widths[name] = first_argument(module, args, kwargs).shape[-1]
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
-               for name in names]
-    try:
-        if names:
-            with torch.no_grad(), same_random_state(), evaluating(model), same_buffers(model):
-                apply(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    if names:
+        watched = deepcopy(model)
+        for name in names:
+            watched.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
+        with torch.no_grad(), same_random_state(), evaluating(watched):
+            apply(watched, example)
     return widths
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -6,6 +7,7 @@ from torch import Tensor, nn
 
 from netwright.anatomy.exchanging import feedforward_weights, write_feedforward
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
+from netwright.anatomy.layers import is_linear, linear_sizes
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape._calibration import batches_of
@@ -87,6 +89,11 @@ def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
     place="feedforward",
     saves=["parameters", "file size", "inference memory", "inference time"],
     keeps_function=False,
+    variants={"one of two": {"keep": [[1]], "found": [Bricks(
+        FeedForwardLayer("", "0", "2", None, nn.ReLU(), 8, 12, 3),
+        (torch.arange(4), torch.arange(4, 12)))]}},
+    network=lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)),
+    batch=lambda: torch.randn(5, 8),
 )
 @reshape
 @torch.no_grad()
@@ -124,6 +131,19 @@ def keep_bricks(model: nn.Module, found: Sequence[Bricks],
             raise ValueError(f"keep must name some of the bricks 0 to {len(units) - 1} of "
                              f"{layer.down!r}, got {list(numbers)}; to remove a whole layer, use "
                              "prune_sublayers")
+    known = dict(model.named_modules())
+    for layer, _ in found:
+        for name, size in ((layer.up, layer.hidden), (layer.gate, layer.hidden),
+                           (layer.down, layer.out)):
+            if name is None:
+                continue
+            if name not in known or not is_linear(known[name]):
+                raise NothingToReshape(f"model has no linear layer {name!r}, which found names; "
+                                       "give what find_bricks found in this model")
+            if linear_sizes(known[name])[1] != size:
+                raise ValueError(f"found must be of this model, but {name!r} gives "
+                                 f"{linear_sizes(known[name])[1]} features, and {size} in found; "
+                                 "find the bricks anew")
     kept = [torch.cat([units[number] for number in dict.fromkeys(numbers)]).sort().values
             for (_, units), numbers in zip(found, keep, strict=True)]
     return decided({"layers": [{"layer": plain_layer(layer, model), "units": units.tolist()}
@@ -146,13 +166,11 @@ def _co_activation(model: nn.Module, layer: FeedForwardLayer, batches: list[Any]
     def before(_: nn.Module, args: Any) -> None:
         sizes.append(args[0].detach().abs().double().reshape(-1, layer.hidden))
 
-    handle = model.get_submodule(str(layer.down)).register_forward_pre_hook(before)
-    try:
-        with evaluating(model), unfused(model), rehearsing(model):
-            for x in batches:
-                apply(model, x)
-    finally:
-        handle.remove()
+    watched = deepcopy(model)
+    watched.get_submodule(str(layer.down)).register_forward_pre_hook(before)
+    with evaluating(watched), unfused(watched), rehearsing(watched):
+        for x in batches:
+            apply(watched, x)
     active = torch.cat(sizes)
     if len(active) < 2 or not active.isfinite().all():
         raise ValueError("calibration must give two positions or more and finite activations, "

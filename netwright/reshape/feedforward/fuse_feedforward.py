@@ -57,6 +57,9 @@ class _Branch:
     needs=["a residual network"],
     keeps_function=False,
     search={"dependence": (0.01, 1.0)},
+    variants={"all": {"dependence": 2.0}},
+    network=lambda: nn.Sequential(*(Residual(8) for _ in range(3))),
+    batch=lambda: torch.randn(2, 5, 8),
 )
 @reshape
 @torch.no_grad()
@@ -269,18 +272,14 @@ def _dependence(model: nn.Module, batches: Sequence[Any], group: list[_Branch]) 
 def _added(model: nn.Module, example: Any, names: list[str], silent: str | None) -> list[Tensor]:
     """Return what each layer of `names` adds when the one called `silent` adds nothing."""
     found: dict[str, Tensor] = {}
-    handles = []
+    copy = deepcopy(model)
     for name in names:
         def after(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
             found[name] = output.clone()
             return torch.zeros_like(output) if name == silent else None
-        handles.append(model.get_submodule(name).register_forward_hook(after))
-    try:
-        with evaluating(model), unfused(model), rehearsing(model):
-            apply(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+        copy.get_submodule(name).register_forward_hook(after)
+    with evaluating(copy), unfused(copy), rehearsing(copy):
+        apply(copy, example)
     return [found[name] for name in names]
 
 

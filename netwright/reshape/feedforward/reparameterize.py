@@ -20,6 +20,9 @@ __all__ = ["reparameterize"]
     place="feedforward",
     saves=["inference time", "parameters", "file size", "inference memory"],
     keeps_function=True,
+    variants={"block and pair": {}},
+    network=lambda: nn.Sequential(RePaFeedForward(8, 32), nn.Linear(8, 64), nn.Linear(64, 4)),
+    batch=lambda: torch.randn(3, 8),
 )
 @reshape
 @torch.no_grad()

@@ -33,6 +33,7 @@ STARTS = ("new", "first")
     needs=["training"],
     keeps_function=False,
     search={"hidden": [None, "budget"], "start": ["new", "first"]},
+    variants={"new": {}, "first": {"start": "first", "hidden": 80}},
 )
 @reshape
 @torch.no_grad()

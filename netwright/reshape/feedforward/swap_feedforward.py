@@ -3,6 +3,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import mse_loss
 from netwright import checks
 from netwright.anatomy.exchanging import put_block, put_module
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
+from netwright.blocks.feedforward.feed_forward import GLU, FeedForward
 from netwright.catalogue.facets import method
 from netwright.errors import Diverged, UnknownName
 from netwright.reshape._calibration import batches_of
@@ -20,6 +22,7 @@ from netwright.reshape._naming import Built, restored
 from netwright.reshape.change import History, decided, history, remember, reshape
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.progress import Bar
+from netwright.runtime.random_state import drawing_from
 from netwright.signals import apply
 
 __all__ = ["Swap", "swap_feedforward", "unswap_feedforward"]
@@ -40,7 +43,15 @@ class Swap(NamedTuple):
     error: float | None
 
 
-@method("reshape", place="feedforward", needs=["training"], keeps_function=False)
+@method(
+    "reshape",
+    place="feedforward",
+    needs=["training"],
+    keeps_function=False,
+    variants={"made": {"make": GLU},
+              "distilled": {"make": partial(FeedForward, activation="relu"), "steps": 2,
+                            "progress": False, "calibration": torch.arange(16).view(2, 8)}},
+)
 @reshape
 def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], example: Any = None,
                      *, calibration: Any = None, layers: Sequence[str] | None = None,
@@ -70,7 +81,7 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
             layers; all where none are given.
         steps: of Adam for each layer.
         lr: its rate in the beginning.
-        generator: draws the rows of each step.
+        generator: draws what `make` draws, and the rows of each step.
         progress: whether to show a bar in a terminal.
 
     Raises:
@@ -102,7 +113,7 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
         bar.start()
     try:
         for number, layer in enumerate(chosen):
-            with built.watching():
+            with drawing_from(generator), built.watching():
                 block: Any = make(layer.dim, layer.hidden)
             block = _fitting(block, layer, watched)
             said.append({"layer": plain_layer(layer, model), "block": built.said(block)})

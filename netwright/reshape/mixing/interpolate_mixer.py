@@ -1,6 +1,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -13,7 +14,16 @@ from netwright.reshape.change import decided, reshape
 __all__ = ["interpolate_mixer"]
 
 
-@method("reshape", papers=["003-084"], place="token mixing", needs=["images"], keeps_function=False)
+@method(
+    "reshape",
+    papers=["003-084"],
+    place="token mixing",
+    needs=["images"],
+    keeps_function=False,
+    variants={"wider": {"size": (8, 12)}},
+    network=lambda: MLPMixer(3, (8, 8), 4, patch=4, width=8, depth=2),
+    batch=lambda: torch.randn(2, 3, 8, 12),
+)
 @reshape
 def interpolate_mixer(model: nn.Module, size: int | Sequence[int]) -> nn.Module:
     """Return a copy of a mixer for images of another size, by bicubic interpolation of its tokens.

@@ -29,6 +29,7 @@ Distance = Literal["angular", "euclidean", "jensen-shannon"] | Callable[[Tensor,
     needs=["calibration data"],
     keeps_function=False,
     search={"remove": [1, 2, 4], "distance": ["angular", "euclidean", "jensen-shannon"]},
+    variants={"two": {"remove": 2}, "euclidean": {"remove": 1, "distance": "euclidean"}},
 )
 @reshape
 @torch.no_grad()

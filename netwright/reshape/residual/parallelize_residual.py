@@ -26,6 +26,7 @@ __all__ = ["parallelize_residual"]
     needs=["training"],
     keeps_function=False,
     search={"group": [None, 2]},
+    variants={"whole runs": {}, "pairs": {"group": 2}},
 )
 @reshape
 def parallelize_residual(model: nn.Module, example: Any = None, *,

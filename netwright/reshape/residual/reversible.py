@@ -34,6 +34,7 @@ How = Literal["coupling", "momentum"]
     needs=["a residual network", "training"],
     keeps_function=False,
     search={"how": ["coupling", "momentum"]},
+    variants={"coupling": {}, "momentum": {"how": "momentum"}},
 )
 @reshape
 def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
