@@ -25,7 +25,7 @@ from netwright.reshape.feedforward.swap_feedforward import swap_feedforward
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import call
 from netwright.tasks import Task
-from netwright.tasks.densities import conditioner
+from netwright.tasks.densities import Density, Field, conditioner
 
 __all__ = ["put"]
 
@@ -53,7 +53,8 @@ def put(network: nn.Module, step: Step, task: Task) -> nn.Module:
     """
     said = facets(step.what)
     place = "" if said is None else said.place
-    if isinstance(step.what, type) and issubclass(step.what, Transform):
+    if place != "whole network" and isinstance(step.what, type) and issubclass(
+            step.what, Transform):
         place = "transform"
     if not place:
         raise ValueError(f"{step.name} cannot run on task {task.name!r} because it does not say "
@@ -80,6 +81,8 @@ def check_whole(network: nn.Module, step: Step, task: Task) -> None:
 
 
 def _whole_network(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    if isinstance(network, Density) and _kind(step) == "generative":
+        return _density(network, step, task)
     check_whole(network, step, task)
     offered = {name: size() for name, size in sizes(task).items()}
     said = facets(step.what)
@@ -93,6 +96,19 @@ def _whole_network(network: nn.Module, step: Step, task: Task) -> nn.Module:
     takes = () if said is None else said.takes
     return _made(step, {name: size for name, size in offered.items()
                         if name in (*takes, "patch")}, only=("patch",))
+
+
+def _density(network: Density, step: Step, task: Task) -> nn.Module:
+    size = task.first.shape[1:]
+    channels, flow = size[0], deepcopy(network.flow)
+    return Density(_made(step, {
+        "size": tuple(size), "transforms": list(flow.transforms) if isinstance(flow, Flow) else [],
+        "net": Field(conditioner(channels, channels, len(size) - 1))}))
+
+
+def _kind(step: Step) -> str:
+    said = facets(step.what)
+    return "" if said is None else said.kind
 
 
 def _feedforward(network: nn.Module, step: Step, task: Task) -> nn.Module:
