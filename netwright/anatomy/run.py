@@ -157,7 +157,8 @@ def record(network: nn.Module, example: Any, **options: Any) -> Run:
             apply(network, copied(example))  # its first run makes its parameters
     run, example = Run(network), copied(example)
     recorder = _Recorder(run, example)
-    with (evaluating(network), rehearsing(network), same_attributes(network), plain_paths(),
+    with (evaluating(network), rehearsing(network), same_attributes(network),
+          plain_paths(kernels=True),
           watching(network, run.calls, everywhere=True, values=recorder.numbers) as stack):
         recorder.stack = stack
         with _Dropouts(recorder), recorder:

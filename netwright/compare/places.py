@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import activation, batchnorm, conv, instancenorm, normalization, pooling
 
-from netwright.anatomy.exchanging import put_module
+from netwright.anatomy.replacing import replace
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.feedforward.feed_forward import FeedForward
 from netwright.catalogue.facets import facets
@@ -183,7 +183,7 @@ def _attention(network: nn.Module, step: Step, task: Task) -> nn.Module:
     for site in sites:
         made: Any = site.module
         heads = made.num_heads if isinstance(made, nn.MultiheadAttention) else made.heads
-        network = put_module(network, site.name, make(site.given.shape[-1], heads,
+        network = replace(network, site.name, make(site.given.shape[-1], heads,
                                                       getattr(made, "causal", False)))
     return network
 
@@ -204,7 +204,7 @@ def _residual_block(network: nn.Module, step: Step, task: Task) -> nn.Module:
             (site, _grid(site, parts)) for site in sites]) for parts in (1, 2)])
     whole = _made(step, {**_grid(sites[0]), "depth": len(sites)})  # one block is a stack of them
     for site in sites:
-        network = put_module(network, site.name, whole if site is sites[0] else nn.Identity())
+        network = replace(network, site.name, whole if site is sites[0] else nn.Identity())
     return network
 
 
@@ -235,7 +235,7 @@ def _after_activations(network: nn.Module, step: Step, task: Task) -> nn.Module:
         channels = site.given.shape[1]
         block = _made(step, {"channels": channels, "inputs": channels, "dim": channels,
                              "dims": site.given.ndim - 2}, only=("dims",))
-        network = put_module(network, site.name, nn.Sequential(site.module, block))
+        network = replace(network, site.name, nn.Sequential(site.module, block))
     return network
 
 
@@ -248,7 +248,7 @@ def _downsampling(network: nn.Module, step: Step, task: Task) -> nn.Module:
             channels = block(site.taken).shape[1]
         # A convolution of single places brings the channels back to what the next module takes.
         back = nn.Conv2d(channels, site.given.shape[1], 1)
-        network = put_module(network, site.name, nn.Sequential(block, back))
+        network = replace(network, site.name, nn.Sequential(block, back))
     return network
 
 
@@ -396,7 +396,7 @@ def _replaced(network: nn.Module, step: Step, sites: list[tuple[Site, Mapping[st
             shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ValueError(f"{step.name} must give {tuple(site.given.shape)} in the place of "
                              f"{site.name!r}, a {type(site.module).__name__}, got {shape}")
-        network = put_module(network, site.name, block)
+        network = replace(network, site.name, block)
     return network
 
 

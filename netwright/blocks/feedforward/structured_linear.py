@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
 from netwright import checks
+from netwright.anatomy.replacing import replace_all
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
 
@@ -212,17 +213,12 @@ def replaced(model: nn.Module, kind: type[Any], make: Callable[[Any], nn.Module]
         NothingToReshape: there is none.
     """
     copy = deepcopy(model)
-    new = {module: make(module) for module in copy.modules() if isinstance(module, kind)}
+    new: dict[nn.Module, nn.Module] = {
+        module: make(module) for module in copy.modules() if isinstance(module, kind)}
     if not new:
         raise NothingToReshape(f"model must have a {kind.__name__}, got a {type(model).__name__} "
                                "that has none; build it with one")
-    for parent in list(copy.modules()):
-        if parent in new:
-            continue
-        for name, child in list(parent._modules.items()):
-            if child in new:
-                setattr(parent, name, new[child])
-    return new.get(copy, copy)
+    return replace_all(copy, new)
 
 
 def _check(x: Tensor, size: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from netwright.anatomy.replacing import replace_all
 from netwright.blocks.feedforward.repa_feed_forward import RePaFeedForward
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
@@ -83,11 +84,7 @@ def _merge_blocks(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """Put what each block is in eval mode into its place, wherever it stands."""
     found: list[Any] = [model.get_submodule(name) for name in names]
     blocks: dict[Any, nn.Module] = {block: block.merged() for block in found}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in blocks:
-                setattr(parent, name, blocks[child])
-    return blocks.get(model, model)
+    return replace_all(model, blocks)
 
 
 def _pair(chain: nn.Module) -> tuple[str, str] | None:
