@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from netwright.anatomy.calls import Call, watching
 from netwright.anatomy.residual import Place, Silent, Sublayer, Trace
-from netwright.signals import call
+from netwright.signals import call, tensors
 
 
 class Passed(nn.Module):
@@ -76,14 +76,14 @@ def _blocks(model: nn.Module, x: Any, found: Trace) -> list[Block]:
     blocks: dict[str, list[Block]] = {}
     for made in calls:
         args, options = made.arguments
-        tensors = [leaf for leaf in tree_leaves(made.output) if isinstance(leaf, Tensor)]
+        given = tensors(made.output)
         inside = [s for s in found.sublayers if s.name.startswith(f"{made.name}.")]
-        if (made.name and inside and args and isinstance(args[0], Tensor) and len(tensors) == 1
-                and tensors[0].shape == args[0].shape and tensors[0].dtype == args[0].dtype):
-            response = tree_map(lambda leaf, signal=tensors[0]: Place.STREAM if leaf is signal
+        if (made.name and inside and args and isinstance(args[0], Tensor) and len(given) == 1
+                and given[0].shape == args[0].shape and given[0].dtype == args[0].dtype):
+            response = tree_map(lambda leaf, signal=given[0]: Place.STREAM if leaf is signal
                                 else leaf, made.output)
             blocks.setdefault(made.name, []).append(Block(
-                made.name, made.module, args[0], tensors[0], (args[1:], options), response,
+                made.name, made.module, args[0], given[0], (args[1:], options), response,
                 inside))
     return [made[0] for made in blocks.values() if len(made) == 1]
 

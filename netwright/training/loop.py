@@ -26,6 +26,7 @@ from netwright.runtime import distributed
 from netwright.runtime.modes import training
 from netwright.runtime.progress import Bar
 from netwright.runtime.random_state import every_random_state, set_every_random_state
+from netwright.signals import moved
 from netwright.training.checkpoints import FILE, load, save, tidy
 from netwright.training.diagnosis import bad_batch, weights_not_finite, where_not_finite
 from netwright.training.history import Epoch, History
@@ -283,7 +284,7 @@ class _Training:
                              }.values())
         self.started = time.perf_counter()
         for x, y in batches:
-            use(_to(x, self.device), _to(y, self.device))
+            use(moved(x, self.device), moved(y, self.device))
         if self.group.batches:
             self._update()
         self._read_losses()
@@ -337,7 +338,7 @@ class _Training:
         for x, y in _pairs(self.validation):
             targets = _targets(y)
             if targets:
-                x, y = _to(x, self.device), _to(y, self.device)
+                x, y = moved(x, self.device), moved(y, self.device)
                 with self._precision():
                     scores = self.rule.predict(x)
                 value_sum += float(self.options.metric(scores, y)) * targets
@@ -742,16 +743,6 @@ def _generators(owners: Iterable[Any]) -> list[Generator]:
 def _targets(y: Tensor) -> int:
     """Return how many targets count in a mean over `y`."""
     return int((y != -100).sum()) if y.dtype == torch.int64 else len(y)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: _to(part, device) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_to(part, device) for part in value)
-    return value
 
 
 def _shape(value: Any) -> str:
