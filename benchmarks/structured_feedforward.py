@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from netwright.blocks.feedforward import FeedForward, StructuredFeedForward, premerge
+from netwright.blocks.feedforward import FeedForward, StructuredFeedForward
 from netwright.blocks.feedforward.structured_linear import Kind
+from netwright.reshape.feedforward import premerge
 from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results"

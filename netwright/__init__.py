@@ -31,6 +31,7 @@ face(
         "Stages": "netwright.stages",
         "Task": "netwright.tasks",
         "anatomy": "netwright.anatomy.anatomy",
+        "applicable": "netwright.advise.applicable",
         "apply": "netwright.compare.apply",
         "changes": "netwright.reshape.change",
         "compare": "netwright.compare",

@@ -66,6 +66,18 @@ def test_find(netwright):
     assert (status, "did you mean feedforward?" in err) == (2, True)
 
 
+def test_applicable(netwright):
+    status, out, _ = netwright("applicable", "char-gpt", "--kind", "reshape", "--all", "--json")
+    assert status == 0
+    found = {row["name"]: row for row in json.loads(out)}
+    assert found["reshape.prune_sublayers"]["applies"]
+    assert found["reshape.prune_experts"]["why"] == "the network has no mixture of experts"
+    out = netwright("applicable", "digits-mlp", "--need", "training memory")[1]
+    assert "rules.MonoForward" in out
+    status, _, err = netwright("applicable", "netwright.models:cnn")
+    assert status == 2
+
+
 def test_list(netwright):
     out = netwright("list")[1]
     for what in ("rules", "reshapes", "blocks", "tasks", "data", "papers"):

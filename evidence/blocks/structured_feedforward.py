@@ -6,14 +6,9 @@ import torch
 from torch import nn
 
 from evidence.small_models import MakeFeedForward, language_model, parameters, text, train
-from netwright.blocks.feedforward import (
-    FeedForward,
-    LowRankFeedForward,
-    StructuredFeedForward,
-    guide,
-    unguide,
-)
+from netwright.blocks.feedforward import FeedForward, LowRankFeedForward, StructuredFeedForward
 from netwright.evidence import Curve, Outcome, Scale, evidence
+from netwright.reshape.feedforward import guide, unguide
 
 KINDS = ("lowrank", "blockdense", "blockshuffle")
 NEAR = 0.1  # nats above dense that still count as near

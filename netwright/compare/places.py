@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import activation, batchnorm, conv, instancenorm, normalization, pooling
 
-from netwright.anatomy.replacing import replace
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.feedforward.feed_forward import FeedForward
 from netwright.catalogue.facets import facets
@@ -20,6 +19,7 @@ from netwright.compare.recipe import Step
 from netwright.compare.supplies import constant, parameters, sizes, supplied
 from netwright.errors import NothingToReshape
 from netwright.generative.flows.flow import Flow, Transform
+from netwright.reshape.exchanging.exchange_modules import exchange_modules
 from netwright.reshape.feedforward.swap_feedforward import swap_feedforward
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import call
@@ -63,7 +63,7 @@ def put(network: nn.Module, step: Step, task: Task) -> nn.Module:
                          f"of how to put a block of the place {place!r} into a network; give a "
                          "function of the network that puts it there")
     try:
-        changed = PLACES[place](deepcopy(network), step, task)
+        changed = PLACES[place](network, step, task)
     except NothingToReshape as error:
         raise NothingToReshape(f"{step.name} cannot run on task {task.name!r} because {error}"
                                ) from error
@@ -128,7 +128,7 @@ def _activation(network: nn.Module, step: Step, task: Task) -> nn.Module:
         sites = _sites(network, task, "activation", fits)
     except NothingToReshape:  # a function in a feed-forward layer, where no module is
         def make(dim: int, hidden: int) -> nn.Module:
-            return FeedForward(dim, hidden, activation=lambda: _made(step, {"dim": hidden}))
+            return FeedForward(dim, hidden, activation=_making(step, {"dim": hidden}))
         return swap_feedforward(network, make, task.first, progress=False)
     return _replaced(network, step, [(site, {"dim": site.given.shape[-1]}) for site in sites])
 
@@ -151,7 +151,7 @@ def _convolution(network: nn.Module, step: Step, task: Task) -> nn.Module:
 def _linear(network: nn.Module, step: Step, task: Task) -> nn.Module:
     *hidden, last = _linears(network, task)
     # Some count what they take or give once for each of several copies.
-    return _first([partial(_replaced, deepcopy(network), step, [
+    return _first([partial(_replaced, network, step, [
         (site, _ends(site, *parts)) for site in hidden or [last]], only=("units",))
         for parts in ((1, 1), (1, 2), (1, 4), (2, 2), (4, 4))])
 
@@ -171,8 +171,9 @@ def _embedding(network: nn.Module, step: Step, task: Task) -> nn.Module:
 
 
 def _attention(network: nn.Module, step: Step, task: Task) -> nn.Module:
-    def make(dim: int, heads: int, causal: bool = _predicts_next(task)) -> nn.Module:
-        return _made(step, {"dim": dim, "heads": heads, "causal": causal}, only=("causal",))
+    def make(dim: int, heads: int) -> nn.Module:
+        return _made(step, {"dim": dim, "heads": heads, "causal": _predicts_next(task)},
+                     only=("causal",))
     try:
         sites = _sites(network, task, "attention", lambda site: isinstance(
             site.module, nn.MultiheadAttention))
@@ -180,12 +181,10 @@ def _attention(network: nn.Module, step: Step, task: Task) -> nn.Module:
         if "attention" not in parameters(task.network) or str(network) != str(task.network()):
             raise
         return task.network(attention=make)  # type: ignore[call-arg]
-    for site in sites:
-        made: Any = site.module
-        heads = made.num_heads if isinstance(made, nn.MultiheadAttention) else made.heads
-        network = replace(network, site.name, make(site.given.shape[-1], heads,
-                                                      getattr(made, "causal", False)))
-    return network
+    return _replaced(network, step, [(site, {
+        "dim": site.given.shape[-1], "causal": getattr(site.module, "causal", False),
+        "heads": getattr(site.module, "num_heads", getattr(site.module, "heads", 1))})
+        for site in sites], only=("causal",))
 
 
 def _token_mixing(network: nn.Module, step: Step, task: Task) -> nn.Module:
@@ -200,12 +199,13 @@ def _residual_block(network: nn.Module, step: Step, task: Task) -> nn.Module:
         return _after_activations(network, step, task)
     if "depth" not in parameters(step.what):
         # A block of two streams counts the size of one.
-        return _first([partial(_replaced, deepcopy(network), step, [
+        return _first([partial(_replaced, network, step, [
             (site, _grid(site, parts)) for site in sites]) for parts in (1, 2)])
-    whole = _made(step, {**_grid(sites[0]), "depth": len(sites)})  # one block is a stack of them
-    for site in sites:
-        network = replace(network, site.name, whole if site is sites[0] else nn.Identity())
-    return network
+    def whole() -> nn.Module:
+        return _made(step, {**_grid(sites[0]), "depth": len(sites)})
+    # One block is a stack of them: it stands for the first, and nothing for the others.
+    return exchange_modules(network, {site.name: whole if site is sites[0] else nn.Identity
+                                      for site in sites})
 
 
 def _residual_stream(network: nn.Module, step: Step, task: Task) -> nn.Module:
@@ -219,7 +219,7 @@ def _residual_stream(network: nn.Module, step: Step, task: Task) -> nn.Module:
     def half(dim: int, times: int) -> nn.Module:
         return FeedForward(dim // 2, dim // 2, out=times * (dim // 2))
     # A coupling asks its network for one number an entry, or for two.
-    return _first([partial(_replaced, deepcopy(network), step, [(site, {
+    return _first([partial(_replaced, network, step, [(site, {
         "f": half(site.taken.shape[-1], times), "g": half(site.taken.shape[-1], times),
         "module": FeedForward(site.taken.shape[-1]), "dim": site.taken.shape[-1]})
         for site in sites]) for times in (1, 2)])
@@ -231,29 +231,27 @@ def _after_activations(network: nn.Module, step: Step, task: Task) -> nn.Module:
         site.module).__module__ == activation.__name__) if site.given.ndim > 3]
     if not sites:
         raise NothingToReshape("its network has no stream that a block could go into; try another")
-    for site in sites:
-        channels = site.given.shape[1]
-        block = _made(step, {"channels": channels, "inputs": channels, "dim": channels,
-                             "dims": site.given.ndim - 2}, only=("dims",))
-        network = replace(network, site.name, nn.Sequential(site.module, block))
-    return network
+    return _replaced(network, step, [(site, {
+        **dict.fromkeys(("channels", "inputs", "dim"), site.given.shape[1]),
+        "dims": site.given.ndim - 2}) for site in sites], only=("dims",), after=True)
 
 
 def _downsampling(network: nn.Module, step: Step, task: Task) -> nn.Module:
     sites = _sites(network, task, "downsampling", lambda site: type(
         site.module).__module__ == pooling.__name__ and site.taken.ndim == 4)
-    for site in sites:
+
+    def make(site: Site) -> nn.Module:
         block = _made(step, {"channels": site.taken.shape[1]})
         with rehearsing(block):
             channels = block(site.taken).shape[1]
         # A convolution of single places brings the channels back to what the next module takes.
-        back = nn.Conv2d(channels, site.given.shape[1], 1)
-        network = replace(network, site.name, nn.Sequential(block, back))
-    return network
+        return nn.Sequential(block, nn.Conv2d(channels, site.given.shape[1], 1))
+    return exchange_modules(network, {site.name: partial(make, site) for site in sites})
 
 
 def _transform(network: nn.Module, step: Step, task: Task) -> nn.Module:
     """Put a transform in place of each coupling of a flow, or before it if it has no network."""
+    network = deepcopy(network)
     flow = next((part for part in network.modules() if isinstance(part, Flow)), None)
     if flow is None:
         raise NothingToReshape("its network is no flow; try moons-flow or digits-flow")
@@ -387,21 +385,34 @@ def _watched(network: nn.Module, x: Any) -> Iterator[Site]:
 
 
 def _replaced(network: nn.Module, step: Step, sites: list[tuple[Site, Mapping[str, Any]]],
-              only: tuple[str, ...] = ()) -> nn.Module:
-    for site, offered in sites:
-        block = _made(step, offered, only)
-        with evaluating(block), rehearsing(block):
-            given = block(site.taken)
-        if not isinstance(given, Tensor) or given.shape != site.given.shape:
-            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-            raise ValueError(f"{step.name} must give {tuple(site.given.shape)} in the place of "
-                             f"{site.name!r}, a {type(site.module).__name__}, got {shape}")
-        network = replace(network, site.name, block)
-    return network
+              only: tuple[str, ...] = (), *, after: bool = False) -> nn.Module:
+    """Return a copy with a block, made of what is offered, at each site or after it."""
+    return exchange_modules(network, {
+        site.name: partial(_fitting, step, site, offered, only, site.given if after else site.taken)
+        for site, offered in sites}, after=after)
+
+
+def _fitting(step: Step, site: Site, offered: Mapping[str, Any], only: tuple[str, ...],
+             taken: Tensor) -> nn.Module:
+    """Return a block that gives of `taken` what the site gave."""
+    block = _made(step, offered, only)
+    with evaluating(block), rehearsing(block):
+        given = deepcopy(block)(taken)  # a copy, since some begin by what they first see
+    if not isinstance(given, Tensor) or given.shape != site.given.shape:
+        shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"{step.name} must give {tuple(site.given.shape)} in the place of "
+                         f"{site.name!r}, a {type(site.module).__name__}, got {shape}")
+    return block
 
 
 def _made(step: Step, offered: Mapping[str, Any], only: tuple[str, ...] = ()) -> nn.Module:
-    """Build the block from what the place offers of what it takes, and of what it cannot lack.
+    """Build the block from what the place offers."""
+    return _making(step, offered, only)()
+
+
+def _making(step: Step, offered: Mapping[str, Any],
+            only: tuple[str, ...] = ()) -> Callable[[], nn.Module]:
+    """Return what builds the block from what it takes and cannot lack of what the place offers.
 
     A name in `only` is given where the block has such an argument.
     """
@@ -410,8 +421,7 @@ def _made(step: Step, offered: Mapping[str, Any], only: tuple[str, ...] = ()) ->
     wanted = {name: value for name, value in offered.items() if name in takes or (
         name in parameters(step.what)
         and parameters(step.what)[name].default is Parameter.empty)}
-    made: nn.Module = step.what(**supplied(step, constant(wanted), skip=0))
-    return made
+    return partial(step.what, **supplied(step, constant(wanted), skip=0))
 
 
 def _check(network: nn.Module, changed: nn.Module, step: Step, task: Task) -> None:

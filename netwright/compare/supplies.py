@@ -63,8 +63,8 @@ def _same(value: Any) -> Any:
 def supplied(step: Step, offered: Offers, *, skip: int = 1) -> dict[str, Any]:
     """Return the arguments of `step`: those that are set, and those that are offered by name.
 
-    The first `skip` parameters are what the step is called with. What has no default and nobody
-    offers is as in the method's own first variant, where that says it.
+    The first `skip` parameters are what the step is called with, the network as a rule. What a
+    method without one needs and nobody offers is as in its own first variant, where that says it.
 
     Raises:
         ValueError: the step needs an argument that is neither set nor offered.
@@ -72,7 +72,7 @@ def supplied(step: Step, offered: Offers, *, skip: int = 1) -> dict[str, Any]:
     free = {name: p for name, p in [*parameters(step.what).items()][skip:]
             if name not in step.arguments}
     said = facets(step.what)
-    variant = next(iter(said.variants.values()), {}) if said is not None else {}
+    variant = next(iter(said.variants.values()), {}) if said is not None and not skip else {}
     offered = {**constant({name: value for name, value in variant.items()
                            if name in free and free[name].default is Parameter.empty}), **offered}
     missing = [name for name, p in free.items() if p.default is p.empty and name not in offered]

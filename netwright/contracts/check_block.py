@@ -13,9 +13,11 @@ from netwright.contracts.checks import (
     broken,
     cast,
     check,
+    difference,
     expect,
     expect_same,
     hold,
+    move,
 )
 from netwright.signals import apply
 
@@ -231,23 +233,6 @@ def gradients_are_those_of_finite_differences(make: Make) -> None:
         broken(f"a slope of {seen:.6g} as finite differences in float64 have it",
                f"{slope:.6g}, by the gradients of {', '.join(wrong) or 'all together'}",
                "mend the backward pass, or set surrogate_gradient = True on the class")
-
-
-@torch.no_grad()
-def move(leaves: list[Tensor], ways: list[Tensor], far: float) -> None:
-    for leaf, way in zip(leaves, ways, strict=True):
-        leaf.add_(way, alpha=far)
-
-
-def difference(value: Callable[[], Tensor], leaves: list[Tensor], ways: list[Tensor]) -> float:
-    """Return how fast a value rises along `ways`, by a small step to either side."""
-    step = 1e-6
-    move(leaves, ways, step)
-    above = value().item()
-    move(leaves, ways, -2 * step)
-    below = value().item()
-    move(leaves, ways, step)
-    return (above - below) / (2 * step)
 
 
 @check

@@ -156,6 +156,24 @@ def equal(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0, atol=0, equal_nan=a.is_floating_point())
 
 
+@torch.no_grad()
+def move(leaves: list[Tensor], ways: list[Tensor], far: float) -> None:
+    """Move tensors along `ways` in place."""
+    for leaf, way in zip(leaves, ways, strict=True):
+        leaf.add_(way, alpha=far)
+
+
+def difference(value: Callable[[], Tensor], leaves: list[Tensor], ways: list[Tensor]) -> float:
+    """Return how fast a value rises along `ways`, by a small step to either side."""
+    step = 1e-6
+    move(leaves, ways, step)
+    above = value().item()
+    move(leaves, ways, -2 * step)
+    below = value().item()
+    move(leaves, ways, step)
+    return (above - below) / (2 * step)
+
+
 def _kinds() -> Iterator[str]:
     face = importlib.import_module("netwright.contracts")
     return (name for name in face.__all__ if name.startswith("check_"))

@@ -45,7 +45,7 @@ class Cost:
     peak_by_kind: Mapping[str, int]
 
 
-@method("measure")
+@method("measure", variants={"two repeats": {"repeats": 2, "warmup": 1}})
 def cost(rule_or_model: nn.Module | Stages, batch: tuple[Any, Any], *,
          loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
          repeats: int = 10, warmup: int = 2) -> Cost:
@@ -125,6 +125,7 @@ def _step(module: nn.Module, x: Any, y: Any,
     def learn() -> None:
         module(x, y)
 
+    @torch.enable_grad()
     def differentiate() -> None:
         loss(call(module, x), y).backward()
 

@@ -35,7 +35,10 @@ class RoutedScaling:
         return math.exp(self.a * u + self.b * v + self.c * u * v + self.d)
 
 
-@method("measure", papers=["001-134"])
+@method("measure", papers=["001-134"],
+        variants={"nine runs": {"n": [1e6, 1e7, 1e8] * 3,
+                                "experts": [1, 1, 1, 4, 4, 4, 16, 16, 16],
+                                "loss": [4.0, 3.4, 2.9, 3.7, 3.2, 2.8, 3.5, 3.0, 2.7]}})
 def fit_routed_scaling(n: Sequence[float], experts: Sequence[float], loss: Sequence[float], *,
                        interaction: bool = True, saturating: bool = False) -> RoutedScaling:
     """Fit the law by which size and number of experts together lower a language model's loss.

@@ -85,7 +85,9 @@ class ScalingFit:
                 if gap(a) * gap(b) < 0]
 
 
-@method("measure", papers=["003-212"])
+@method("measure", papers=["003-212"],
+        variants={"two runs": {"runs": [([1.0, 2.0, 4.0, 8.0], [4.0, 3.0, 2.2, 1.7]),
+                                        ([2.0, 4.0, 8.0], [3.1, 2.3, 1.6])], "samples": 5}})
 def scaling_fit(runs: Sequence[tuple[Sequence[float], Sequence[float]]], *,
                 irreducible: bool = False, samples: int = 200, seed: int = 0) -> ScalingFit:
     """Fit a power law to the least loss that any of `runs` reached with so much compute.

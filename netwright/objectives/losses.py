@@ -82,7 +82,8 @@ def _same_shape(forecast: Tensor, target: Tensor) -> None:
                          f"{tuple(forecast.shape)}")
 
 
-@method("objective", search={"temperature": (0.03, 1.0)})
+@method("objective", search={"temperature": (0.03, 1.0)},
+        variants={"plain": {}, "cold": {"temperature": 0.03}})
 def contrast_within(a: Tensor, b: Tensor, groups: Tensor | None = None,
                     temperature: float = 0.1) -> Tensor:
     """Mean cross-entropy of finding a row's partner among those of its own group.

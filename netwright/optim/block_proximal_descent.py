@@ -20,6 +20,8 @@ Constraint = Literal["none", "nonnegative", "simplex"] | Project
     "optimizer",
     papers=["003-125"],
     search={"prox_weight": (0.1, 10.0), "inner_steps": [10, 100]},
+    variants={"inexact": {"inner_steps": 5},
+              "nonnegative": {"inner_steps": 5, "constraint": "nonnegative"}},
 )
 class BlockProximalDescent(Optimizer):
     """Minimise over one parameter after another, each held to where it was by a squared distance.
@@ -69,6 +71,8 @@ class BlockProximalDescent(Optimizer):
     >>> losses[-1] < losses[0] / 10, bool((A >= 0).all())
     (True, True)
     """
+
+    differentiates = True  # `step` is given a function that returns the loss with its graph
 
     def __init__(self, params: Iterable[Parameter] | Iterable[dict[str, Any]], *,
                  prox_weight: float = 1.0, constraint: Constraint = "none",

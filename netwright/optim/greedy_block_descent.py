@@ -25,6 +25,9 @@ BOUNDED = ("gauss_southwell_diagonal", "gauss_southwell_quadratic")
         "select": ["gauss_southwell_lipschitz", "gauss_southwell", "cyclic", "random"],
         "blocks": ["parameters", 5],
     },
+    variants={"plain": {}, "random": {"select": "random"},
+              "by parameter": {"blocks": "parameters", "select": "cyclic"},
+              "Newton": {"update": "newton"}, "soft threshold": {"l1": 1e-3}},
 )
 class GreedyBlockDescent(Optimizer):
     """Step on the one block of coordinates that promises the most, as the rule reckons it.
@@ -93,6 +96,8 @@ class GreedyBlockDescent(Optimizer):
     True
     """
 
+    differentiates = True  # `step` is given a function that returns the loss with its graph
+
     def __init__(self, params: Iterable[Parameter], *,
                  blocks: int | Literal["parameters"] | Sequence[Tensor] = 5,
                  select: Select = "gauss_southwell_lipschitz", update: Update = "gradient",
@@ -138,7 +143,7 @@ class GreedyBlockDescent(Optimizer):
             f = closure()
             gradients = torch.autograd.grad(f, self._parameters, materialize_grads=True,
                                             create_graph=self.update == "newton")
-        g = torch.cat([part.detach().reshape(-1) for part in gradients])
+        g = torch.cat([part.detach().to_dense().reshape(-1) for part in gradients])
         x = torch.cat([p.reshape(-1) for p in self._parameters])
         f = f.detach()
         which, block = self._chosen(x, g)

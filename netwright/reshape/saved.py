@@ -24,6 +24,7 @@ __all__ = ["load", "save"]
 FORMAT = 1
 CHANGES, WEIGHTS, BUFFERS = "changes.json", "model.safetensors", "buffers.safetensors"
 SHARD = 5 * 2**30  # bytes; a file of weights holds no more, unless one tensor does
+_EXTRA = "_extra_state"  # the name that state_dict gives it
 _PARTIAL, _NEXT = ".netwright.partial", ".netwright.next"
 _REFUSED = "read-this-folder-by-netwright.load.safetensors"
 
@@ -144,9 +145,10 @@ def _check_can_be_saved(model: nn.Module) -> None:
         if name and changes(module):
             raise ValueError(f"model holds {name!r}, which was reshaped by itself; reshape the "
                              "whole model, or save that part")
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise ValueError(f"model holds {name!r} ({type(module).__name__}), whose extra state "
-                             "is no tensor and has no place in the files; save its state_dict")
+    for name, state in _extra_states(model):
+        if not isinstance(state, Tensor):
+            raise ValueError(f"model holds {name!r}, the extra state of a module, which is no "
+                             "tensor and has no place in the files; save the model's state_dict")
     for record in changes(model):
         try:
             named(record.name)
@@ -173,6 +175,7 @@ class _Stored(NamedTuple):
     def of(cls, model: nn.Module) -> "_Stored":
         stored = cls({}, {}, {}, {})
         first: dict[int, str] = {}
+        stored.buffers.update(_extra_states(model))
         for name, tensor, persistent in _tensors(model):
             if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
                 raise ValueError(f"model must hold plain tensors, but {name} is on the device "
@@ -214,6 +217,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield prefix + name, buffer, name not in module._non_persistent_buffers_set
+
+
+def _extra_states(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what modules add to a `state_dict` besides parameters and buffers, as a count."""
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            yield f"{name}.{_EXTRA}".lstrip("."), module.get_extra_state()
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> list[list[str]]:
@@ -446,6 +456,10 @@ def _fill(model: Any, tensors: Mapping[str, Tensor], content: Mapping[str, Any],
           folder: Path) -> None:
     """Give `model` what was stored, in place."""
     _tie(model, content["tied"])
+    extra = {name: state for name, state in tensors.items() if name.split(".")[-1] == _EXTRA}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in extra}
+    for name, state in extra.items():
+        model.get_submodule(name.rpartition(".")[0]).set_extra_state(state)
     known = {name: tensor for name, tensor, _ in _tensors(model)
              if name not in content["tied"]}
     lacking = [name for name in known if name not in tensors]

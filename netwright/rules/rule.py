@@ -20,8 +20,6 @@ class Rule(nn.Module):
     that `rule.parameters()` is what an optimizer steps and `rule.state_dict()` is all of it. It
     adds to `.grad` as `backward()` does.
 
-    A rule that must see the optimizer finds in `optimizer` the one that `nw.fit` steps.
-
     A rule that does not speak through `.grad` sets `updates_weights` and changes the weights
     itself when it is called. One that talks to the other processes in its calls sets `together`:
     then every process must have a share of every batch. `remembers` says that a call leaves more
@@ -39,7 +37,6 @@ class Rule(nn.Module):
     updates_weights = False
     together = False
     remembers = False
-    optimizer: Optimizer | None = None
     resized: Collection[str] = ()
 
     def __init__(self, network: nn.Module | Stages, *, generator: Generator | None = None) -> None:
@@ -59,6 +56,9 @@ class Rule(nn.Module):
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the batch's update to `.grad` of the parameters; return the detached loss."""
         raise TypeError(f"{type(self).__name__} must define forward(x, y)")
+
+    def stepped_by(self, optimizer: Optimizer) -> None:
+        """Be told which optimizer will step, as `nw.fit` does; most rules need not know."""
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:

@@ -23,7 +23,13 @@ Method = Literal["jacobi", "gauss_seidel", "hybrid"]
 METHODS = ("jacobi", "gauss_seidel", "hybrid")
 
 
-@method("execution", papers=["003-015"], saves=["inference time"], keeps_function=True)
+@method(
+    "execution",
+    papers=["003-015"],
+    saves=["inference time"],
+    needs=["a chain of stages"],
+    keeps_function=True,
+)
 @torch.no_grad()
 def parallel_forward(network: nn.Module | Stages, x: Any, *, example: Any = None,
                      method: Method = "jacobi", blocks: int = 1, residual: bool = False,

@@ -43,3 +43,12 @@ def test_only_the_network_can_be_changed(model):
         nw.apply("GLU", model, [])
     with pytest.raises(NothingToReshape, match="GLU cannot run on task 'model' because"):
         nw.apply("GLU", nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("recipe", ["GLU(hidden=8)", "AGLU", "Affine + AGLU",
+                                    "RationalFeedForward"])
+def test_the_result_is_saved_and_loaded(model, recipe, tmp_path):
+    changed = nw.apply(recipe, model, TOKENS)
+    nw.save(changed, tmp_path / "changed")
+    again = nw.load(tmp_path / "changed", nw.models.gpt(12, 8, width=16, heads=2))
+    assert torch.equal(again(TOKENS), changed(TOKENS))

@@ -133,6 +133,34 @@ def test_proposals_start_with_the_defaults_and_fill_the_space(own):
     assert all(0.5 <= p["strength"] <= 5 for p in many)
 
 
+def test_what_a_method_among_the_arguments_searches_is_tuned_too(own):
+    change, = changes("swap_feedforward(make=GLU) + ForwardGradient(perturb='weights')")
+    space = change.space(own)
+    assert space.keys() == {"learning_rate", "activation", "directions"}
+    done = change.set({"activation": "relu", "directions": 16})
+    assert str(done) == ("swap_feedforward(make=GLU(activation='relu')) + "
+                         "ForwardGradient(perturb='weights', directions=16)")
+
+
+def test_one_name_in_two_steps_is_set_in_each(own):
+    change, = changes("upcycle + upcycle(k=1)")
+    assert change.space(own).keys() == {"learning_rate", "0.n_experts", "1.n_experts", "k"}
+    done = change.set({"0.n_experts": 2, "1.n_experts": 4, "k": 2})
+    assert [step.arguments for step in done.network] == [
+        {"n_experts": 2, "k": 2}, {"k": 1, "n_experts": 4}]
+
+
+@pytest.mark.parametrize(("text", "space"), [
+    ("SGD", (1e-4, 1e-2)), ("Adagrad", (1e-3, 1e-1)), ("SGD(lr=0.5)", None)])
+def test_the_learning_rate_is_the_optimizers(own, text, space):
+    change, = changes(text)
+    found = change.space(own).get("learning_rate")
+    assert (found and (found.low, found.high)) == (space and pytest.approx(space))
+    parameter = nn.Parameter(torch.zeros(1))
+    made = change.task(own).optimize([parameter], 0.25)
+    assert made.param_groups[0]["lr"] == (0.25 if space else 0.5)
+
+
 def test_every_change_has_the_learning_rate(own):
     space = changes("Backprop")[0].space(own)
     assert space == {"learning_rate": FloatDistribution(1e-4, 1e-2, log=True)}

@@ -102,7 +102,8 @@ def lbfgs(**keep):
 
 def forgetful(**keep):
     """The control: a training that takes up everything but the random states."""
-    nw.training.loop.set_every_random_state = lambda *_: None
+    nw.training.run.set_every_random_state = lambda *_: None
+    nw.training.resuming.set_every_random_state = lambda *_: None
     return jitter(**keep)
 
 
@@ -175,7 +176,7 @@ def run_and_report(case: Callable, folder: Path, result: Path, die_at: int) -> N
     if die_at >= 0:
         die_at_event(die_at)
     weights: dict[str, torch.Tensor] = {}
-    original = nw.training.loop._Training.all
+    original = nw.training.run.Run.all
 
     def watched(self):
         history = original(self)
@@ -184,7 +185,7 @@ def run_and_report(case: Callable, folder: Path, result: Path, die_at: int) -> N
                                           for e in history.epochs], dtype=torch.float64)
         return history
 
-    nw.training.loop._Training.all = watched
+    nw.training.run.Run.all = watched
     case(checkpoint=folder, progress=False)
     digest = hashlib.sha256()
     for name, value in weights.items():

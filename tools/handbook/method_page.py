@@ -5,16 +5,20 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 
 from handbook.measured import benchmarks_of, cost_section, evidence_section
-from handbook.pages import ROOT, Page, cell, hand_written, link, pages
+from handbook.pages import ROOT, Page, cell, gist, hand_written, link, pages
 from netwright import papers
 from netwright.catalogue.facets import KINDS, searched
+
+MOST_MENTIONS = 10
 
 
 def method_page(page: Page) -> str:
     """Return the page as Markdown."""
     heading, _, text = page.text.partition("\n")
     return "\n".join([
-        heading or f"# {page.title}", "", *facts(page), "", text.strip(), "",
+        heading or f"# {page.title}", "", *facts(page), "",
+        text.strip() or "\n".join(f"- `{name.rpartition('.')[2]}`: {gist(value)}."
+                                  for name, value in page.names.items()), "",
         *cost_section(page), *benchmarks_of(page), *evidence_section(page), *_mentions(page),
         *_reference(page)])
 
@@ -62,13 +66,16 @@ def _reference(page: Page) -> list[str]:
 
 
 def _mentions(page: Page) -> list[str]:
-    """Return the section of other texts in which a name of this page is used."""
-    wanted = re.compile("|".join(
-        rf"\bnw\.{room}(?:\w+\.)*{last}\b" for name in page.names
-        for room, last in [(f"{name.rpartition('.')[0]}.".lstrip("."), name.rpartition(".")[2])]))
+    """Return a line with the guides and other texts in which a name of this page is used."""
+    called = "|".join(rf"\bnw\.{room}(?:\w+\.)*{last}\b" for name in page.names
+                      for room, last in [(name[:name.rfind(".") + 1], name.rpartition(".")[2])])
+    capital = "|".join(last for name in page.names
+                       if not (last := name.rpartition(".")[2]).islower())
+    in_guides = f"{called}|`({capital})`" if capital else called
     found = [f"[{title}]({link(page.uri, uri)})" for uri, (title, text) in texts().items()
-             if uri != page.uri and wanted.search(text)]
-    return ["**See also:** " + ", ".join(found) + ".", ""] if found else []
+             if uri != page.uri and re.search(in_guides if uri.startswith("guides/") else called,
+                                              text)]
+    return ["**See also:** " + ", ".join(found[:MOST_MENTIONS]) + ".", ""] if found else []
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections import Counter
 
 from handbook.measured import ORDER, evidence_of, results, rows, verdict
 from handbook.pages import (
@@ -95,7 +96,7 @@ def folder_page(folder: str) -> str:
 def measured_map(uri: str) -> str:
     """Return the table of a room's facts and figures: the front matter of its texts, and costs."""
     inside = [page for page in pages() if page.uri.startswith(uri.removesuffix("index.md"))
-              and page.facts]
+              and any(entry.facets.kind != "companion" for entry in page.main)]
     tasks = list(dict.fromkeys(task for task, _ in rows()))
     facts = list(dict.fromkeys(fact for page in inside for fact in page.facts))
     parts = [f"What was measured is for `{', '.join(tasks)}`: accuracy after equal tuning; time "
@@ -121,7 +122,7 @@ def asked(request: str, uri: str) -> str:
     """Return a list of the methods that a hand-written page asks for.
 
     `saves="…"`, `needs="…"`, `place="…"` and `kind="…"` are facets; `order="length"` puts the
-    shortest files first, where else each family has its turn, the best verdicts first.
+    shortest files first, where else each kind and family has its turn, the best verdicts first.
     """
     wanted = dict(_QUOTED.findall(request))
     found = [entry for entry in entries() if _fits(entry, wanted)]
@@ -136,18 +137,18 @@ def asked(request: str, uri: str) -> str:
 
 
 def _of_each_kind(found: list[Method]) -> list[Method]:
-    """Return methods with the best verdicts first, and each family in its turn."""
+    """Return methods with the best verdicts first, and each kind and family in its turn."""
     kinds = list(KINDS)  # what changes a network that is there comes before what builds one
     found = sorted(found, key=lambda entry: (
         min(map(ORDER.index, verdict(entry).split(", "))), kinds.index(entry.facets.kind)))
-    turns: dict[str, int] = {}
-    placed = []
+    turns: Counter[str] = Counter()
+    late = {}
     for entry in found:
-        page, folder = page_of(entry.name), page_of(entry.name).uri.rpartition("/")[0]
-        for place in (page.uri, folder):
-            turns[place] = turns.get(place, -1) + 1
-        placed.append((10 * turns[page.uri] + turns[folder], len(placed), entry))
-    return [entry for *_, entry in sorted(placed, key=lambda item: item[:2])]
+        page = page_of(entry.name).uri
+        folder, kind = page.rpartition("/")[0], entry.facets.kind
+        late[entry.name] = 10 * turns[page] + 2 * turns[folder] + turns[kind]
+        turns.update([page, folder, kind])
+    return sorted(found, key=lambda entry: late[entry.name])
 
 
 def _fits(entry: Method, wanted: dict[str, str]) -> bool:

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from netwright import checks
-from netwright.blocks.feedforward.structured_linear import StructuredLinear, replaced
+from netwright.blocks.feedforward.structured_linear import StructuredLinear
 from netwright.catalogue.facets import method
 
-__all__ = ["SelfGuided", "guide", "unguide"]
+__all__ = ["SelfGuided"]
 
 
 @method("companion", papers=["003-004"])
@@ -79,50 +79,3 @@ class SelfGuided(nn.Module):
     def extra_repr(self) -> str:
         """Return how far it is."""
         return f"steps={self.steps}, passes={self.passes}"
-
-
-@method("companion", papers=["003-004"])
-def guide(model: nn.Module, steps: int) -> nn.Module:
-    """Return a copy in which each structured layer is trained with a dense matrix that fades.
-
-    Raises:
-        NothingToReshape: `model` has no `StructuredLinear`.
-        ValueError: `steps` is below 1, or `model` is guided already.
-
-    Paper: Wei, Moalla, Pascanu, Gulcehre, 2024, Building on Efficient Foundations: Effectively
-    Training LLMs with Structured Feedforward Layers.
-
-    >>> from netwright.blocks.feedforward import StructuredFeedForward
-    >>> type(guide(StructuredFeedForward(8), steps=100)[0]).__name__
-    'SelfGuided'
-    """
-    if any(isinstance(module, SelfGuided) for module in model.modules()):
-        raise ValueError("model must not be guided already, got SelfGuided layers in it; "
-                         "use unguide first")
-    return replaced(model, StructuredLinear,
-                    lambda layer: SelfGuided(layer, steps).train(layer.training))
-
-
-@method("companion", papers=["003-004"])
-def unguide(model: nn.Module) -> nn.Module:
-    """Return a copy with the structured layers alone, which computes the same.
-
-    Raises:
-        NothingToReshape: `model` has no `SelfGuided` layer.
-        ValueError: a dense matrix still takes part.
-
-    Paper: Wei, Moalla, Pascanu, Gulcehre, 2024, Building on Efficient Foundations: Effectively
-    Training LLMs with Structured Feedforward Layers.
-
-    >>> model = nn.Sequential(SelfGuided(StructuredLinear(8, 16), steps=1))
-    >>> for _ in range(2):
-    ...     y = model(torch.zeros(4, 8))
-    >>> type(unguide(model)[0]).__name__
-    'StructuredLinear'
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, SelfGuided) and module.ratio:
-            raise ValueError(f"model must have run steps={module.steps} passes in training, and "
-                             f"one without the dense matrix, got {module.passes} in "
-                             f"{name or 'the layer'}; train on, or load the state that has")
-    return replaced(model, SelfGuided, lambda guided: guided.layer)

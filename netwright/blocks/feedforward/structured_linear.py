@@ -1,18 +1,15 @@
-from collections.abc import Callable
-from copy import deepcopy
 from math import gcd
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
 from netwright import checks
-from netwright.anatomy.replacing import replace_all
 from netwright.catalogue.facets import method
-from netwright.errors import NothingToReshape, UnknownName
+from netwright.errors import UnknownName
 
-__all__ = ["StructuredLinear", "premerge"]
+__all__ = ["StructuredLinear"]
 
 Kind = Literal["lowrank", "blockdense", "blockshuffle"]
 KINDS = ("lowrank", "blockdense", "blockshuffle")
@@ -162,63 +159,6 @@ class Premerged(nn.Module):
             return linear(x, self.weight, self.layer.bias)
         y: Tensor = self.layer(x)
         return y
-
-
-@method("companion", papers=["003-004"], keeps_function=True)
-@torch.no_grad()
-def premerge(model: nn.Module, rows: int | None = None) -> nn.Module:
-    """Return a copy for inference in which each structured layer's factors are multiplied out.
-
-    W = U V, once;  y = W x + b where x has at most `rows` rows, else y = U (V x) + b.
-
-    A few rows are where one product with many numbers can be quicker than several with fewer: on
-    an accelerator that waits for launches more than it multiplies. With `rows` the copy holds
-    both forms and its weights are frozen; without, each layer becomes an `nn.Linear`, however
-    many rows it gets.
-
-    Raises:
-        NothingToReshape: `model` has no `StructuredLinear`.
-        ValueError: `rows` is below 1.
-
-    Paper: Wei, Moalla, Pascanu, Gulcehre, 2024, Building on Efficient Foundations: Effectively
-    Training LLMs with Structured Feedforward Layers.
-
-    >>> model = nn.Sequential(StructuredLinear(8, 16), nn.ReLU(), StructuredLinear(16, 8))
-    >>> premerge(model)
-    Sequential(
-      (0): Linear(in_features=8, out_features=16, bias=True)
-      (1): ReLU()
-      (2): Linear(in_features=16, out_features=8, bias=True)
-    )
-    """
-    checks.count(1, rows=rows, optional=True, advice="leave it out to merge for any")
-
-    def merged(layer: StructuredLinear) -> nn.Module:
-        if rows is not None:
-            # The product would not follow weights that are trained.
-            return Premerged(layer.requires_grad_(False), rows).train(layer.training)
-        weight = layer.dense_weight()
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(weight, layer.first.requires_grad)
-        plain.register_parameter("bias", layer.bias)
-        return plain.train(layer.training)
-
-    return replaced(model, StructuredLinear, merged)
-
-
-def replaced(model: nn.Module, kind: type[Any], make: Callable[[Any], nn.Module]) -> nn.Module:
-    """Return a copy of `model` with `make(module)` in the place of each module of type `kind`.
-
-    Raises:
-        NothingToReshape: there is none.
-    """
-    copy = deepcopy(model)
-    new: dict[nn.Module, nn.Module] = {
-        module: make(module) for module in copy.modules() if isinstance(module, kind)}
-    if not new:
-        raise NothingToReshape(f"model must have a {kind.__name__}, got a {type(model).__name__} "
-                               "that has none; build it with one")
-    return replace_all(copy, new)
 
 
 def _check(x: Tensor, size: int) -> None:

@@ -22,7 +22,7 @@ __all__ = ["mix_lora"]
     "reshape",
     papers=["003-187"],
     place="feedforward",
-    needs=["training"],
+    needs=["dense feed-forward layers", "training"],
     keeps_function=True,
     search={"n_experts": [4, 8], "rank": [4, 8, 16]},
     variants={"plain": {"n_experts": 2, "rank": 2}},

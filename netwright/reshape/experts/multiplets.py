@@ -16,7 +16,7 @@ __all__ = ["multiplets"]
     "companion",
     papers=["000-009"],
     place="feedforward",
-    needs=["training"],
+    needs=["dense feed-forward layers", "training"],
     keeps_function=False,
 )
 @torch.inference_mode(False)

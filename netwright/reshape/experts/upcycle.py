@@ -26,7 +26,7 @@ __all__ = ["upcycle"]
     "reshape",
     papers=["000-003"],
     place="feedforward",
-    needs=["training"],
+    needs=["dense feed-forward layers", "training"],
     keeps_function=True,
     search={"n_experts": [2, 4, 8], "k": [1, 2]},
     variants={"plain": {"n_experts": 2}, "noisy": {"n_experts": 2, "noise": 0.1}},

@@ -89,6 +89,7 @@ def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
     papers=["000-017"],
     place="feedforward",
     saves=["parameters", "file size", "inference memory", "inference time"],
+    needs=["dense feed-forward layers"],
     keeps_function=False,
     variants={"one of two": {"keep": [[1]], "found": [Bricks(
         FeedForwardLayer("", "0", "2", None, nn.ReLU(), 8, 12, 3),

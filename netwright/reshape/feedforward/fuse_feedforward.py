@@ -54,7 +54,7 @@ class _Branch:
     papers=["003-177"],
     place="feedforward",
     saves=["inference time"],
-    needs=["a residual network"],
+    needs=["feed-forward layers in a row"],
     keeps_function=False,
     search={"dependence": (0.01, 1.0)},
     variants={"all": {"dependence": 2.0}},

@@ -1,4 +1,4 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from netwright.anatomy.replacing import replace_all
 from netwright.blocks.feedforward.repa_feed_forward import RePaFeedForward
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
+from netwright.reshape._replacing import replaced
 from netwright.reshape.change import decided, reshape
 
 __all__ = ["reparameterize"]
@@ -18,8 +18,9 @@ __all__ = ["reparameterize"]
 @method(
     "reshape",
     papers=["004-039"],
-    place="feedforward",
+    place="linear",
     saves=["inference time", "parameters", "file size", "inference memory"],
+    needs=["linear layers in a row"],
     keeps_function=True,
     variants={"block and pair": {}},
     network=lambda: nn.Sequential(RePaFeedForward(8, 32), nn.Linear(8, 64), nn.Linear(64, 4)),
@@ -57,7 +58,7 @@ def reparameterize(model: nn.Module) -> nn.Module:
     """
     trial = deepcopy(model)
     blocks = [name for name, module in trial.named_modules() if isinstance(module, RePaFeedForward)]
-    trial = _merge_blocks(trial, blocks)
+    trial = replaced(trial, blocks, RePaFeedForward.merged)
     pairs: list[list[str]] = []
     for name, chain in trial.named_modules():
         if type(chain).forward is nn.Sequential.forward:
@@ -74,17 +75,10 @@ def reparameterize(model: nn.Module) -> nn.Module:
 @reparameterize.applies
 @torch.no_grad()
 def _multiplied_out(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
-    merged = _merge_blocks(model, decision["blocks"])
+    merged = replaced(model, decision["blocks"], RePaFeedForward.merged)
     for name, first, second in decision["pairs"]:
         _merge_pair(merged.get_submodule(name), first, second)
     return merged
-
-
-def _merge_blocks(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """Put what each block is in eval mode into its place, wherever it stands."""
-    found: list[Any] = [model.get_submodule(name) for name in names]
-    blocks: dict[Any, nn.Module] = {block: block.merged() for block in found}
-    return replace_all(model, blocks)
 
 
 def _pair(chain: nn.Module) -> tuple[str, str] | None:

@@ -18,7 +18,7 @@ __all__ = ["interpolate_mixer"]
     "reshape",
     papers=["003-084"],
     place="token mixing",
-    needs=["images"],
+    needs=["a mixer"],
     keeps_function=False,
     variants={"wider": {"size": (8, 12)}},
     network=lambda: MLPMixer(3, (8, 8), 4, patch=4, width=8, depth=2),

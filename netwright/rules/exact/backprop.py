@@ -43,8 +43,12 @@ class Backprop(Rule):
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add dL/dw to `.grad`; return the detached loss."""
-        loss = checked(self.loss, call(self.network, x), y)
+        loss = self.loss_with_graph(x, y)
         if not loss.requires_grad:
             raise ValueError("network has no trainable parameters; set requires_grad on some")
         loss.backward()
         return loss.detach()
+
+    def loss_with_graph(self, x: Any, y: Tensor) -> Tensor:
+        """Return the loss, for an optimizer that differentiates it itself."""
+        return checked(self.loss, call(self.network, x), y)

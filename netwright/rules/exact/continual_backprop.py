@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, distributed, nn
+from torch.optim import Optimizer
 
 from netwright.anatomy.units import Units, hidden_units
 from netwright.catalogue.facets import method
@@ -63,6 +64,7 @@ class ContinualBackprop(Rule):
 
     together = True
     remembers = True
+    optimizer: Optimizer | None = None
     utility: Tensor
     activity: Tensor
     size_sum: Tensor
@@ -114,6 +116,10 @@ class ContinualBackprop(Rule):
             for units in self.units for maker in units.makers]))
         self.register_buffer("layer", torch.repeat_interleave(
             torch.arange(len(counts)), torch.tensor(counts)).to(like.device), persistent=False)
+
+    def stepped_by(self, optimizer: Optimizer) -> None:
+        """Be told which optimizer will step, whose averages of renewed weights begin again."""
+        self.optimizer = optimizer
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Renew what the last step left over; add dL/dw to `.grad`; return the detached loss."""

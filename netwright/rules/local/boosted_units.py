@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, distributed, nn
 from torch.nn import functional
+from torch.optim import Optimizer
 
 from netwright.anatomy.units import Units, hidden_units
 from netwright.catalogue.facets import method
@@ -73,6 +74,7 @@ class BoostedUnits(Rule):
 
     together = True
     remembers = True
+    optimizer: Optimizer | None = None
 
     group: Tensor
     calls: Tensor
@@ -110,6 +112,10 @@ class BoostedUnits(Rule):
         for i, view in enumerate(self._views()):
             self.register_buffer(f"kept_{i}", view.clone())
         self._put_back()
+
+    def stepped_by(self, optimizer: Optimizer) -> None:
+        """Be told which optimizer will step, whose averages of renewed weights begin again."""
+        self.optimizer = optimizer
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the group's gradient to `.grad`; return the network's loss, detached."""

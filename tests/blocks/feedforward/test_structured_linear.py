@@ -12,11 +12,9 @@ from netwright.blocks.feedforward import (
     SelfGuided,
     StructuredFeedForward,
     StructuredLinear,
-    guide,
-    premerge,
-    unguide,
 )
 from netwright.errors import NothingToReshape, UnknownName
+from netwright.reshape.feedforward import guide, premerge, unguide
 
 SIZES = [("lowrank", {"rank": 3}), ("blockdense", {"rank": 6, "blocks": 3}),
          ("blockdense", {"rank": 8, "blocks": 2}), ("blockshuffle", {"blocks": 2}),

@@ -1,0 +1,1 @@
+"""Exchanging modules, whatever they are."""

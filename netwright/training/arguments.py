@@ -1,0 +1,142 @@
+"""What a training is asked for, looked at before anything changes."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from netwright.rules.rule import Rule
+from netwright.training.history import Epoch
+
+Metric = Callable[[Tensor, Tensor], float | Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a training was asked for, besides what it trains and on what."""
+
+    epochs: int
+    metric: Metric
+    higher_is_better: bool
+    scheduler_unit: str
+    patience: int | None
+    accumulate: int
+    clip: float | None
+    autocast: torch.dtype | None
+    seed: int | None
+    folder: Path | None
+    checkpoint_every: int | None
+    on_epoch: Callable[[Epoch], object] | None
+    tensorboard: str | Path | None
+    progress: bool
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise ValueError unless each is a whole number of at least 1, or None."""
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)
+                                  or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def learning(rule: Rule) -> list[Parameter]:
+    """Return the parameters that a training changes: whole numbers only where the rule does."""
+    return [p for p in rule.parameters()
+            if p.requires_grad or (rule.updates_weights and not p.is_floating_point())]
+
+
+def check_data(name: str, data: Any) -> None:
+    """Raise ValueError unless `data` can be passed over again and again."""
+    if not hasattr(data, "__iter__") or isinstance(data, (Tensor, Mapping)):
+        raise ValueError(f"{name} must be an iterable of (x, y) batches, got "
+                         f"{type(data).__name__}; use Batches(x, y, batch_size), a DataLoader or "
+                         "a list")
+    if isinstance(data, Iterator):
+        raise ValueError(f"{name} must be something that can be passed over in every epoch, got "
+                         f"{type(data).__name__}, which is used up after one; use list(...)")
+
+
+def made_optimizer(rule: Rule, given: Optimizer | Callable[[list[Parameter]], Optimizer] | None,
+                   accumulate: int, clip: float | None) -> Optimizer:
+    """Return the optimizer that was given, or is made by what was given.
+
+    Raises:
+        ValueError: it is none, steps nothing of the rule's, or cannot be used so.
+    """
+    parameters = [p for p in rule.parameters() if p.requires_grad]
+    if given is None:
+        return torch.optim.Adam(parameters)
+    optimizer = given if isinstance(given, Optimizer) else given(parameters)
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError("optimizer must be a torch.optim.Optimizer, or a function of the "
+                         f"parameters that returns one, got {type(optimizer).__name__}")
+    if not {id(p) for p in parameters} & {id(p) for p in stepped(optimizer)}:
+        raise ValueError("optimizer steps none of the rule's parameters; build it from "
+                         "rule.parameters()")
+    several = differentiates(optimizer) or wants_closure(optimizer)
+    for name, value in (("accumulate", accumulate if accumulate > 1 else None), ("clip", clip)):
+        if several and value is not None:
+            raise ValueError(f"{name}={value} cannot be used with {type(optimizer).__name__}, "
+                             "which evaluates one batch several times; use larger batches, or "
+                             "another optimizer")
+    if differentiates(optimizer) and not hasattr(rule, "loss_with_graph"):
+        raise ValueError(f"{type(optimizer).__name__} differentiates the loss itself, which "
+                         f"{type(rule).__name__} does not give; train with Backprop, or take an "
+                         "optimizer that steps on .grad")
+    return optimizer
+
+
+def differentiates(optimizer: Optimizer) -> bool:
+    """Return whether `step` is given a function that returns the loss with its graph."""
+    return bool(getattr(optimizer, "differentiates", False))
+
+
+def wants_closure(optimizer: Optimizer) -> bool:
+    """Return whether `step` cannot do without a function that evaluates the batch again."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def made_scheduler(optimizer: Optimizer | None,
+                   given: LRScheduler | Callable[[Optimizer], LRScheduler] | None,
+                   validated: bool, options: Options) -> LRScheduler | None:
+    """Return the scheduler that was given, or is made by what was given.
+
+    Raises:
+        ValueError: it is none, or another optimizer's, or looks at something else.
+    """
+    if options.scheduler_unit not in ("epoch", "step"):
+        raise ValueError('scheduler_unit must be "epoch" or "step", got '
+                         f"{options.scheduler_unit!r}")
+    if given is None or optimizer is None:
+        return None
+    scheduler = given if isinstance(given, LRScheduler) else given(optimizer)
+    if not isinstance(scheduler, LRScheduler):
+        raise ValueError("scheduler must be a learning-rate scheduler, or a function of the "
+                         f"optimizer that returns one, got {type(scheduler).__name__}")
+    if scheduler.optimizer is not optimizer:
+        raise ValueError("scheduler was made for another optimizer than the one given; give the "
+                         "same, or a function of the optimizer")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        mode = "max" if validated and options.higher_is_better else "min"
+        if options.scheduler_unit == "step":
+            raise ValueError('scheduler_unit must be "epoch" with ReduceLROnPlateau, which looks '
+                             "at an epoch's result")
+        if scheduler.mode != mode:
+            raise ValueError(f"scheduler must be made with mode={mode!r} to look at "
+                             f"{'the metric' if validated else 'the loss'}, got "
+                             f"mode={scheduler.mode!r}")
+    return scheduler
+
+
+def stepped(optimizer: Optimizer | None) -> list[Tensor]:
+    """Return the parameters that an optimizer steps."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    return [p for group in groups for p in group["params"]]
