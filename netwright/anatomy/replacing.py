@@ -12,6 +12,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from netwright.anatomy.layers import is_linear, is_transposed
 from netwright.errors import UnknownName
 
+__all__ = ["linear_weight", "plain_paths", "replace", "replace_all", "write_linear"]
+
 
 def replace(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
     """Put `module` wherever the module called `name` is, in place; return the network.

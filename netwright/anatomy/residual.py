@@ -13,8 +13,6 @@ from netwright.anatomy.calls import Call
 from netwright.anatomy.run import Operation, Run, Value, record
 from netwright.signals import tensors
 
-__all__ = ["Silent", "Sublayer", "Sum", "Trace", "sums", "trace"]
-
 
 class Place(Enum):
     """Where something is in a sublayer's output."""
