@@ -152,6 +152,17 @@ def test_evidence_without_a_checkout_lists_what_is_shipped(netwright, monkeypatc
     assert "NETWRIGHT_EVIDENCE" in err
 
 
+def test_the_anatomy_of_a_task_and_of_a_module(netwright):
+    assert "convolution" in netwright("anatomy", "digits-cnn")[1]
+    status, out, _ = netwright("anatomy", "torch.nn:TransformerEncoderLayer", "--shape", "1,4,8")
+    assert status == 2  # it is built from sizes
+    status, out, _ = netwright("anatomy", "torch.nn:Identity", "--shape", "1,4")
+    assert (status, out.split()) == (0, ["part", "name", "sizes"])
+    status, _, err = netwright("anatomy", "torch.nn:Identity")
+    assert status == 2
+    assert "--shape" in err
+
+
 def test_stages_of_a_task_a_file_and_a_module(netwright, tmp_path):
     assert "conv" in netwright("stages", "digits-cnn")[1].lower()
     (tmp_path / "own.py").write_text(TASK)
