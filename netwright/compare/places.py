@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import activation, batchnorm, conv, instancenorm, normalization, pooling
+from torch.nn.modules import conv, pooling
 
+from netwright.anatomy.layers import is_linear, is_norm
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.feedforward.feed_forward import FeedForward
 from netwright.catalogue.facets import facets
@@ -24,7 +25,7 @@ from netwright.reshape.feedforward.swap_feedforward import swap_feedforward
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages import call
 from netwright.tasks import Task
-from netwright.tasks.densities import conditioner
+from netwright.tasks.densities import Density, Field, conditioner
 
 __all__ = ["put"]
 
@@ -52,7 +53,8 @@ def put(network: nn.Module, step: Step, task: Task) -> nn.Module:
     """
     said = facets(step.what)
     place = "" if said is None else said.place
-    if isinstance(step.what, type) and issubclass(step.what, Transform):
+    if place != "whole network" and isinstance(step.what, type) and issubclass(
+            step.what, Transform):
         place = "transform"
     if not place:
         raise ValueError(f"{step.name} cannot run on task {task.name!r} because it does not say "
@@ -79,6 +81,8 @@ def check_whole(network: nn.Module, step: Step, task: Task) -> None:
 
 
 def _whole_network(network: nn.Module, step: Step, task: Task) -> nn.Module:
+    if isinstance(network, Density) and _kind(step) == "generative":
+        return _density(network, step, task)
     check_whole(network, step, task)
     offered = {name: size() for name, size in sizes(task).items()}
     said = facets(step.what)
@@ -92,6 +96,19 @@ def _whole_network(network: nn.Module, step: Step, task: Task) -> nn.Module:
     takes = () if said is None else said.takes
     return _made(step, {name: size for name, size in offered.items()
                         if name in (*takes, "patch")}, only=("patch",))
+
+
+def _density(network: Density, step: Step, task: Task) -> nn.Module:
+    size = task.first.shape[1:]
+    channels, flow = size[0], deepcopy(network.flow)
+    return Density(_made(step, {
+        "size": tuple(size), "transforms": list(flow.transforms) if isinstance(flow, Flow) else [],
+        "net": Field(conditioner(channels, channels, len(size) - 1))}))
+
+
+def _kind(step: Step) -> str:
+    said = facets(step.what)
+    return "" if said is None else said.kind
 
 
 def _feedforward(network: nn.Module, step: Step, task: Task) -> nn.Module:
@@ -120,12 +137,8 @@ def _experts(network: nn.Module, step: Step, task: Task) -> nn.Module:
 
 
 def _activation(network: nn.Module, step: Step, task: Task) -> nn.Module:
-    def fits(site: Site) -> bool:
-        kind = type(site.module)
-        return kind.__module__ == activation.__name__ and site.taken.shape == site.given.shape \
-            and kind not in (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax)
     try:
-        sites = _sites(network, task, "activation", fits)
+        sites = _sites(network, task, "activation", _elementwise)
     except NothingToReshape:  # a function in a feed-forward layer, where no module is
         def make(dim: int, hidden: int) -> nn.Module:
             return FeedForward(dim, hidden, activation=_making(step, {"dim": hidden}))
@@ -133,10 +146,21 @@ def _activation(network: nn.Module, step: Step, task: Task) -> nn.Module:
     return _replaced(network, step, [(site, {"dim": site.given.shape[-1]}) for site in sites])
 
 
+def _elementwise(site: Site) -> bool:
+    """Return whether a module without parts makes of each number another, whatever the others."""
+    x, leaf = site.taken, not list(site.module.children())
+    if not leaf or not x.is_floating_point() or x.shape != site.given.shape:
+        return False
+    other = x.clone()
+    other.view(-1)[0] += 1
+    with evaluating(site.module), rehearsing(site.module):
+        before, after = site.module(x), site.module(other)
+    alike = before == after
+    return not torch.equal(before, x) and bool(alike.view(-1)[1:].all())
+
+
 def _normalisation(network: nn.Module, step: Step, task: Task) -> nn.Module:
-    rooms = {part.__name__ for part in (batchnorm, instancenorm, normalization)}
-    sites = _sites(network, task, "normalisation",
-                   lambda site: type(site.module).__module__ in rooms)
+    sites = _sites(network, task, "normalisation", lambda site: is_norm(site.module))
     return _replaced(network, step, [(site, {"dim": site.given.shape[-1]}) for site in sites])
 
 
@@ -210,9 +234,8 @@ def _residual_block(network: nn.Module, step: Step, task: Task) -> nn.Module:
 
 def _residual_stream(network: nn.Module, step: Step, task: Task) -> nn.Module:
     try:
-        sites = _sites(network, task, "residual stream", lambda site: isinstance(
-            site.module, nn.Linear) and site.taken.ndim == 2
-            and site.taken.shape == site.given.shape)
+        sites = _sites(network, task, "residual stream", lambda site: is_linear(
+            site.module) and site.taken.ndim == 2 and site.taken.shape == site.given.shape)
     except NothingToReshape:
         return _after_activations(network, step, task)
 
@@ -227,8 +250,8 @@ def _residual_stream(network: nn.Module, step: Step, task: Task) -> nn.Module:
 
 def _after_activations(network: nn.Module, step: Step, task: Task) -> nn.Module:
     """Put a block after each activation of a convolutional network, where it may keep the shape."""
-    sites = [site for site in _sites(network, task, "residual stream", lambda site: type(
-        site.module).__module__ == activation.__name__) if site.given.ndim > 3]
+    sites = [site for site in _sites(network, task, "residual stream", _elementwise)
+             if site.given.ndim > 3]
     if not sites:
         raise NothingToReshape("its network has no stream that a block could go into; try another")
     return _replaced(network, step, [(site, {
@@ -331,7 +354,7 @@ def _grid(site: Site, parts: int = 1) -> dict[str, int]:
 
 
 def _linears(network: nn.Module, task: Task) -> list[Site]:
-    return _sites(network, task, "linear", lambda site: isinstance(site.module, nn.Linear))
+    return _sites(network, task, "linear", lambda site: is_linear(site.module))
 
 
 def _blocks(network: nn.Module, task: Task) -> list[Site]:
@@ -433,7 +456,7 @@ def _check(network: nn.Module, changed: nn.Module, step: Step, task: Task) -> No
                          f"{tuple(before.shape)}, got {tuple(after.shape)}")
     if _predicts_next(task) and before.shape[:2] == x.shape[:2]:
         other = x.clone()
-        other[:, -1] = (other[:, -1] + 1) % task.classes
+        other[:, -1] += torch.where(other[:, -1] > 0, -1, 1)
         for model, first in ((network, before), (changed, after)):
             if not torch.allclose(first[:, :-1], _run(model, other)[:, :-1], atol=1e-5):
                 if model is network:

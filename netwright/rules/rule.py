@@ -24,7 +24,8 @@ class Rule(nn.Module):
     itself when it is called. One that talks to the other processes in its calls sets `together`:
     then every process must have a share of every batch. `remembers` says that a call leaves more
     behind in the state than `.grad`: what the next update will need. `resized` has the names in
-    the state of weights whose shapes change as it trains.
+    the state of weights whose shapes change as it trains. `needs_labels` is False where a batch
+    is x alone.
 
     Args:
         network: what is trained: a module or its `Stages`.
@@ -37,6 +38,7 @@ class Rule(nn.Module):
     updates_weights = False
     together = False
     remembers = False
+    needs_labels = True
     resized: Collection[str] = ()
 
     def __init__(self, network: nn.Module | Stages, *, generator: Generator | None = None) -> None:

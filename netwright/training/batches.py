@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_leaves
 
 Data = Iterable[tuple[Any, Tensor]]
 
 
-def pairs(data: Data) -> Iterator[tuple[Any, Tensor]]:
+def pairs(data: Data, labelled: bool = True) -> Iterator[tuple[Any, Tensor]]:
     """Begin a pass over `data` now, and return its batches."""
-    return map(pair, iter(data))
+    return map(pair if labelled else unlabelled, iter(data))
 
 
 def pair(batch: Any) -> tuple[Any, Tensor]:
@@ -21,6 +22,16 @@ def pair(batch: Any) -> tuple[Any, Tensor]:
                          f"{described(batch)}; several inputs go into x as a tuple or mapping")
     x, y = batch
     return x, y
+
+
+def unlabelled(batch: Any) -> tuple[Any, Tensor]:
+    """Return a batch of inputs alone as (x, y), with a y that counts the samples."""
+    x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 1 else batch
+    tensors = [part for part in tree_leaves(x) if isinstance(part, Tensor)]
+    if not tensors or not tensors[0].ndim:
+        raise ValueError("a batch must hold a tensor of samples, or a tuple of what the model "
+                         f"takes, got {described(batch)}; stack the samples")
+    return x, torch.zeros(len(tensors[0]))
 
 
 def parts(data: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from netwright.training.arguments import (
 from netwright.training.batches import Data
 from netwright.training.history import Epoch, History
 from netwright.training.run import Run
+from netwright.training.unlabelled import Unlabelled, generative, mean_score
 
 __all__ = ["fit"]
 
@@ -50,6 +51,10 @@ def fit(rule: Rule | nn.Module, train: Data, *, epochs: int,
 
     With `checkpoint` the same call made again goes on where it stopped, and ends with the weights
     of a training that was never interrupted: on CPU bit for bit.
+
+    A generative model, which has `log_prob`, or declares its kind and has a `loss`, is trained on
+    inputs without labels: a batch is x, or the tuple of what that method takes, and `metric` the
+    mean of log p.
 
     Under `torchrun` every process trains on its own batches (`Batches` takes its share by
     itself), and gradients are averaged before each step.
@@ -89,7 +94,10 @@ def fit(rule: Rule | nn.Module, train: Data, *, epochs: int,
     >>> len(fit(network, train, epochs=2))
     2
     """
-    rule = rule if isinstance(rule, Rule) else Backprop(rule)
+    if not isinstance(rule, Rule):
+        rule = Unlabelled(rule) if generative(rule) else Backprop(rule)
+    if metric is accuracy and not rule.needs_labels:
+        metric = mean_score
     check_counts(epochs=epochs, accumulate=accumulate, patience=patience,
                   checkpoint_every=checkpoint_every)
     check_data("train", train)

@@ -171,10 +171,10 @@ class Run:
         if not self.at.batch:
             if self.options.folder is not None:
                 self.random_start = resuming.random_states(self)
-            return pairs(self.train)
+            return pairs(self.train, self.rule.needs_labels)
         now = every_random_state(self.generators)
         set_every_random_state(self.random_start[distributed.rank()], self.generators)
-        batches = pairs(self.train)
+        batches = pairs(self.train, self.rule.needs_labels)
         for _ in range(self.at.batch):
             next(batches, None)
         set_every_random_state(now, self.generators)
@@ -204,7 +204,7 @@ class Run:
         if self.validation is None:
             return math.nan
         value_sum, count = 0.0, 0
-        for x, y in pairs(self.validation):
+        for x, y in pairs(self.validation, self.rule.needs_labels):
             told = targets(y)
             if told:
                 x, y = moved(x, self.device), moved(y, self.device)

@@ -20,6 +20,8 @@ __all__ = ["ConditionalAffineCoupling", "ConditionalFlow"]
     place="transform",
     takes=("channels", "condition_channels"),
     needs=["images"],
+    variants={"small": {"hidden": 8}},
+    batch=lambda: (torch.randn(2, 4, 4, 4), torch.randn(2, 5, 4, 4)),
 )
 class ConditionalAffineCoupling(Transform):
     """Scale and shift each half of an image's channels by the other half and by a condition.
@@ -155,6 +157,9 @@ class _Net(nn.Module):
     takes=("channels", "condition_channels"),
     needs=["images"],
     search={"blocks": [2, 4]},
+    variants={"small": {"blocks": 2, "hidden": 8},
+              "stored": {"blocks": 2, "hidden": 8, "stored": True}},
+    batch=lambda: (torch.randn(2, 4, 4, 4), torch.randn(2, 5, 4, 4)),
 )
 class ConditionalFlow(Flow):
     """The density of images that belong to other images, and samples of it: pan-sharpening.

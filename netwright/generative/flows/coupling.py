@@ -13,7 +13,8 @@ __all__ = ["AdditiveCouplingTransform", "AffineCouplingTransform", "Permute",
            "SplineCouplingTransform"]
 
 
-@method("generative", place="transform", takes=("order",))
+@method("generative", place="transform", takes=("order",),
+        variants={"four": {"order": (2, 0, 3, 1)}})
 class Permute(Transform):
     """Put the entries of a dimension in another order.
 
@@ -93,7 +94,8 @@ class _Coupling(Transform):
         return [torch.cat(streams[:2], 1), streams[2]]
 
 
-@method("generative", place="transform", takes=("net", "sizes"))
+@method("generative", place="transform", takes=("net", "sizes"),
+        network=lambda: AdditiveCouplingTransform(nn.Linear(2, 2), (2, 2)))
 class AdditiveCouplingTransform(_Coupling):
     """Add to one half of a sample what a network makes of the other half.
 
@@ -122,7 +124,8 @@ class AdditiveCouplingTransform(_Coupling):
         return _Additive("net", self.net, (read,), (write, 2), args)
 
 
-@method("generative", place="transform", takes=("net", "sizes"))
+@method("generative", place="transform", takes=("net", "sizes"),
+        network=lambda: AffineCouplingTransform(nn.Linear(2, 4), (2, 2)))
 class AffineCouplingTransform(_Coupling):
     """Scale and shift one half of a sample by what a network makes of the other half.
 
@@ -162,7 +165,8 @@ class AffineCouplingTransform(_Coupling):
         return affine
 
 
-@method("generative", place="transform", takes=("net", "sizes"), search={"bins": [4, 8, 16]})
+@method("generative", place="transform", takes=("net", "sizes"), search={"bins": [4, 8, 16]},
+        network=lambda: SplineCouplingTransform(nn.Linear(2, 22), (2, 2), bins=4))
 class SplineCouplingTransform(_Coupling):
     """Bend one half of a sample by monotonic splines whose knots a network makes of the other.
 

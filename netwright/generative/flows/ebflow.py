@@ -76,6 +76,7 @@ class SmoothLeakyReLU(Transform):
     place="whole network",
     takes=("layers", "size"),
     saves=["training time"],
+    network=lambda: EBFlow([LinearTransform(4), SmoothLeakyReLU()], size=4),
 )
 class EBFlow(Flow):
     """A flow seen as an energy, so that training needs no determinant of its linear layers.

@@ -10,7 +10,7 @@ from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.generative.flows.flow import Flow, Transform
-from netwright.generative.flows.odeint import odeint
+from netwright.generative.flows.odeint import TurningField, odeint
 from netwright.reversing.engine import Regroup, Step, Stored
 
 __all__ = ["FFJORD"]
@@ -22,6 +22,8 @@ __all__ = ["FFJORD"]
     place="whole network",
     takes=("net", "size"),
     search={"trace": ["hutchinson", "exact"]},
+    network=lambda: FFJORD(TurningField(), 4, trace="exact", solver="reversible_heun",
+                           steps=100),
 )
 class FFJORD(Flow, Transform):
     """A density that flows: samples move by an equation whose slope is any network.

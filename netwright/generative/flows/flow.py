@@ -73,7 +73,8 @@ class _Map(Update):
         return [transform.inverse(y[0], *self.args), y[1]]
 
 
-@method("generative", place="whole network", takes=("transforms", "size"))
+@method("generative", place="whole network", takes=("transforms", "size"),
+        network=lambda: Flow([_Stretch(), _Stretch()], 4))
 class Flow(nn.Module):
     """A density: a simple one, seen through transforms that can be undone.
 
@@ -176,3 +177,18 @@ class Flow(nn.Module):
         if x.shape[1:] != self.size:
             raise ValueError(f"x must be (batch, {', '.join(map(str, self.size))}), since the "
                              f"flow's size is {tuple(self.size)}, got {tuple(x.shape)}")
+
+
+class _Stretch(Transform):
+    """Scales and shifts every entry of four, as the least of transforms that learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.log_scale = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+
+    def map(self, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        z = x * self.log_scale.exp() + self.shift
+        return z, self.log_scale.sum().expand(len(x))
+
+    def inverse(self, z: Tensor, condition: Any = None) -> Tensor:
+        return (z - self.shift) * (-self.log_scale).exp()

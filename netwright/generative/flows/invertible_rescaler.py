@@ -23,6 +23,8 @@ Size = tuple[int, int]
     takes=("channels",),
     needs=["images"],
     search={"blocks": [2, 4]},
+    variants={"small": {"blocks": 2, "hidden": 8}},
+    batch=lambda: (torch.rand(2, 4, 8, 8), (4, 6)),
 )
 class InvertibleRescaler(nn.Module):
     """Make an image small so that it can be made large again, at any scale of either axis.

@@ -28,6 +28,7 @@ KERNELS: dict[str, Callable[[Tensor], Tensor]] = {  # of r^2 = sum_i ((x_i - u_i
     takes=("dim",),
     saves=["parameters"],
     search={"n_inducing": [8, 16, 32]},
+    variants={"few points": {"n_inducing": 5}},
 )
 class KernelCoupling(Transform):
     """Scale and shift one half of a sample by a sum of kernels on the other half.

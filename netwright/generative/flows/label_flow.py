@@ -21,6 +21,8 @@ __all__ = ["LabelFlow", "weak_constraint_loss"]
     takes=("label_dim", "cond_dim"),
     saves=["labels"],
     search={"blocks": [4, 8], "clamp": [0.5, 1.0]},
+    variants={"small": {"blocks": 2, "hidden": 8}},
+    batch=lambda: (torch.rand(7, 2), torch.randn(7, 5)),
 )
 class LabelFlow(Flow):
     """A density of the labels that a sample may have, given the sample.

@@ -15,7 +15,7 @@ __all__ = ["GaugeTransform", "U1Action", "autocorrelation_time", "field_loss", "
 Action = Callable[[Tensor], Tensor]
 
 
-@method("generative")
+@method("companion")
 class U1Action(nn.Module):
     """The action of the two-dimensional U(1) lattice gauge theory.
 
@@ -194,7 +194,10 @@ def autocorrelation_time(series: Tensor) -> float:
     return float(times[int(window.int().argmax()) if bool(window.any()) else -1])
 
 
-@method("generative", place="transform", takes=("direction", "parity"))
+@method("generative", place="transform", takes=("direction", "parity"),
+        variants={"first direction": {"direction": 0, "parity": 1},
+                  "second direction": {"direction": 1, "parity": 0}},
+        batch=lambda: torch.randn(2, 2, 4, 4))
 class GaugeTransform(Transform):
     """Move every other link of one direction along the force of its two plaquettes.
 

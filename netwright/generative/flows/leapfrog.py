@@ -15,7 +15,9 @@ from netwright.reversing.engine import Regroup, Step, Update
 __all__ = ["LeapfrogLayer", "LeapfrogSampler"]
 
 
-@method("generative", papers=["002-099"], place="transform", takes=("action", "size"))
+@method("block", papers=["002-099"], place="transform", takes=("action", "size"),
+        network=lambda: LeapfrogLayer(lambda x: x.square().sum(1) / 2, 4, hidden=8),
+        batch=lambda: ((torch.randn(3, 4), torch.randn(3, 4), torch.zeros(3)),))
 class LeapfrogLayer(ReversibleBlock):
     """A leapfrog step that is scaled, shifted and bent by networks, and can be undone.
 
@@ -97,8 +99,8 @@ class LeapfrogLayer(ReversibleBlock):
     def force(self, x: Tensor) -> Tensor:
         """Return S'(x), which can be differentiated where x needs a gradient."""
         on = torch.is_grad_enabled() and x.requires_grad
-        with torch.enable_grad():
-            given = x if on else x.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            given = x if on else (x.clone() if x.is_inference() else x.detach()).requires_grad_()
             (found,) = torch.autograd.grad(self.action(given).sum(), given, create_graph=on)
         return found
 
@@ -207,6 +209,8 @@ def _log_slope(x: Tensor, s: Tensor) -> Tensor:
     place="whole network",
     takes=("action", "size"),
     search={"layers": [2, 4], "step_size": (0.03, 0.3)},
+    network=lambda: LeapfrogSampler(lambda x: x.square().sum(1) / 2, 4, layers=2, hidden=8),
+    batch=lambda: (torch.randn(5, 4), lambda x: x.sum(1)),
 )
 class LeapfrogSampler(nn.Module):
     """A Markov chain whose proposals are leapfrog layers, run forward or backward by chance.

@@ -24,7 +24,7 @@ _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
     place="residual stream",
     takes=("f", "ts"),
     saves=["training memory"],
-    network=lambda: ReversibleHeun(_Field(), torch.tensor([0.0, 1.0]), steps=2),
+    network=lambda: ReversibleHeun(TurningField(), torch.tensor([0.0, 1.0]), steps=2),
     batch=lambda: ((torch.randn(3, 4), torch.randn(3, 4)),),
 )
 class ReversibleHeun(ReversibleBlock):
@@ -284,7 +284,7 @@ def _grid(ts: Tensor, steps: int) -> Tensor:
     return torch.cat([inner.flatten(), ts[-1:]])
 
 
-class _Field(nn.Module):
+class TurningField(nn.Module):
     """A field of four numbers that turns with time."""
 
     def __init__(self) -> None:

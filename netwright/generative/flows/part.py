@@ -7,13 +7,15 @@ from torch import Tensor, nn
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
+from netwright.generative.flows.linear import LinearTransform
 from netwright.generative.flows.squeeze import Squeeze
 from netwright.reversing.engine import Regroup, Step, Stored, chained
 
 __all__ = ["Part", "multi_scale"]
 
 
-@method("generative", place="transform", takes=("transforms", "channels"))
+@method("generative", place="transform", takes=("transforms", "channels"),
+        network=lambda: Part([LinearTransform(2)], 2))
 class Part(Transform):
     """Run transforms on the first channels of a sample, and leave the others as they are.
 

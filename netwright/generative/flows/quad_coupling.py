@@ -13,7 +13,8 @@ from netwright.reversing.engine import Regroup, Step, Update
 __all__ = ["QuadCoupling"]
 
 
-@method("generative", papers=["001-038"], place="transform", takes=("channels",), needs=["images"])
+@method("generative", papers=["001-038"], place="transform", takes=("channels",), needs=["images"],
+        variants={"small": {"hidden": 8}})
 class QuadCoupling(Transform):
     """Scale and shift each quarter of an image's channels by what is made of the quarters before.
 

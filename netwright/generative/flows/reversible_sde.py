@@ -26,7 +26,8 @@ def linear_schedule(t: Tensor) -> tuple[Tensor, Tensor]:
     return (exponent / 2).exp(), (-torch.expm1(exponent)).sqrt()
 
 
-@method("generative", papers=["001-018"], place="whole network", takes=("score",))
+@method("generative", papers=["001-018"], place="whole network", takes=("score",),
+        network=lambda: ReversibleSDESolver(lambda x, t: -x, steps=4))
 class ReversibleSDESolver(ReversibleBlock):
     """Sample from a diffusion model by a stochastic equation, and undo that for given data.
 

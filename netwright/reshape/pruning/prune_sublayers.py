@@ -82,9 +82,9 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     measure = _measure(distance)
     batches = batches_of(calibration)
     found = _found(model, batches[0])
-    if not 1 <= remove <= len(found.sublayers):
+    if not isinstance(remove, int) or not 1 <= remove <= len(found.sublayers):
         raise ValueError(f"remove must be between 1 and the {len(found.sublayers)} sublayers of "
-                         f"the model ({_some(found)}), got {remove}")
+                         f"the model ({_some(found)}), got {remove!r}")
     trial = deepcopy(model)
     left, removed = list(found.sublayers), list[Sublayer]()
     with same_random_state(), evaluating(trial), same_buffers(trial):

@@ -72,9 +72,6 @@ def parallelize_residual(model: nn.Module, example: Any = None, *,
     (('1 to 3: 3 blocks (Block) side by side',), torch.Size([1, 16, 96]))
     """
     checks.count(2, group=group, optional=True, advice="leave it out for whole runs")
-    if hasattr(model, "_orig_mod"):
-        raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
-                               "the module that was compiled, and compile the result")
     x = example_of(model) if example is None else example
     watched = deepcopy(model)
     with same_random_state(), evaluating(watched), same_buffers(watched):

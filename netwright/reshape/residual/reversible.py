@@ -100,9 +100,6 @@ def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
     if not 0 < gamma < 1:
         raise ValueError(f"gamma must be above 0 and below 1, got {gamma}; at 0 the network is the "
                          "one given, which cannot be undone")
-    if hasattr(model, "_orig_mod"):
-        raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
-                               "the module that was compiled, and compile the result")
     x = example_of(model) if example is None else example
     watched = _without_cache_and_fused_paths(deepcopy(model))
     with same_random_state(), evaluating(watched), same_buffers(watched):

@@ -223,3 +223,14 @@ def test_other_bad_input():
     model[0].characters.weight.data[:] = float("nan")
     with pytest.raises(ValueError, match="calibration must give finite values"):
         moefy(model, x)
+
+
+def test_what_its_experts_would_not_have_is_refused():
+    model, x = built("relu")
+    handle = model[1].feedforward[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"hooks at '1\.feedforward\.0'.*remove the hooks"):
+        moefy(model, x, n_experts=8, steps=2)
+    handle.remove()
+    nn.utils.parametrizations.weight_norm(model[1].feedforward[0])
+    with pytest.raises(ValueError, match="remove_parametrizations first"):
+        moefy(model, x, n_experts=8, steps=2)
