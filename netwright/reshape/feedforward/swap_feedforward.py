@@ -1,8 +1,7 @@
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,8 +10,9 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
 from netwright import checks
-from netwright.anatomy.exchanging import put_block, put_module
+from netwright.anatomy.exchanging import put_block
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
+from netwright.anatomy.replacing import plain_paths, replace
 from netwright.blocks.feedforward.feed_forward import GLU, FeedForward
 from netwright.catalogue.facets import method
 from netwright.errors import Diverged, UnknownName
@@ -171,7 +171,7 @@ def unswap_feedforward(swapped: nn.Module, model: nn.Module, *,
     result: Any = deepcopy(swapped)
     for layer in chosen:
         for name in _stood(layer):
-            result = put_module(result, name, deepcopy(known[name]))
+            result = replace(result, name, deepcopy(known[name]))
         holder = known[layer.name]
         if isinstance(holder, nn.TransformerEncoderLayer):
             result.get_submodule(layer.name).activation_relu_or_gelu = (
@@ -189,7 +189,8 @@ def _without(past: History, undone: set[str]) -> History:
     records = list(past.records)
     left = [said for said in records[last].decision["layers"]
             if (said["layer"]["down"] or said["layer"]["name"]) not in undone]
-    records[last:last + 1] = [replace(records[last], decision={"layers": left})] if left else []
+    again = dataclasses.replace(records[last], decision={"layers": left})
+    records[last:last + 1] = [again] if left else []
     return History(past.origin, tuple(records))
 
 
@@ -226,27 +227,13 @@ def record(model: nn.Module, layer: FeedForwardLayer, batches: Sequence[Any]) ->
 
     handles = [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
     try:
-        with evaluating(model), unfused(model), rehearsing(model):
+        with evaluating(model), plain_paths(), rehearsing(model):
             for x in batches:
                 apply(model, x)
     finally:
         for handle in handles:
             handle.remove()
     return samples
-
-
-@contextmanager
-def unfused(model: nn.Module) -> Iterator[None]:
-    """Hold PyTorch's encoder layers off the fused path, which calls no linear layer."""
-    fused = [(part, part.activation_relu_or_gelu) for part in model.modules()
-             if isinstance(part, nn.TransformerEncoderLayer)]
-    for part, _ in fused:
-        part.activation_relu_or_gelu = 0
-    try:
-        yield
-    finally:
-        for part, kind in fused:
-            part.activation_relu_or_gelu = kind
 
 
 def _stood(layer: FeedForwardLayer) -> list[str]:
