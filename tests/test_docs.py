@@ -5,9 +5,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import netwright as nw
 from netwright.catalogue.facets import methods
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +36,16 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = compile(blocks(page), str(page), "exec")
     assert exec(code, {"__name__": "__page__"}) is None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_public_name_that_a_page_shows_is_there(page):
+    for name in set(re.findall(r"\bnw((?:\.[A-Za-z_]\w*)+)", page.read_text(encoding="utf-8"))):
+        found = nw
+        for part in name.split(".")[1:]:
+            if isinstance(found, ModuleType):  # what a class or a function has is its own matter
+                assert hasattr(found, part), f"nw{name} is not there"
+                found = getattr(found, part)
 
 
 @pytest.mark.parametrize("name", methods())

@@ -1,6 +1,7 @@
 """Elementwise functions of one tensor, put together from what a network did with it."""
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,6 +33,17 @@ class Expression:
     def __repr__(self) -> str:
         parts = [f"{a}" for a in self.args] + [f"{k}={a}" for k, a in self.kwargs.items()]
         return f"{getattr(self.function, '__name__', self.function)}({', '.join(parts)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: an ATen operation goes by its name."""
+        named = isinstance(self.function, torch._ops.OpOverload)
+        return vars(self) | {"function": str(self.function) if named else self.function}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was pickled."""
+        vars(self).update(state)
+        if isinstance(self.function, str):
+            self.function = attrgetter(self.function)(torch.ops)
 
     @staticmethod
     def _value(part: Any, h: Tensor) -> Any:

@@ -383,6 +383,25 @@ def parametrizations_stay_or_are_named(make: Make) -> None:
     case.outputs(result)
 
 
+@check
+def hooks_of_parts_stay_or_are_named(make: Make) -> None:
+    case = make()
+    parts = [module for module in case.network.modules() if isinstance(module, nn.Linear)]
+    for part in parts:
+        part.register_forward_hook(_twice)
+    try:
+        result = case()
+    except ValueError as error:
+        expect("hook" in str(error), "an error that names the hooks", error,
+               "say that the part has hooks, and to remove them first")
+        return
+    lost = {name for name, module in result.named_modules()
+            if isinstance(module, nn.Linear) and not module._forward_hooks
+            and any(_alike(module.weight, part.weight) for part in parts)}
+    expect(not lost, "the hooks of parts that go on to be kept", f"none at {lost}",
+           "move the modules rather than their weights, or refuse those with hooks")
+
+
 class Halved(nn.Module):
     """A parametrization that can be written through."""
 

@@ -203,8 +203,12 @@ class _Bare(ast.NodeTransformer):
     def visit_If(self, node: ast.If) -> ast.AST | None:
         self.generic_visit(node)
         # What only refuses has let through whatever gave a result.
-        only_raises = all(isinstance(statement, ast.Raise) for statement in node.body)
-        return None if only_raises and not node.orelse else node
+        only_checks = all(isinstance(line, (ast.Raise, ast.Pass)) for line in node.body)
+        return None if only_checks and not node.orelse else node
+
+    def visit_For(self, node: ast.For) -> ast.AST | None:
+        self.generic_visit(node)
+        return None if isinstance(node.body[0], ast.Pass) and not node.orelse else node
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         if isinstance(node.exc, ast.Call):

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
+from netwright.errors import NothingToReshape, UnknownName
 from netwright.reshape._naming import plain
 from netwright.runtime.faces import where
 
@@ -109,9 +109,10 @@ def reshape(body: Callable[P, nn.Module]) -> Reshape[P]:
     @wraps(body)
     @torch.inference_mode(False)
     def change(*args: P.args, **kwargs: P.kwargs) -> nn.Module:
-        found = decide(*args, **kwargs)
-        first, *given = signature.bind(*args, **kwargs).arguments.items()
-        model = first[1] if isinstance(first[1], nn.Module) else first[1][0]
+        (_, first), *given = signature.bind(*args, **kwargs).arguments.items()
+        models = list(first) if isinstance(first, (list, tuple)) else [first]
+        _check(models)
+        found, model = decide(*args, **kwargs), models[0]
         arguments = {key: plain(value) for key, value in given
                      if key not in _DATA and not _is_data(value)}
         return carry_out(deepcopy(model), found.decision, arguments, found.using)
@@ -199,6 +200,20 @@ def named(name: str) -> Reshape:
         raise UnknownName("reshape (one of your own must be imported before)", name,
                           [*_OWN, *(n for n in known if hasattr(getattr(ours, n), "carry_out"))])
     return cast(Reshape, found)
+
+
+def _check(models: list[Any]) -> None:
+    """Raise unless there is something in which parts can be found and changed."""
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} "
+                            f"{model!r:.60}; build or load it first")
+        if hasattr(model, "_orig_mod"):
+            raise NothingToReshape("model was compiled by torch.compile, which hides its parts; "
+                                   "give the module that was compiled, and compile the result")
+        if any(p.is_meta for p in model.parameters()):
+            raise ValueError("model must hold its weights, got some on the meta device; load them "
+                             "first")
 
 
 def _is_data(value: Any) -> bool:

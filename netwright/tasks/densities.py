@@ -23,6 +23,19 @@ class Density(nn.Module):
         return likely.unsqueeze(-1)
 
 
+class Field(nn.Module):
+    """A network as the right-hand side of an equation that is the same at all times."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, time: Tensor, x: Tensor) -> Tensor:
+        """Return dx/dt."""
+        change: Tensor = self.net(x)
+        return change
+
+
 def conditioner(taken: int, given: int, axes: int) -> nn.Module:
     """Return a small network from `taken` to `given` channels of signals with `axes` axes."""
     if not axes:

@@ -52,3 +52,15 @@ def test_the_result_is_saved_and_loaded(model, recipe, tmp_path):
     nw.save(changed, tmp_path / "changed")
     again = nw.load(tmp_path / "changed", nw.models.gpt(12, 8, width=16, heads=2))
     assert torch.equal(again(TOKENS), changed(TOKENS))
+
+
+@pytest.mark.parametrize("recipe", ["GLU", "AGLU", "Affine", "StructuredLinear(share=0.5)"])
+def test_blocks_find_their_places_in_a_network_from_elsewhere(recipe):
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=8, pad_token_id=0))
+    changed = nw.apply(recipe, llama, TOKENS)
+    name = recipe.partition("(")[0]
+    assert sum(type(part).__name__ == name for part in changed.modules()) >= 2
+    assert changed(TOKENS).logits.shape == (2, 8, 12)

@@ -54,6 +54,8 @@ def digest():
     ("near.py", "    return inner(rest)", "    return rest and inner(rest)", True),
     ("near.py", "if not rest", "if len(rest) < 1", False),  # a check lets through or raises
     ("near.py", "    return inner", "    checks.count(1, rest=len(rest))\n    return inner", False),
+    ("near.py", "    return inner", "    for one in rest:\n        if one is None:\n"
+     "            raise TypeError(one)\n    return inner", False),
     ("near.py", "return 1", "return 2", False),  # a function that is not used
     ("near.py", "something", "anything", False),  # what an error says
     ("near.py", "*rest: int) -> int", "*rest: str) -> object", False),

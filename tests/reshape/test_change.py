@@ -87,3 +87,45 @@ def test_reshapes_are_found_by_name():
     assert named(f"{__name__}.narrow") is narrow
     with pytest.raises(UnknownName, match="did you mean prune_sublayers"):
         named("prune_sublayer")
+
+
+@pytest.mark.parametrize(("model", "error", "words"), [
+    ("gpt2", TypeError, r"model must be a torch\.nn\.Module, got str 'gpt2'"),
+    (nn.Linear(4, 2, device="meta"), ValueError, "on the meta device; load them first"),
+    (torch.compile(nn.Linear(4, 2), backend="eager"), NothingToReshape, "compile the result"),
+])
+def test_what_is_no_model_to_change_is_refused(model, error, words):
+    with pytest.raises(error, match=words):
+        narrow(model, None)
+
+
+@pytest.mark.parametrize("batches", [
+    lambda: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(
+        X.repeat(4, 1), torch.zeros(4)), batch_size=2),
+    lambda: iter([X.repeat(2, 1), X.repeat(2, 1)]), lambda: [(X.repeat(4, 1),)],
+    lambda: {"x": X.repeat(4, 1)}, lambda: [{"x": X.repeat(4, 1), "labels": X}]])
+def test_calibration_is_a_batch_or_any_iterable_of_batches(batches):
+    model = gpt(64, context=8, depth=3)
+    expected = prune_sublayers(model, X.repeat(4, 1), 2)
+    if isinstance(batches(), (dict, list)):
+        class Named(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = model
+
+            def forward(self, x):
+                return self.inner(x)
+
+        removed = prune_sublayers(Named(), batches(), 2).removed_sublayers
+        assert removed == tuple(f"inner.{name}" for name in expected.removed_sublayers)
+    else:
+        assert prune_sublayers(model, batches(), 2).removed_sublayers == expected.removed_sublayers
+
+
+@pytest.mark.parametrize(("calibration", "error"), [
+    ("text", TypeError), (3, TypeError), (None, ValueError), (iter([]), ValueError)])
+def test_what_is_no_calibration_is_refused(calibration, error):
+    with pytest.raises(error, match="calibration must"):
+        prune_sublayers(gpt(64, context=8, depth=3), calibration, 2)
+    with pytest.raises(ValueError, match=r"remove must be between 1 and the .* got '2'"):
+        prune_sublayers(gpt(64, context=8, depth=3), X, "2")

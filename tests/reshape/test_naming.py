@@ -55,7 +55,8 @@ def test_what_was_changed_after_it_was_built_is_not_taken_for_what_was_built():
 
 
 def test_a_description_is_no_way_to_run_anything():
-    for name in ("torch.load", "torch.hub.load", "os.system", "load", "torch.nn.Modul"):
+    for name in ("torch.load", "torch.hub.load", "os.system", "load", "torch.nn.Modul",
+                 "torch.ops.aten.from_file.default"):
         with pytest.raises(ValueError, match="must be the public name of a block"):
             resolved(name)
     assert resolved("torch.nn.functional.gelu") is nn.functional.gelu
@@ -63,6 +64,7 @@ def test_a_description_is_no_way_to_run_anything():
 
 
 @pytest.mark.parametrize("value", [1, "a", None, True, 0.5, float("inf"), [1, [2.5]], {"a": [1]},
-                                   nn.GELU, torch.tanh, nn.functional.gelu, torch.float64])
+                                   nn.GELU, torch.tanh, nn.functional.gelu, torch.float64,
+                                   torch.ops.aten.gelu.default])
 def test_plain_data_is_restored(value):
     assert restored(plain(value)) == value

@@ -166,6 +166,24 @@ def test_what_the_class_cannot_express_is_refused_by_from_pretrained(tmp_path):
     assert config["netwright"]["changes"] == ["without_sublayers"]
 
 
+@pytest.mark.parametrize("change", [
+    lambda model: nw.reshape.swap_feedforward(model, nw.blocks.GLU, IDS),
+    lambda model: nw.reshape.moefy(model, IDS, n_experts=4, steps=2),
+    lambda model: nw.reshape.prune_experts(nw.reshape.upcycle(model, IDS, n_experts=4), IDS, 2),
+    lambda model: nw.reshape.mix_lora(model, IDS, n_experts=2, rank=2),
+    lambda model: nw.reshape.share_feedforward(model, example=IDS),
+    lambda model: nw.reshape.reversible(model),
+    lambda model: nw.reshape.parallelize_residual(nw.reshape.prune_sublayers(model, IDS, 1)),
+], ids=["swap", "moefy", "upcycle and prune experts", "mix", "share", "reversible",
+        "prune and parallelize"])
+def test_a_changed_llama_is_saved_by_save_pretrained_and_loaded(change, tmp_path):
+    changed = change(llama()).eval()
+    changed.save_pretrained(tmp_path)
+    assert torch.equal(nw.load(tmp_path)(IDS).logits, changed(IDS).logits)
+    with pytest.raises(OSError, match=r"netwright\.load"):
+        llama().from_pretrained(tmp_path)
+
+
 def test_save_pretrained_of_a_copy_saves_the_copy(tmp_path):
     from netwright.reshape.pruning import without_sublayers
     copied = deepcopy(without_sublayers(llama(), IDS, ["model.layers.1.mlp"]))

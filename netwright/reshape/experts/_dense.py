@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from netwright.blocks.feedforward import GLU, FeedForward
 from netwright.errors import NothingToReshape
@@ -43,13 +44,29 @@ def dense_layers(model: nn.Module, example: Any, square: bool = True) -> list[Fe
 
     Raises:
         NothingToReshape: there is none.
+        ValueError: one has hooks or parametrized weights, which its experts would not have.
     """
     found = [layer for layer in feedforwards(model, example, square=square)
              if layer.experts is None]
     if not found:
         raise NothingToReshape(f"all feed-forward layers of {type(model).__name__} are experts "
                                "already; give a dense model")
+    for name in (name for layer in found for name in (layer.up, layer.gate, layer.down) if name):
+        _check_plain(model.get_submodule(name), name)
     return found
+
+
+def _check_plain(linear: nn.Module, name: str) -> None:
+    """Raise where a linear layer has more than the weights that go on in its experts."""
+    hooks = [hook for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+                               "_backward_pre_hooks") for hook in getattr(linear, kind).values()]
+    if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
+        raise ValueError(f"model has hooks at {name!r}, whose weights its experts take over "
+                         "without them; remove the hooks first")
+    if is_parametrized(linear):
+        raise ValueError(f"model has a parametrized layer {name!r}, whose weights its experts take "
+                         "over as they are; take that off by "
+                         "torch.nn.utils.parametrize.remove_parametrizations first")
 
 
 def activation_of(layer: FeedForwardLayer, like: Tensor) -> nn.Module:
