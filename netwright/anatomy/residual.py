@@ -132,9 +132,9 @@ def trace(model: nn.Module, x: Any) -> Trace:
     silent = {name: stub for name, calls in _by_name(run).items() if (stub := _silent(calls))}
     writers = {name: number for made in sums(run) for name, number in made.writers.items()
                if name in silent}
-    return Trace([Sublayer(name, tuple(name for name in feeders(run, name, writers[name])
-                                       if name in silent))
-                  for name in outermost(list(writers))], silent)
+    return Trace([Sublayer(name, tuple(outermost([
+        feeder for feeder in feeders(run, name, writers[name]) if feeder in silent])))
+        for name in outermost(list(writers))], silent)
 
 
 def outermost(names: list[str]) -> list[str]:

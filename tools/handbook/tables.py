@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from collections import Counter
 
 from handbook.measured import ORDER, evidence_of, results, rows, verdict
@@ -160,7 +161,7 @@ def _fits(entry: Method, wanted: dict[str, str]) -> bool:
 
 
 def _lines(entry: Method) -> int:
-    return len(inspect.getsource(inspect.getmodule(entry.value)).splitlines())
+    return len(inspect.getsource(sys.modules[entry.value.__module__]).splitlines())
 
 
 def layout_page() -> str:
@@ -182,8 +183,8 @@ def papers_page() -> str:
     every = papers.papers()
     by_paper: dict[str, list[Method]] = {}
     for entry in methods().values():
-        for paper in entry.facets.papers:
-            by_paper.setdefault(paper, []).append(entry)
+        for name in entry.facets.papers:
+            by_paper.setdefault(name, []).append(entry)
     measured = {result["paper"] for result in results().values()}
     parts = ["# Papers", "", f"{len(every)} papers, of which {len(by_paper)} are implemented. "
              "`netwright papers WORDS` searches them.", "",
