@@ -119,8 +119,8 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
             said.append({"layer": plain_layer(layer, model), "block": built.said(block)})
             samples = record(watched, layer, batches or ([] if example is None else [example]))
             _check(block, layer, samples)
-            said[-1]["error"] = _distil(block, samples, layer, steps, lr, generator, bar,
-                                        number) if batches else None
+            said[-1]["error"] = _distil_wide(block, samples, layer, steps, lr, generator, bar,
+                                             number) if batches else None
             blocks.append(block)
     finally:
         bar.stop()
@@ -270,6 +270,16 @@ def _check(block: nn.Module, layer: FeedForwardLayer, samples: Samples) -> None:
         raise ValueError(f"the block that make({layer.dim}, {layer.hidden}) makes must give "
                          f"{tuple(y.shape)} for {tuple(x.shape)}, as {layer} does, "
                          f"got {what}")
+
+
+def _distil_wide(block: nn.Module, samples: Samples, *how: Any) -> float:
+    """Train `block` in float32 where the model is narrower; return how far from the layer it is."""
+    dtype = samples[0][0].dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return _distil(block, samples, *how)
+    wide = [(x.float(), y.float()) for x, y in samples]
+    _distil(block.float(), wide, *how)
+    return _error(block.to(dtype), samples, max(_variance(wide), torch.finfo(torch.float32).tiny))
 
 
 def _distil(block: nn.Module, samples: Samples, layer: FeedForwardLayer, steps: int, lr: float,
