@@ -211,7 +211,7 @@ class ActiveExperts(nn.Module):
         """Fit the scores to the share that each expert's activity has of the largest one's."""
         if self.kind != "mlp":
             return
-        dtype = self.score[0].weight.dtype
+        dtype = next(self.score.parameters()).dtype
         narrow = dtype in (torch.float16, torch.bfloat16)
         if narrow:  # too few digits to learn with
             self.score.float()
