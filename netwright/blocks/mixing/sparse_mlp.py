@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.mixing.mlp_mixer import check_tokens
@@ -118,10 +119,7 @@ class SparseMLPBlock(nn.Module):
                                  f"for example ({tokens}, {dim})")
             represent = (2 * tokens, dim // 2)
         more, fewer = represent
-        for name, size in (("tokens", tokens), ("dim", dim), ("represent[0]", more),
-                           ("represent[1]", fewer)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, tokens=tokens, dim=dim, **{"represent[0]": more, "represent[1]": fewer})
 
         def mixture(size: int, hidden: int, n: int) -> MixtureOfExperts:
             route = (ImportanceRouter(size, n, k) if router == "importance" else
