@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Generator, Tensor, nn
 
@@ -119,7 +120,8 @@ class SparseMLPBlock(nn.Module):
                                  f"for example ({tokens}, {dim})")
             represent = (2 * tokens, dim // 2)
         more, fewer = represent
-        checks.count(1, tokens=tokens, dim=dim, **{"represent[0]": more, "represent[1]": fewer})
+        sizes: dict[str, Any] = {"represent[0]": more, "represent[1]": fewer}
+        checks.count(1, tokens=tokens, dim=dim, **sizes)
 
         def mixture(size: int, hidden: int, n: int) -> MixtureOfExperts:
             route = (ImportanceRouter(size, n, k) if router == "importance" else

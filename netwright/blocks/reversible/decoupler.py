@@ -80,8 +80,8 @@ class ReversibleDecoupler(nn.Module):
         if not channels or len(depths) != len(channels) or columns < 1:
             raise ValueError("channels and depths must have one number for each level, and columns "
                              f"be at least 1, got {channels=}, {depths=}, {columns=}")
-        checks.count(4 * inputs, **{"channels[0]": channels[0]},
-                     advice="they hold the 4 * inputs pixels of a patch")
+        checks.count(4 * inputs, channels=channels[0],
+                     advice="the first level's hold the 4 * inputs pixels of a patch")
         self.channels = tuple(channels)
         self.stem = nn.Sequential(nn.Conv2d(inputs, channels[0], 5, stride=2, padding=2),
                                   _ChannelNorm(channels[0]))

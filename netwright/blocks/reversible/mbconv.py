@@ -63,8 +63,9 @@ class MBConv(nn.Sequential):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         checks.count(1, inputs=inputs, outputs=outputs)
-        checks.at_least(1, **{"inputs * expand": inputs * expand})
         checks.at_least(0, squeeze=squeeze)
+        if inputs * expand < 1:
+            raise ValueError(f"expand must leave one channel of inputs={inputs}, got {expand}")
         conv: Any = CONVS[dims - 1]
         norm, wide = norm or BATCH_NORMS[dims - 1], int(inputs * expand)
         layers: list[nn.Module] = []

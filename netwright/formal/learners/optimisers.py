@@ -119,7 +119,8 @@ def adam(rate: float = 1e-3, *, betas: tuple[float, float] = (0.9, 0.999),
     (1, tensor(0.9000))
     """
     first, second = betas
-    checks.between(0, 1, ends=(True, False), **{"betas[0]": first, "betas[1]": second})
+    decays: dict[str, Any] = {"betas[0]": first, "betas[1]": second}
+    checks.between(0, 1, ends=(True, False), **decays)
 
     def put(sp: Any, change: Any) -> Any:
         (m, v, t), params = sp

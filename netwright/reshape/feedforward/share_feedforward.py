@@ -93,7 +93,7 @@ def share_feedforward(model: nn.Module, hidden: int | Literal["budget"] | None =
     width = _width(model, [*shared, *dropped], first) if hidden == "budget" else (
         first.hidden if hidden is None else hidden)
     checks.count(first.hidden if start == "first" else 1, hidden=width,
-                 advice=f"that is the least with start={start!r}")
+                 advice=f"start={start!r} needs as many")
     return decided({"shared": [plain_layer(layer, model) for layer in shared],
                     "dropped": [plain_layer(layer, model) for layer in dropped],
                     "norms": _norms(model, example, dropped), "hidden": width, "start": start},
