@@ -1,12 +1,15 @@
 """What networks take and return: calling them, and the tensors inside nested arguments."""
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from netwright.errors import CannotStage
 
@@ -69,34 +72,66 @@ def tensor_of(output: Any) -> Tensor:
                       "logits; wrap it in a module whose forward returns one tensor")
 
 
-def replace(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Return `value` with `leaf` applied to whatever its tuples, lists and mappings hold."""
-    if isinstance(value, (tuple, list)):
-        items = [replace(item, leaf) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        entries = {key: replace(item, leaf) for key, item in value.items()}
-        return entries if type(value) is dict else type(value)(**entries)
-    return leaf(value)
+def tensors(value: Any) -> list[Tensor]:
+    """Return the tensors inside nested tuples, lists and mappings, in their order.
+
+    >>> import torch
+    >>> [len(t) for t in tensors({"a": (torch.ones(1), 2), "b": [torch.ones(3)]})]
+    [1, 3]
+    """
+    if isinstance(value, Tensor):  # asked first, since that takes the least time
+        return [value]
+    return [t for leaf in tree_leaves(value)
+            for t in ([leaf] if isinstance(leaf, Tensor) else
+                      tensors(dict(leaf)) if isinstance(leaf, Mapping) else [])]
+
+
+def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Return `value` with `function` of each tensor inside; `value` itself where none changes.
+
+    Mappings of other kinds than PyTorch knows become dictionaries.
+
+    >>> import torch
+    >>> mapped({"a": (torch.ones(2), 3)}, lambda t: t.sum())
+    {'a': (tensor(2.), 3)}
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    leaves, kind = tree_flatten(value)
+    made = [function(leaf) if isinstance(leaf, Tensor) else
+            _mapping(leaf, function) if isinstance(leaf, Mapping) else leaf for leaf in leaves]
+    return value if all(map(operator.is_, made, leaves)) else tree_unflatten(made, kind)
+
+
+def _mapping(value: Mapping[Any, Any], function: Callable[[Tensor], Any]) -> Any:
+    entries = dict(value)
+    made = mapped(entries, function)
+    return value if made is entries else made
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return `value` with its tensors on `device`, without waiting for those that are copied."""
+    return mapped(value, lambda t: t if t.device == device else t.to(device, non_blocking=True))
 
 
 def found(value: Any, wanted: Callable[[Any], bool]) -> list[Any]:
     """Return what inside `value` is `wanted`."""
-    hits: list[Any] = []
-    replace(value, lambda v: hits.append(v) if wanted(v) else None)
-    return hits
+    return [leaf for leaf in tree_leaves(value, is_leaf=wanted) if wanted(leaf)]
 
 
-def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Yield each tensor inside `value` with the path that leads to it."""
+def placed(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Yield each tensor inside `value` with the path that leads to it.
+
+    PyTorch's own paths do not lead into the outputs of Hugging Face's models.
+    """
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, (tuple, list)):
         for i, item in enumerate(value):
-            yield from tensors(item, (*path, i))
+            yield from placed(item, (*path, i))
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from tensors(item, (*path, key))
+            yield from placed(item, (*path, key))
 
 
 def at(value: Any, path: Path) -> Any:

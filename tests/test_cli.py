@@ -74,8 +74,7 @@ def test_applicable(netwright):
     assert found["reshape.prune_experts"]["why"] == "the network has no mixture of experts"
     out = netwright("applicable", "digits-mlp", "--need", "training memory")[1]
     assert "rules.MonoForward" in out
-    status, _, _ = netwright("applicable", "netwright.models:cnn")
-    assert status == 2
+    assert netwright("applicable", "netwright.models:cnn")[0] == 2
 
 
 def test_list(netwright):
@@ -150,6 +149,17 @@ def test_evidence_without_a_checkout_lists_what_is_shipped(netwright, monkeypatc
     status, _, err = netwright("evidence", "run", "mono_forward")
     assert status == 2
     assert "NETWRIGHT_EVIDENCE" in err
+
+
+def test_the_anatomy_of_a_task_and_of_a_module(netwright):
+    assert "convolution" in netwright("anatomy", "digits-cnn")[1]
+    status, out, _ = netwright("anatomy", "torch.nn:TransformerEncoderLayer", "--shape", "1,4,8")
+    assert status == 2  # it is built from sizes
+    status, out, _ = netwright("anatomy", "torch.nn:Identity", "--shape", "1,4")
+    assert (status, out.split()) == (0, ["part", "name", "sizes"])
+    status, _, err = netwright("anatomy", "torch.nn:Identity")
+    assert status == 2
+    assert "--shape" in err
 
 
 def test_stages_of_a_task_a_file_and_a_module(netwright, tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright.anatomy import Anatomy, anatomy
-from netwright.blocks.feedforward import RePaFeedForward
+from netwright.blocks.feedforward import RePaFeedForward, SelfGuided, StructuredLinear
 from netwright.blocks.mixing import MLPMixer
 from netwright.catalogue.facets import Method
 from netwright.catalogue.find import find
@@ -268,6 +268,14 @@ def _head(seen: _Seen) -> str:
     return _told("head", [seen.anatomy.head] if seen.anatomy.head is not None else [])
 
 
+def _structured(seen: _Seen) -> str:
+    return _told("structured layer", seen.holds(StructuredLinear))
+
+
+def _guided(seen: _Seen) -> str:
+    return _told("guided layer", seen.holds(SelfGuided))
+
+
 def _mixer(seen: _Seen) -> str:
     return _told("mixer", seen.holds(MLPMixer))
 
@@ -335,9 +343,9 @@ INSIDE: dict[str, Look] = {
     "a recurrent network": _recurrent, "a residual network": _residual,
     "a transformer": _transformer, "coordinates": _coordinates,
     "dense feed-forward layers": _dense, "experts": _experts,
-    "feed-forward layers in a row": _rows_of_feedforwards, "images": _images,
-    "linear layers": _linear_chain, "linear layers in a row": _linear_rows, "series": _series,
-    "tokens": _tokens,
+    "feed-forward layers in a row": _rows_of_feedforwards, "guided layers": _guided,
+    "images": _images, "linear layers": _linear_chain, "linear layers in a row": _linear_rows,
+    "series": _series, "structured layers": _structured, "tokens": _tokens,
 }
 PLACES: dict[str, Look] = {
     "activation": _activation, "attention": _attention, "convolution": _convolution,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from netwright.anatomy.layers import count_weighted, reversible
-from netwright.signals import Path, apply, tensors
+from netwright.signals import Path, apply, placed, tensors
 
 
 @dataclass(eq=False, repr=False)
@@ -80,7 +80,7 @@ def watching(model: nn.Module, calls: list[Call], *, everywhere: bool = False,
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         arguments = (args, kwargs)
         made = Call(module, names[module], stack[-1] if stack else None, next(clock), arguments,
-                    {id(t): version(t) for _, t in tensors(arguments)},
+                    {id(t): version(t) for t in tensors(arguments)},
                     weights=count_weighted(module), taken=values(arguments))
         if stack:
             stack[-1].children.append(made)
@@ -90,7 +90,7 @@ def watching(model: nn.Module, calls: list[Call], *, everywhere: bool = False,
     def finish(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         made = stack.pop()
         made.output, made.end = output, next(clock)
-        made.output_versions = {id(t): version(t) for _, t in tensors(output)}
+        made.output_versions = {id(t): version(t) for t in tensors(output)}
         made.gave = values(output)
 
     handles = []
@@ -112,11 +112,11 @@ def link(before: Call, after: Call, calls: list[Call]) -> tuple[Path, Path] | No
     """
     if before.end > after.start:
         return None
-    for path, tensor in tensors(before.output):
-        for slot, other in tensors(after.arguments):
+    for path, tensor in placed(before.output):
+        for slot, other in placed(after.arguments):
             if (other is tensor and before.output_versions[id(tensor)] == after.versions[id(tensor)]
                     and not any(before.end < c.start and c.end < after.start
-                                and any(t is tensor for _, t in tensors(c.output))
+                                and any(t is tensor for t in tensors(c.output))
                                 for c in calls)):
                 return path, slot
     return None

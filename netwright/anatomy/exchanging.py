@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.nn.functional import linear
-from torch.nn.utils.parametrize import is_parametrized
 
 from netwright.anatomy.feedforwards import FeedForwardLayer
-from netwright.anatomy.layers import is_linear
+from netwright.anatomy.replacing import (
+    linear_weight,
+    replace,
+    without_fused_paths,
+    write_linear,
+)
 
 __all__ = ["FeedForwardWeights", "feedforward_weights", "put_block", "with_blocks",
            "write_feedforward"]
@@ -64,8 +67,10 @@ def feedforward_weights(model: nn.Module, layer: FeedForwardLayer) -> FeedForwar
     (torch.Size([256, 64]), torch.Size([64, 256]))
     """
     up, down, gate = _linears(model, layer)
-    return FeedForwardWeights(_matrix(up), _matrix(down), None if gate is None else _matrix(gate),
-                              up.bias, down.bias, None if gate is None else gate.bias)
+    weights = FeedForwardWeights(linear_weight(up), linear_weight(down), None, up.bias, down.bias)
+    if gate is None:
+        return weights
+    return weights._replace(gate=linear_weight(gate), gate_bias=gate.bias)
 
 
 def write_feedforward(model: nn.Module, layer: FeedForwardLayer,
@@ -95,7 +100,7 @@ def write_feedforward(model: nn.Module, layer: FeedForwardLayer,
     matrices = (weights.up, weights.down, weights.gate)
     for part, matrix, bias in zip(linears, matrices, biases, strict=True):
         if part is not None and matrix is not None:
-            _write(part, matrix, bias)
+            write_linear(part, matrix, bias)
 
 
 def put_block(model: nn.Module, layer: FeedForwardLayer, block: nn.Module) -> nn.Module:
@@ -111,16 +116,16 @@ def put_block(model: nn.Module, layer: FeedForwardLayer, block: nn.Module) -> nn
     """
     if layer.whole:
         ends = nn.Sequential(block, nn.Dropout(layer.dropout)) if layer.dropout else block
-        return put_module(model, layer.name, ends)
+        return replace(model, layer.name, ends)
     if layer.up is None or layer.down is None:
         raise ValueError(f"{layer.name!r} must return one tensor for a block to stand in its "
                          "place, but it returns more, such as router scores; leave it out by "
                          "layers=")
     keeper = Keeper()
-    put_module(model, layer.up, Entry(keeper))
+    replace(model, layer.up, Entry(keeper))
     if layer.gate is not None:
-        put_module(model, layer.gate, Placeholder())
-    put_module(model, layer.down, Exit(block, keeper))
+        replace(model, layer.gate, Placeholder())
+    replace(model, layer.down, Exit(block, keeper))
     without_fused_paths(model)
     return model
 
@@ -190,52 +195,9 @@ class Exit(nn.Module):
         return self.block(self.keeper.take())
 
 
-def without_fused_paths(model: nn.Module) -> None:
-    """Keep encoder layers off the fused path, which reads the weights of linear layers."""
-    for part in model.modules():
-        if isinstance(part, nn.TransformerEncoderLayer) and not (
-                is_linear(part.linear1) and is_linear(part.linear2)):
-            part.activation_relu_or_gelu = 0
-
-
 def _linears(model: nn.Module, layer: FeedForwardLayer) -> tuple[Any, Any, Any]:
     if layer.up is None or layer.down is None:
         raise ValueError(f"{layer.name!r} is a block of {layer.experts} experts behind a router, "
                          "which has no single pair of matrices; read its experts' own weights")
     return (model.get_submodule(layer.up), model.get_submodule(layer.down),
             None if layer.gate is None else model.get_submodule(layer.gate))
-
-
-def _matrix(part: Any) -> Tensor:
-    weight: Tensor = part.weight
-    return weight if isinstance(part, nn.Linear) else weight.T
-
-
-def _write(part: Any, matrix: Tensor, bias: Tensor | None) -> None:
-    if is_parametrized(part):
-        raise ValueError(f"{part} is parametrized, so that new weights have no place in it; take "
-                         "that off by torch.nn.utils.parametrize.remove_parametrizations first")
-    learns = part.weight.requires_grad
-    out, dim = matrix.shape
-    if isinstance(part, nn.Linear):
-        part.weight = Parameter(matrix.detach().clone(), learns)
-        part.in_features, part.out_features = dim, out
-    else:
-        part.weight = Parameter(matrix.detach().T.contiguous().clone(), learns)
-        part.nx, part.nf = dim, out
-        bias = matrix.new_zeros(out) if bias is None else bias  # that layer always has one
-    part.bias = None if bias is None else Parameter(
-        bias.detach().clone(), learns if part.bias is None else part.bias.requires_grad)
-
-
-def put_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put `module` wherever the module called `name` is; return the model."""
-    if not name:
-        return module.train(model.training)
-    before = model.get_submodule(name)
-    module.train(before.training)
-    for parent in list(model.modules()):
-        for child, part in parent._modules.items():
-            if part is before:
-                parent._modules[child] = module
-    return model

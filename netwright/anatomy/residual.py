@@ -6,13 +6,12 @@ from enum import Enum
 from math import prod
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
+from torch.utils._pytree import tree_map
 
 from netwright.anatomy.calls import Call
 from netwright.anatomy.run import Operation, Run, Value, record
-
-__all__ = ["Silent", "Sublayer", "Sum", "Trace", "sums", "trace"]
+from netwright.signals import tensors
 
 
 class Place(Enum):
@@ -44,7 +43,7 @@ class Silent(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return zeros of the shape that the sublayer's output had."""
-        h = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        h = tensors((args, kwargs))[0]
         shape = h.shape if self.width is None else (*h.shape[:-1], self.width)
         zeros = h.new_zeros(shape)
         return tree_map(lambda leaf: zeros if leaf is Place.STREAM else leaf, self.layout)
@@ -133,9 +132,9 @@ def trace(model: nn.Module, x: Any) -> Trace:
     silent = {name: stub for name, calls in _by_name(run).items() if (stub := _silent(calls))}
     writers = {name: number for made in sums(run) for name, number in made.writers.items()
                if name in silent}
-    return Trace([Sublayer(name, tuple(name for name in feeders(run, name, writers[name])
-                                       if name in silent))
-                  for name in outermost(list(writers))], silent)
+    return Trace([Sublayer(name, tuple(outermost([
+        feeder for feeder in feeders(run, name, writers[name]) if feeder in silent])))
+        for name in outermost(list(writers))], silent)
 
 
 def outermost(names: list[str]) -> list[str]:
@@ -168,8 +167,7 @@ def _silent(calls: list[Call]) -> Silent | None:
     if len(calls) != 1:
         return None
     call = calls[0]
-    taken, given = (next(t for t in tree_leaves(value) if isinstance(t, Tensor))
-                    for value in (call.arguments, call.output))
+    taken, given = tensors(call.arguments)[0], tensors(call.output)[0]
     layout = tree_map(lambda leaf: Place.STREAM if leaf is given else
                       leaf if isinstance(leaf, (bool, int, float, str)) else None, call.output)
     if taken.shape == given.shape:

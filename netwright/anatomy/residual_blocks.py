@@ -1,15 +1,15 @@
 """The residual blocks of a model that feed one another, and what can stand for them."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from netwright.anatomy.calls import Call, watching
 from netwright.anatomy.residual import Place, Silent, Sublayer, Trace
-from netwright.signals import call
+from netwright.signals import call, tensors
 
 
 class Passed(nn.Module):
@@ -70,27 +70,22 @@ def runs_of(model: nn.Module, x: Any, found: Trace, *, alone: bool) -> list[list
 
 
 def _blocks(model: nn.Module, x: Any, found: Trace) -> list[Block]:
-    calls: dict[str, list[Block]] = {}
-
-    def returned(module: nn.Module, args: Any, options: Any, output: Any, *, name: str) -> None:
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        inside = [s for s in found.sublayers if s.name.startswith(f"{name}.")]
-        if not (inside and args and isinstance(args[0], Tensor) and len(tensors) == 1
-                and tensors[0].shape == args[0].shape and tensors[0].dtype == args[0].dtype):
-            return
-        response = tree_map(lambda leaf: Place.STREAM if leaf is tensors[0] else leaf, output)
-        calls.setdefault(name, []).append(Block(
-            name, module, args[0], tensors[0], (args[1:], options), response, inside))
-
-    handles = [module.register_forward_hook(partial(returned, name=name), with_kwargs=True)
-               for name, module in model.named_modules() if name]
-    try:
-        with torch.no_grad():
-            call(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [made[0] for made in calls.values() if len(made) == 1]
+    calls: list[Call] = []
+    with torch.no_grad(), watching(model, calls, everywhere=True):
+        call(model, x)
+    blocks: dict[str, list[Block]] = {}
+    for made in calls:
+        args, options = made.arguments
+        given = tensors(made.output)
+        inside = [s for s in found.sublayers if s.name.startswith(f"{made.name}.")]
+        if (made.name and inside and args and isinstance(args[0], Tensor) and len(given) == 1
+                and given[0].shape == args[0].shape and given[0].dtype == args[0].dtype):
+            response = tree_map(lambda leaf, signal=given[0]: Place.STREAM if leaf is signal
+                                else leaf, made.output)
+            blocks.setdefault(made.name, []).append(Block(
+                made.name, made.module, args[0], given[0], (args[1:], options), response,
+                inside))
+    return [made[0] for made in blocks.values() if len(made) == 1]
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -1,7 +1,7 @@
 """One run of a network, operation by operation: what each took and gave, and in which module."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from netwright.anatomy.calls import Call, watching
 from netwright.anatomy.replacing import plain_paths
 from netwright.runtime.modes import evaluating, rehearsing, same_attributes
 from netwright.runtime.random_state import same_random_state
-from netwright.signals import apply, copied, tensor_of
+from netwright.signals import apply, copied, tensor_of, tensors
 
 # The same numbers laid out anew; what only looks at a tensor differently says so itself.
 _COPIES = ("_reshape_alias", "_to_copy", "_unsafe_view", "clone", "contiguous")
@@ -157,7 +157,8 @@ def record(network: nn.Module, example: Any, **options: Any) -> Run:
             apply(network, copied(example))  # its first run makes its parameters
     run, example = Run(network), copied(example)
     recorder = _Recorder(run, example)
-    with (evaluating(network), rehearsing(network), same_attributes(network), plain_paths(),
+    with (evaluating(network), rehearsing(network), same_attributes(network),
+          plain_paths(kernels=True),
           watching(network, run.calls, everywhere=True, values=recorder.numbers) as stack):
         recorder.stack = stack
         with _Dropouts(recorder), recorder:
@@ -183,7 +184,7 @@ class _Recorder(TorchDispatchMode):
             run.taught[number] = True
         for b in run.network.buffers():
             self._source(b, fed=False)
-        for t in _tensors(example):
+        for t in tensors(example):
             self._source(t, fed=True)
 
     @classmethod
@@ -192,7 +193,7 @@ class _Recorder(TorchDispatchMode):
 
     def numbers(self, value: Any) -> tuple[int, ...]:
         """Return the numbers of the tensors in `value`."""
-        return tuple(self.number(t) for t in _tensors(value))
+        return tuple(self.number(t) for t in tensors(value))
 
     def number(self, tensor: Tensor) -> int:
         """Return the number of a tensor as it is now."""
@@ -220,9 +221,9 @@ class _Recorder(TorchDispatchMode):
         output = function(*args, **kwargs)
         taken = tuple(v.number for v in tree_leaves(arguments) if isinstance(v, Value))
         self.time += 1
-        changed = [t for value in _changed(function, args, kwargs) for t in _tensors(value)]
+        changed = [t for value in _changed(function, args, kwargs) for t in tensors(value)]
         gave = [self._made(t) for t in changed]
-        for t in _tensors(output):
+        for t in tensors(output):
             if not any(t is c for c in changed):
                 place, _ = self._place(t)
                 known = self.known.get(place, (-1, -1))[0]
@@ -300,7 +301,3 @@ def _changed(function: Any, args: Any, kwargs: Any) -> Iterator[Any]:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             if value is not None:
                 yield value
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

@@ -1,29 +1,23 @@
 """Where the hidden units of a network are: which layer makes them, and which one reads them."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from netwright.runtime.modes import evaluating
-from netwright.signals import call
+from netwright.anatomy.layers import is_linear, is_transposed
+from netwright.anatomy.products import products
+from netwright.anatomy.replacing import linear_weight
+from netwright.anatomy.run import Operation, Run, record
 
 __all__ = ["Units", "hidden_units"]
 
-# What treats each unit by itself, by the names of its nodes in a graph without their ending.
-UNITWISE = frozenset((
-    "Abs", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D",
-    "Add", "Alias", "AvgPool2D", "AvgPool3D", "Celu", "Clamp", "ClampMin", "Clone",
-    "CudnnBatchNorm", "Div", "Elu", "Erf", "Exp", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh",
-    "LeakyRelu", "LogSigmoid", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "Maximum", "Mean",
-    "Minimum", "Mish", "MiopenBatchNorm", "MkldnnMaxPool2D", "Mul", "NativeBatchNorm",
-    "NativeDropout", "Neg", "Pow", "Prelu", "PreluKernel", "Relu", "ReshapeAlias", "Selu",
-    "Sigmoid", "Silu", "Softplus", "Softshrink", "Sqrt", "Squeeze", "Sub", "Tanh", "Threshold",
-    "ToCopy", "UnsafeView", "Unsqueeze", "View", "Where"))
+# What treats each channel by itself besides elementwise functions.
+_CHANNELWISE = ("batch_norm", "avg_pool", "max_pool", "mean")
+# What changes the order of the axes; any other layout keeps each unit's numbers together.
+_REORDERING = ("t", "transpose", "permute")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -43,13 +37,13 @@ class Units:
 
     def incoming(self, maker: nn.Module, like: Tensor | None = None) -> Tensor:
         """Return a maker's weights, or a tensor of that shape, as a view: (count, *rest)."""
-        weight = _weight(maker) if like is None else like
-        return weight.t() if _is_transposed(maker) else weight
+        weight: Tensor = _weight(maker) if like is None else like
+        return weight.t() if is_transposed(maker) else weight
 
     def outgoing(self, like: Tensor | None = None) -> Tensor:
         """Return the reader's weights, or a tensor of that shape, as (outputs, count, *places)."""
-        weight = _weight(self.reader) if like is None else like
-        weight = weight.t() if _is_transposed(self.reader) else weight
+        weight: Tensor = _weight(self.reader) if like is None else like
+        weight = weight.t() if is_transposed(self.reader) else weight
         if isinstance(self.makers[0], _CONVOLUTIONS):
             return weight.unflatten(1, (self.count, -1))
         return weight.unflatten(1, (-1, self.count)).transpose(1, 2)
@@ -72,67 +66,58 @@ def hidden_units(model: nn.Module, example: Any) -> list[Units]:
     dropout, flattening, a product or a sum with the same unit of another layer. A layer that runs
     several times, or shares its weight, is passed over.
 
+    >>> import torch
     >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8),
     ...                         nn.Tanh(), nn.Linear(8, 3))
     >>> [(units.name, units.count) for units in hidden_units(network, torch.randn(2, 1, 4, 4))]
     [('0', 4), ('3', 8)]
     """
-    layers = {module: name for name, module in model.named_modules() if _is_layer(module)}
-    made: dict[Any, nn.Module] = {}  # the graph's leaf that stands for a layer's output
-    read: list[tuple[Any, Tensor]] = []
-
-    def before(layer: nn.Module, inputs: tuple) -> None:
-        read.append((layer, inputs[0]))
-
-    def after(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
-        start = output.detach().requires_grad_().clone()  # no leaf, since it may change in place
-        made[start.grad_fn] = layer
-        return start
-
-    hooks = [hook for layer in layers for hook in (layer.register_forward_pre_hook(before),
-                                                   layer.register_forward_hook(after))]
-    try:
-        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-            read += [(None, output) for output in _tensors(call(model, example))]
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    runs = [layer for layer, _ in read]
-    shared = _shared(model)
-    reached = [(reader, *_sources(h, made)) for reader, h in read]
+    run = record(model, example)
+    layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    applied = [product for product in products(run) if product.name in layers]
+    made = {product.gave: product.name for product in applied}
+    read = [(product.name, product.taken) for product in applied]
+    reached = [(reader, *_sources(run, number, made)) for reader, number in
+               [*read, *((None, number) for number in run.outputs)]]
+    runs = Counter(product.name for product in applied)
     times = Counter(maker for _, makers, _ in reached for maker in makers)
+    shared = _shared(model)
     units = []
     for reader, makers, unitwise in reached:
-        involved = [*makers, reader]
         if reader is None or not makers or not unitwise or any(
-                runs.count(layer) != 1 or id(layer.weight) in shared for layer in involved) or any(
-                times[maker] != 1 for maker in makers):
+                runs[name] != 1 or id(layers[name].weight) in shared
+                for name in (*makers, reader)) or any(times[maker] != 1 for maker in makers):
             continue
-        in_order = tuple(layer for layer in layers if layer in makers)
-        if _fit(in_order, reader):
-            units.append(Units(layers[in_order[0]], in_order, reader, _outputs(in_order[0])))
+        in_order = tuple(name for name in layers if name in makers)
+        parts = tuple(layers[name] for name in in_order)
+        if _fit(parts, layers[reader]):
+            units.append(Units(in_order[0], parts, layers[reader], _outputs(parts[0])))
     return units
 
 
-def _sources(h: Tensor, made: dict[Any, nn.Module]) -> tuple[set[nn.Module], bool]:
-    """Return the layers that `h` was made of, and whether unit by unit."""
-    nodes, seen = [h.grad_fn], set()
-    found: set[nn.Module] = set()
+def _sources(run: Run, number: int, made: dict[int, str]) -> tuple[set[str], bool]:
+    """Return the layers that a tensor was made of, and whether unit by unit."""
+    waiting, seen = [number], set[int]()
+    found: set[str] = set()
     unitwise = True
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
+    while waiting:
+        number = waiting.pop()
+        if number in seen:
             continue
-        seen.add(node)
-        if node in made:
-            found.add(made[node])
-            continue
-        name = node.name().removeprefix("torch::autograd::").rstrip("0123456789")
-        if name != "AccumulateGrad":  # a parameter on the way, such as a norm's
-            unitwise &= name.removesuffix("Backward") in UNITWISE
-        nodes += [parent for parent, _ in node.next_functions]
+        seen.add(number)
+        if number in made:
+            found.add(made[number])
+        elif number in run.maker and run.fed[number]:
+            operation = run.maker[number]
+            unitwise &= _is_unitwise(operation)
+            waiting += operation.taken
     return found, unitwise
+
+
+def _is_unitwise(operation: Operation) -> bool:
+    if operation.layout:
+        return operation.name not in _REORDERING
+    return operation.elementwise or any(name in operation.name for name in _CHANNELWISE)
 
 
 def _fit(makers: tuple[nn.Module, ...], reader: nn.Module) -> bool:
@@ -148,25 +133,16 @@ def _fit(makers: tuple[nn.Module, ...], reader: nn.Module) -> bool:
 
 
 def _is_layer(module: Any) -> bool:
-    known = isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or _is_transposed(module)
+    known = isinstance(module, _CONVOLUTIONS) or is_linear(module)
     return known and not is_lazy(module.weight) and getattr(module, "groups", 1) == 1
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    """Return whether it is the linear layer of GPT-2, whose weight is (inputs, outputs)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def _weight(layer: Any) -> Tensor:
-    return layer.weight.detach()
-
-
 def _inputs(layer: Any) -> int:
-    return layer.weight.shape[0 if _is_transposed(layer) else 1]
+    return linear_weight(layer).shape[1]
 
 
 def _outputs(layer: Any) -> int:
-    return layer.weight.shape[1 if _is_transposed(layer) else 0]
+    return linear_weight(layer).shape[0]
 
 
 def _shared(model: nn.Module) -> set[int]:
@@ -174,11 +150,5 @@ def _shared(model: nn.Module) -> set[int]:
     return {p for p in names if names.count(p) > 1}
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)
-    elif hasattr(value, "values"):
-        yield from _tensors(list(value.values()))
+def _weight(layer: Any) -> Tensor:
+    return layer.weight.detach()

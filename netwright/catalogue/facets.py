@@ -74,6 +74,7 @@ NEEDS = {
     "dense feed-forward layers": "feed-forward layers that are no mixture of experts",
     "experts": "a mixture of experts in the network",
     "feed-forward layers in a row": "sublayers with nothing but feed-forward layers between",
+    "guided layers": "structured layers that dense ones guide",
     "images": "a grid of positions as inputs",
     "labels": "targets to learn from",
     "linear layers": "a chain of linear layers with activations between them",
@@ -81,6 +82,7 @@ NEEDS = {
     "series": "values over time, or curves",
     "several processes": "a device or a process for each part",
     "tokens": "a row of symbols or of patches as inputs",
+    "structured layers": "matrices that are products of smaller or sparser ones",
     "training": "training after the change",
 }
 
@@ -201,18 +203,17 @@ def gist(value: Any) -> str:
 
 @cache
 def methods() -> dict[str, Method]:
-    """Return every method of netwright's by its name; finding them imports them all.
+    """Return every method of netwright's by its name; finding them imports their files.
 
     >>> methods()["rules.Backprop"].facets.kind
     'rule'
     """
     found = {}
     for module, path in files("netwright"):
-        names = declared(path)
-        if not names:
+        if "\n@method(" not in path.read_text(encoding="utf-8"):
             continue
         loaded = importlib.import_module(module)
-        for name in names:
+        for name in declared(path):
             value = getattr(loaded, name)
             said = facets(value)
             if said is not None:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from netwright.compare.changes import Change
-from netwright.compare.recipe import Recipe, Step
+from netwright.compare.recipe import Recipe
 from netwright.compare.recipe import recipe as read
+from netwright.compare.steps import Step
 from netwright.compare.supplies import parameters
 from netwright.tasks import Parts, Task
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from netwright import measure
 from netwright.compare.changes import RATE, Change
@@ -22,6 +21,7 @@ from netwright.errors import Diverged, NetwrightError
 from netwright.rules import Rule
 from netwright.runtime.fingerprint import fingerprint
 from netwright.runtime.random_state import same_random_state
+from netwright.signals import moved
 from netwright.tasks import Task
 from netwright.training import fit
 
@@ -263,7 +263,7 @@ def rehearse(task: Task, change: Change, settings: Mapping[str, Any], device: st
         torch.manual_seed(0)
         rule = change.build(task.network(), task, settings).to(device)
         task = change.task(task)
-        batch = _moved(change.batch(*task.batch), device)
+        batch = moved(change.batch(*task.batch), torch.device(device))
         fit(rule, [batch], epochs=1, optimizer=_optimizer(task, rule, settings), progress=False)
 
 
@@ -295,7 +295,7 @@ def _run(task: Task, change: Change, settings: Mapping[str, Any], seed: int, *, 
         found: dict[str, Any] = {"score": score, "curve": [list(e) for e in history.curve],
                                  "train_time": history[-1].seconds}
         if not tuning:
-            batch = _moved(task.batch, device)
+            batch = moved(task.batch, torch.device(device))
             found["cost"] = asdict(measure.cost(rule, batch, loss=task.loss))
             found["alignment"] = measure.alignment(rule, batch)
         return found
@@ -316,12 +316,8 @@ class _Mapped:
 
 
 def _on(device: str, x: Any, y: Tensor) -> tuple[Any, Tensor]:
-    moved: tuple[Any, Tensor] = _moved((x, y), device)
-    return moved
-
-
-def _moved(batch: Any, device: str) -> Any:
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+    there: tuple[Any, Tensor] = moved((x, y), torch.device(device))
+    return there
 
 
 def _broken(standing: Standing) -> bool:

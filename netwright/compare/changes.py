@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from netwright.catalogue.facets import facets, searched
 from netwright.compare.places import check_whole, put
-from netwright.compare.recipe import Recipe, Step, recipe
+from netwright.compare.recipe import Recipe, recipe
+from netwright.compare.steps import Step
 from netwright.compare.supplies import offers, parameters, sizes, supplied
 from netwright.rules import Backprop, Rule
 from netwright.stages import call

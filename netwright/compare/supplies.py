@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from netwright.catalogue.facets import facets
-from netwright.compare.recipe import Step
+from netwright.compare.steps import Step
 from netwright.objectives.losses import cross_entropy
 from netwright.tasks import Task
 

@@ -1,4 +1,5 @@
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy
@@ -6,6 +7,7 @@ import torch
 from torch import Generator, Tensor, distributed
 
 from netwright import checks
+from netwright.signals import mapped
 
 __all__ = ["Batches"]
 
@@ -60,7 +62,7 @@ class Batches:
         for i in range(len(self)):
             start, stop = self._share(i)
             index = slice(start, stop) if order is None else order[start:stop]
-            yield _map(self.x, index), _take(self.y, index)
+            yield mapped(self.x, partial(_take, index=index)), _take(self.y, index)
 
     def _order(self, epoch: int) -> Tensor:
         (state,) = numpy.random.SeedSequence([self.seed, epoch]).generate_state(1, numpy.uint64)
@@ -103,14 +105,6 @@ def check_samples(name: str, tensor: Any, samples: int | None) -> None:
             int(tensor.isnan().nonzero()[0])
         raise ValueError(f"{name} must not hold NaN, got NaN in sample {sample}; "
                          "fill it in or leave the sample out")
-
-
-def _map(x: Any, index: slice | Tensor) -> Any:
-    if isinstance(x, Tensor):
-        return _take(x, index)
-    if isinstance(x, Mapping):
-        return {key: _take(value, index) for key, value in x.items()}
-    return tuple(_take(value, index) for value in x)
 
 
 def _take(tensor: Tensor, index: slice | Tensor) -> Tensor:

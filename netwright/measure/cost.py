@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from netwright import checks
 from netwright.catalogue.facets import method
@@ -17,6 +17,7 @@ from netwright.measure._untouched import untouched
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule
 from netwright.runtime.modes import evaluating, training
+from netwright.signals import mapped
 from netwright.stages import Stages, call
 
 __all__ = ["Cost", "cost"]
@@ -89,7 +90,7 @@ def cost(rule_or_model: nn.Module | Stages, batch: tuple[Any, Any], *,
     checks.count(0, warmup=warmup)
     module = rule_or_model.model if isinstance(rule_or_model, Stages) else rule_or_model
     # Copies, since a batch is often a view into the storage of a whole data set.
-    x, y = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tuple(batch))
+    x, y = mapped(tuple(batch), Tensor.clone)
     if y is None and isinstance(module, Rule):
         raise ValueError(f"batch must be (x, y) for {type(module).__name__}, got y=None; pass "
                          "rule.network to measure the forward pass alone")

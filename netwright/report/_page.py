@@ -10,8 +10,8 @@ from statistics import fmean, stdev
 from string import Template
 from typing import Any
 
-from netwright.compare.recipe import text_of
 from netwright.compare.results import Comparison, Row
+from netwright.compare.steps import text_of
 from netwright.report._figures import (
     FIGURES,
     PALETTE,

@@ -84,8 +84,6 @@ def name_of(value: Any) -> str | None:
     """Return the public name of a class or function: as in `blocks.GLU` or `torch.nn.GELU`."""
     if isinstance(value, OpOverload):
         return f"torch.ops.{value}"
-    if isinstance(value, torch._ops.OpOverload):
-        return f"torch.ops.{value}"
     own = getattr(value, "__name__", None)
     if not isinstance(own, str):
         return None
@@ -112,7 +110,6 @@ def resolved(name: str) -> Any:
     if not (isinstance(found, torch.dtype)
             or (isinstance(found, OpOverload) and torch.Tag.pointwise in found.tags)
             or (isinstance(found, type) and issubclass(found, nn.Module))
-            or (isinstance(found, torch._ops.OpOverload) and torch.Tag.pointwise in found.tags)
             or (callable(found) and (place in ("blocks", "torch.nn.functional", "torch.Tensor")
                                      or (place == "torch" and hasattr(Tensor, own))))):
         raise ValueError(f"{name!r} must be the public name of a block or a module, or of a "

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from netwright.anatomy.replacing import replace_all
 from netwright.errors import NothingToReshape
 
 
@@ -24,11 +25,5 @@ def named_like(model: nn.Module, kind: type[nn.Module]) -> list[str]:
 def replaced(model: nn.Module, names: Sequence[str],
              make: Callable[[Any], nn.Module]) -> nn.Module:
     """Put `make(module)` wherever a module of `names` stands, in place; return the model."""
-    new = {module: make(module) for module in map(model.get_submodule, names)}
-    for parent in list(model.modules()):
-        if parent in new:
-            continue
-        for name, child in list(parent._modules.items()):
-            if child in new:
-                setattr(parent, name, new[child])
-    return new.get(model, model)
+    return replace_all(model, {module: make(module)
+                               for module in map(model.get_submodule, names)})

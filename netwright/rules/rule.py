@@ -1,5 +1,4 @@
-import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch.optim import Optimizer
 
 from netwright.objectives.losses import cross_entropy
 from netwright.runtime.modes import evaluating
+from netwright.signals import mapped
 from netwright.stages import Stages, call
 
 __all__ = ["Rule"]
@@ -74,16 +74,12 @@ def _cut_off(value: Any) -> Any:
 
     What was made in inference mode is copied, since no graph may keep it.
     """
-    if isinstance(value, Tensor):
-        value = value.detach() if value.requires_grad else value
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, Mapping):
-        parts = {key: _cut_off(part) for key, part in value.items()}
-        return value if all(parts[key] is value[key] for key in parts) else parts
-    if isinstance(value, (tuple, list)):
-        cut = [_cut_off(part) for part in value]
-        return value if all(map(operator.is_, cut, value)) else tuple(cut)
-    return value
+    return mapped(value, _detached)
+
+
+def _detached(t: Tensor) -> Tensor:
+    t = t.detach() if t.requires_grad else t
+    return t.clone() if t.is_inference() else t
 
 
 def checked(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Tensor) -> Tensor:

@@ -85,8 +85,8 @@ def sound(path: list[Call]) -> bool:
     """Whether no call of `path` takes what an earlier one took or returned beside the signal."""
     signals: set[int] = set()
     for k, call in enumerate(path):
-        taken = {id(t) for _, t in tensors(call.arguments)}
-        returned = {id(t) for _, t in tensors(path[k - 1].output)} if k else set()
+        taken = {id(t) for t in tensors(call.arguments)}
+        returned = {id(t) for t in tensors(path[k - 1].output)} if k else set()
         if taken & (signals - returned):
             return False
         signals |= returned & taken
@@ -171,21 +171,21 @@ def _inside(pipe: Call, calls: list[Call], excluded: set[nn.Module]) -> list[Cal
     """Return the chain that leads from what `pipe` takes to what it returns, if it is finer."""
     if len(pipe.children) < 2 or pipe.module in excluded:
         return None
-    taken = {id(t) for _, t in tensors(pipe.arguments)}
-    returned = {id(t) for _, t in tensors(pipe.output)}
+    taken = {id(t) for t in tensors(pipe.arguments)}
+    returned = {id(t) for t in tensors(pipe.output)}
     best: list[tuple[int, list[Call]]] = []
     earlier = 0
     for path in _pieces(pipe, calls, excluded):
         squares = sum(c.weights ** 2 for c in path)
         options = [(cost + squares, way + path) for cost, way in best
                    if link(way[-1], path[0], calls)]
-        if not earlier and any(id(t) in taken for _, t in tensors(path[0].arguments)):
+        if not earlier and any(id(t) in taken for t in tensors(path[0].arguments)):
             options.append((squares, path))
         earlier += sum(c.weights for c in path)
         if options:
             best.append(min(options, key=lambda o: (o[0], -len(o[1]))))
     full = [(cost, way) for cost, way in best
-            if any(id(t) in returned for _, t in tensors(way[-1].output))
+            if any(id(t) in returned for t in tensors(way[-1].output))
             and sum(c.weights for c in way) == pipe.weights and len(groups_of(way)) > 1
             and sound(way)]
     return min(full, key=lambda o: (o[0], -len(o[1])), default=(0, None))[1]

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from netwright.anatomy.calls import Call, link, version
 from netwright.errors import CannotStage
 from netwright.runtime.modes import rehearsing
 from netwright.runtime.random_state import RandomState, random_state, set_random_state
-from netwright.signals import Path, apply, at, found, replace, tensor_of, tensors
+from netwright.signals import Path, apply, at, found, mapped, placed, tensor_of, tensors
 from netwright.stages._transformers import fresh, is_cache
 from netwright.stages.stage import Context, Stage
 
@@ -72,8 +73,8 @@ class Member:
         """Return what the member would, with `signal` as its result."""
         if isinstance(self.response, _Signal):
             return signal
-        return replace(self.response, lambda v: signal if isinstance(v, _Signal) else
-                       at(arguments, v.path) if isinstance(v, _Given) else v)
+        return tree_map(lambda v: signal if isinstance(v, _Signal) else
+                        at(arguments, v.path) if isinstance(v, _Given) else v, self.response)
 
 
 class _Draws(TorchDispatchMode):
@@ -90,8 +91,8 @@ class _Draws(TorchDispatchMode):
                            kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in function.tags and not kwargs.get("generator"):
-            given, named = replace((args, kwargs), _own)
-            self.made.append(lambda: function(*replace(given, _own), **named))
+            given, named = tree_map(_own, (args, kwargs))
+            self.made.append(lambda: function(*tree_map(_own, given), **named))
         return function(*args, **kwargs)
 
     def so_far(self) -> list[Callable[[], Any]]:
@@ -186,7 +187,7 @@ class MemberChain:
             elif at(arguments, member.slot) is not signal:
                 raise CannotStage(f"{member.name} did not take what {self.members[k - 1].name} "
                                   "returned, as it did for the example")
-            written.append(replace(arguments, kept))
+            written.append(tree_map(kept, arguments))
             drawn.append(draws.so_far())
             if k + 1 == len(self.members):
                 listening.close()
@@ -237,8 +238,8 @@ class MemberChain:
     def _arguments(self, k: int, h: Any, context: MemberContext) -> Any:
         assert context.arguments is not None
         written = context.arguments[k - self.groups[0].stop]
-        return replace(written, lambda v: h if isinstance(v, _Signal) else
-                       fresh(v.empty) if isinstance(v, _Cache) else v)
+        return tree_map(lambda v: h if isinstance(v, _Signal) else
+                        fresh(v.empty) if isinstance(v, _Cache) else v, written)
 
     def _run(self, x: Any) -> None:
         try:
@@ -277,8 +278,8 @@ class MemberChain:
 
         def record(module: nn.Module, args: Any, output: Any) -> None:
             assert entry is not None
-            entry.setdefault(module, []).append(replace(output, lambda v: context.keep(
-                v.clone() if self.clone_entry and isinstance(v, Tensor) else v)))
+            entry.setdefault(module, []).append(tree_map(lambda v: context.keep(
+                v.clone() if self.clone_entry and isinstance(v, Tensor) else v), output))
 
         try:
             if entry is not None:
@@ -297,7 +298,7 @@ class MemberChain:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 for output in outputs:
                     if self.clone_entry:
-                        return replace(output, lambda v: v.clone() if isinstance(v, Tensor) else v)
+                        return mapped(output, Tensor.clone)
                     return output
                 return run(*args, **kwargs)
             return forward
@@ -364,7 +365,7 @@ def members_of(path: list[Call], calls: list[Call]) -> list[Member]:
 
 
 def _response(made: Call, path: Path | None) -> Any:
-    given = {id(t): p for p, t in tensors(made.arguments)}
+    given = {id(t): p for p, t in placed(made.arguments)}
     signal = None if path is None else at(made.output, path)
 
     def placeholder(value: Any) -> Any:
@@ -374,7 +375,7 @@ def _response(made: Call, path: Path | None) -> Any:
             return _Given(given[id(value)]) if id(value) in given else None
         return value
 
-    return replace(made.output, placeholder)
+    return tree_map(placeholder, made.output)
 
 
 def entry_of(path: list[Call], calls: list[Call]) -> tuple[list[tuple[nn.Module, int]], bool]:
@@ -389,5 +390,5 @@ def entry_of(path: list[Call], calls: list[Call]) -> tuple[list[tuple[nn.Module,
     for c in done:
         counts[c.module] = counts.get(c.module, 0) + 1
     changed = any(version(t) != c.output_versions[id(t)]
-                  for c in done for _, t in tensors(c.output))
+                  for c in done for t in tensors(c.output))
     return list(counts.items()), changed

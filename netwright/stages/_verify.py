@@ -105,8 +105,8 @@ def parameters_reached(values: Any) -> set[int]:
     """Return the ids of the parameters from which the tensors in `values` were computed."""
     seen: set[Any] = set()
     found: set[int] = set()
-    waiting = [t.grad_fn for _, t in tensors(values) if t.grad_fn is not None]
-    found |= {id(t) for _, t in tensors(values) if t.grad_fn is None}
+    waiting = [t.grad_fn for t in tensors(values) if t.grad_fn is not None]
+    found |= {id(t) for t in tensors(values) if t.grad_fn is None}
     while waiting:
         node = waiting.pop()
         if node in seen:

@@ -27,6 +27,7 @@ from netwright.objectives.losses import cross_entropy
 from netwright.objectives.metrics import accuracy
 from netwright.runtime.modes import evaluating
 from netwright.runtime.random_state import same_random_state
+from netwright.signals import mapped
 from netwright.stages import call
 from netwright.tasks import densities, forecasts
 
@@ -318,11 +319,7 @@ def _checked(loaded: Any, name: str) -> Any:
 
 
 def _part(x: Any, index: slice | Tensor) -> Any:
-    if isinstance(x, Tensor):
-        return x[index]
-    if isinstance(x, Mapping):
-        return {key: value[index] for key, value in x.items()}
-    return tuple(value[index] for value in x)
+    return mapped(x, lambda t: t[index])
 
 
 def _name(function: Any) -> str:

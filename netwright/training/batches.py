@@ -54,17 +54,6 @@ def targets(y: Tensor) -> int:
     return int((y != -100).sum()) if y.dtype == torch.int64 else len(y)
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Return `value` with its tensors on `device`."""
-    if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: moved(part, device) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(moved(part, device) for part in value)
-    return value
-
-
 def described(value: Any) -> str:
     """Return the types and shapes in `value`, in words."""
     if isinstance(value, Tensor):

@@ -24,9 +24,10 @@ from netwright.runtime import distributed
 from netwright.runtime.modes import training
 from netwright.runtime.progress import Bar
 from netwright.runtime.random_state import every_random_state, set_every_random_state
+from netwright.signals import moved
 from netwright.training import resuming
 from netwright.training.arguments import Options, learning, stepped
-from netwright.training.batches import Data, described, generators, moved, pairs, parts, targets
+from netwright.training.batches import Data, described, generators, pairs, parts, targets
 from netwright.training.checkpoints import FILE
 from netwright.training.diagnosis import bad_batch, weights_not_finite, where_not_finite
 from netwright.training.history import Epoch, History

@@ -1,9 +1,14 @@
+import ast
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from torch import nn
 
+import netwright as nw
 from netwright.catalogue.facets import KINDS, facets, method, methods, searched
 from netwright.compare.changes import distribution
 from netwright.errors import UnknownName
@@ -63,3 +68,22 @@ def test_facets_are_not_inherited_but_what_is_tuned_is():
     assert searched(Narrower) == {"rank": [1, 2]}
     assert searched(Own) == {"rank": [8]}
     assert searched(len) == {}
+
+
+def test_everything_that_says_what_it_is_for_is_found():
+    said = [node.name for path in Path(nw.__file__).parent.rglob("*.py")
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+            and any(isinstance(decorator, ast.Call)
+                    and getattr(decorator.func, "id", "") == "method"
+                    for decorator in node.decorator_list)]
+    assert sorted(said) == sorted(name.rpartition(".")[2] for name in methods())
+
+
+def test_methods_are_found_without_what_extras_bring():
+    extras = ("cma", "peft", "psycopg", "tensorboard", "torch_geometric", "torchdiffeq",
+              "transformers")
+    code = (f"import sys; sys.modules.update(dict.fromkeys({extras}))\n"
+            "from netwright.catalogue.facets import methods\nprint(len(methods()))")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) == len(methods())

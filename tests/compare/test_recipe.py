@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import netwright as nw
-from netwright.compare.recipe import Recipe, Step, recipe
+from netwright.compare.recipe import Recipe, recipe
+from netwright.compare.steps import Step
 from netwright.errors import UnknownName
 
 TEXTS = ["MonoForward", "GLU",

@@ -27,8 +27,8 @@ CHAINS = {
         ("prune_sublayers", {"remove": 1}),
         ("swap_feedforward", {"make": partial(nw.blocks.StructuredFeedForward, rank=4)}),
         ("reversible", {})],
-    "share, prune, mix": [("share_feedforward", {}), ("prune_sublayers", {"remove": 1}),
-                          ("mix_lora", {"n_experts": 2, "rank": 2})],
+    "share, mix, prune": [("share_feedforward", {}), ("mix_lora", {"n_experts": 2, "rank": 2}),
+                          ("prune_sublayers", {"remove": 3})],
 }
 READER = """
 import sys, torch
@@ -88,6 +88,25 @@ def test_a_chain_is_on_record_and_trains(steps):
     assert [change.name for change in changes(model)] == [name for name, _ in steps]
     model.train()(x).square().mean().backward()
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+ORDINARY = [name for name in RESHAPES if methods()[f"reshape.{name}"].facets.network is None]
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("first", ORDINARY)
+def test_one_after_another_works_or_says_why_not(first, tmp_path):
+    works = 0
+    for second in ORDINARY:
+        steps = [(name, next(iter(variants(RESHAPES[name]).values()))) for name in (first, second)]
+        try:
+            model, x = chained(steps)
+        except ValueError:  # NothingToReshape among them
+            continue
+        works += 1
+        nw.save(model.eval(), tmp_path / second)
+        assert torch.equal(nw.load(tmp_path / second, ordinary_network())(x), model(x)), second
+    assert works
 
 
 def test_a_block_without_a_public_name_is_refused_by_save_alone(tmp_path):

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize, softplus
 from torch.utils._pytree import tree_leaves
 
 from netwright import checks
+from netwright.anatomy.replacing import replace
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
 from netwright.generative.flows.flow import Transform
@@ -96,10 +97,7 @@ def spectral_norm(net: nn.Module, lipschitz: float = 0.98, *,
     for name in found:
         layer: Any = net.get_submodule(name)
         bounded = _Bounded(layer, seen.get(name) or (layer.in_features,), lipschitz, tolerance)
-        if not name:
-            return bounded
-        parent, _, child = name.rpartition(".")
-        setattr(net.get_submodule(parent), child, bounded)
+        net = replace(net, name, bounded)
     return net
 
 

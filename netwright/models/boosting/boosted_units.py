@@ -2,7 +2,6 @@ from typing import Any
 
 import numpy
 import torch
-from scipy.optimize import minimize
 from torch import Generator, Tensor, nn
 
 from netwright import checks
@@ -169,6 +168,7 @@ def fit_part(x: Tensor, r: Tensor, units: int, activation: str, weight_decay: fl
     It starts as PyTorch's layers do. In numpy, since the networks are so small that the calls
     would take longer than the sums.
     """
+    from scipy.optimize import minimize
     inputs, outputs, n = x.shape[1], r.shape[1], len(x)
     X, R = x.numpy(), r.numpy()
     shapes = [(inputs, units), (units,), (units, outputs), (outputs,)]

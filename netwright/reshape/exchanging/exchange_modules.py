@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from netwright.anatomy.exchanging import put_module
+from netwright.anatomy.replacing import replace
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
 from netwright.reshape._naming import Built, restored
@@ -63,5 +63,5 @@ def _exchanged(model: nn.Module, decision: Mapping[str, Any],
         if tensor is not None:
             block = block.to(tensor.device, tensor.dtype)
         whole = nn.Sequential(before, block) if decision["after"] else block
-        model = put_module(model, name, whole)
+        model = replace(model, name, whole)
     return model

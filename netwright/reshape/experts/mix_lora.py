@@ -6,6 +6,7 @@ from torch import Generator, Tensor, nn
 
 from netwright import checks
 from netwright.anatomy.layers import is_linear, linear_sizes
+from netwright.anatomy.replacing import replace
 from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
 from netwright.blocks.experts.routing import check_choice
 from netwright.catalogue.facets import method
@@ -107,9 +108,7 @@ def _with_adapters(model: nn.Module, decision: Mapping[str, Any],
                                        scale, dropout, decision["balance"], generator)
     tuned = put_blocks(model.requires_grad_(False), blocks)
     for name in decision["attention"]:
-        parent, _, child = name.rpartition(".")
-        setattr(tuned.get_submodule(parent), child,
-                LowRank(tuned.get_submodule(name), rank, scale, dropout, generator))
+        replace(tuned, name, LowRank(tuned.get_submodule(name), rank, scale, dropout, generator))
     return tuned
 
 

@@ -211,6 +211,10 @@ class ActiveExperts(nn.Module):
         """Fit the scores to the share that each expert's activity has of the largest one's."""
         if self.kind != "mlp":
             return
+        dtype = next(self.score.parameters()).dtype
+        narrow = dtype in (torch.float16, torch.bfloat16)
+        if narrow:  # too few digits to learn with
+            self.score.float()
         with torch.enable_grad():
             for linear in self.score.children():
                 if isinstance(linear, nn.Linear):
@@ -220,17 +224,19 @@ class ActiveExperts(nn.Module):
             optimizer = torch.optim.Adam(self.score.parameters(), 1e-2)
             falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
             with torch.no_grad():
-                found = self.activity(x)
+                found = self.activity(x).float() if narrow else self.activity(x)
                 target = found / found.amax(-1, keepdim=True).clamp(
-                    min=torch.finfo(x.dtype).tiny)
+                    min=torch.finfo(found.dtype).tiny)
             for _ in range(steps):
                 some = torch.randint(len(x), (min(256, len(x)),), generator=generator)
                 some = some.to(x.device)
                 optimizer.zero_grad()
-                binary_cross_entropy_with_logits(self.score(x[some]), target[some]).backward()
+                guess = self.score(x[some].to(target.dtype))
+                binary_cross_entropy_with_logits(guess, target[some]).backward()
                 optimizer.step()
                 falling.step()
             optimizer.zero_grad()
+        self.score.to(dtype)
 
 
 def _reading(expert: Any) -> Tensor:

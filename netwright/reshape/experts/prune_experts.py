@@ -19,6 +19,7 @@ __all__ = ["prune_experts"]
 
 Method = Literal["cluster_router", "usage", "random"]
 _COUNTS = ("n_experts", "num_experts", "num_local_experts")
+_GROUPS = ("num_group", "n_group")
 _CHOSEN = ("k", "top_k", "num_experts_per_tok")
 
 
@@ -52,6 +53,7 @@ def prune_experts(model: nn.Module, calibration: Any, keep: int, *,
     experts it uses `keep`. The choice needs no labels; train on afterwards where you can.
 
     What the paper leaves open here: clusters are made by average linkage, which draws nothing.
+    Where a router chooses groups of experts first, as DeepSeek's, as many stay in each.
 
     Args:
         model: with mixtures of experts: `MixtureOfExperts` with a router that has a weight
@@ -87,6 +89,10 @@ def prune_experts(model: nn.Module, calibration: Any, keep: int, *,
     for mixture in found:
         checks.between(1, mixture.experts, whole=True, keep=keep,
                        advice=f"{mixture.name!r} has {mixture.experts} experts")
+        if mixture.groups > 1 and (keep % mixture.groups or keep < 2 * mixture.groups):
+            raise ValueError(f"keep must be a multiple of the {mixture.groups} groups in which "
+                             f"{mixture.router!r} chooses, and at least two in each, got {keep}; "
+                             f"try {2 * mixture.groups}")
     given = rows_of(model, [mixture.router for mixture in found], batches)
     chosen = []
     for mixture in found:
@@ -96,7 +102,9 @@ def prune_experts(model: nn.Module, calibration: Any, keep: int, *,
         if not logits.isfinite().all():
             raise ValueError(f"calibration must give finite router logits, got others in "
                              f"{mixture.router!r}; check the inputs and the weights")
-        chosen.append(_stay(logits, keep, method, generator))
+        stay = [_stay(part, keep // mixture.groups, method, generator) + i * part.shape[1]
+                for i, part in enumerate(logits.chunk(mixture.groups, 1))]
+        chosen.append(torch.cat(stay))
     return decided({"mixtures": [{**mixture._asdict(), "stay": stay.tolist()}
                                  for mixture, stay in zip(found, chosen, strict=True)]})
 
@@ -107,10 +115,11 @@ def _fewer(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
     pruned: Any = model
     for said in decision["mixtures"]:
         _prune(pruned.get_submodule(said["name"]), pruned.get_submodule(said["router"]),
-               said["experts"], torch.tensor(said["stay"]))
-    if hasattr(pruned, "config"):
-        first = decision["mixtures"][0]
-        _count(pruned.config, first["experts"], len(first["stay"]))
+               said["experts"], torch.tensor(said["stay"]), said["groups"])
+    first = decision["mixtures"][0]
+    used = _most_used(pruned.get_submodule(first["router"]), len(first["stay"]), first["groups"])
+    for part in (pruned, getattr(pruned, "config", None)):
+        _count(part, first["experts"], len(first["stay"]), used)
     return pruned
 
 
@@ -120,6 +129,7 @@ class _Mixture(NamedTuple):
     name: str
     router: str
     experts: int
+    groups: int = 1  # a token may use those of a few groups alone
 
 
 def _mixtures(model: nn.Module) -> list[_Mixture]:
@@ -132,7 +142,9 @@ def _mixtures(model: nn.Module) -> list[_Mixture]:
             if not isinstance(experts, nn.Module) or not isinstance(weight, Tensor):
                 continue
             if weight.ndim == 2 and weight.shape[0] == _number(experts):
-                found.append(_Mixture(name, f"{name}.{child}".lstrip("."), weight.shape[0]))
+                groups = next((number for part in (router, module) for key in _GROUPS
+                               if isinstance(number := getattr(part, key, None), int)), 1)
+                found.append(_Mixture(name, f"{name}.{child}".lstrip("."), weight.shape[0], groups))
     if not found:
         raise NothingToReshape(f"{type(model).__name__} has no mixture of experts whose router has "
                                "a weight (experts, dim): no module holds `experts` and a `router` "
@@ -166,7 +178,7 @@ def _stay(logits: Tensor, keep: int, method: Method, generator: Generator | None
     return torch.stack(best).sort().values
 
 
-def _prune(block: Any, router: Any, n: int, stay: Tensor) -> None:
+def _prune(block: Any, router: Any, n: int, stay: Tensor, groups: int) -> None:
     if isinstance(block.experts, nn.ModuleList):
         block.experts = nn.ModuleList(block.experts[i] for i in stay.tolist())
     else:
@@ -177,7 +189,13 @@ def _prune(block: Any, router: Any, n: int, stay: Tensor) -> None:
     if isinstance(strengths, tuple) and len(strengths) == n:
         block.balance = tuple(strengths[i] for i in stay.tolist())
     for module in (block, block.experts, router):
-        _count(module, n, len(stay))
+        _count(module, n, len(stay), _most_used(router, len(stay), groups))
+
+
+def _most_used(router: Any, keep: int, groups: int) -> int:
+    """Return how many experts a token can use."""
+    open_groups = getattr(router, "topk_group", groups)
+    return keep // groups * open_groups if isinstance(open_groups, int) else keep
 
 
 def _select(module: nn.Module, n: int, stay: Tensor) -> None:
@@ -190,11 +208,11 @@ def _select(module: nn.Module, n: int, stay: Tensor) -> None:
             setattr(module, name, b[stay.to(b.device)])
 
 
-def _count(module: Any, n: int, keep: int) -> None:
+def _count(module: Any, n: int, keep: int, most: int) -> None:
     for name in _COUNTS:
         if getattr(module, name, None) == n:
             setattr(module, name, keep)
     for name in _CHOSEN:
         used = getattr(module, name, None)
-        if isinstance(used, int) and used > keep:
-            setattr(module, name, keep)
+        if isinstance(used, int) and used > most:
+            setattr(module, name, most)

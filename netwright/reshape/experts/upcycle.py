@@ -7,6 +7,7 @@ from torch import Generator, nn
 from torch.nn.functional import linear
 
 from netwright import checks
+from netwright.anatomy.replacing import replace
 from netwright.blocks.experts import MixtureOfExperts, TopKRouter
 from netwright.blocks.experts.routing import check_choice
 from netwright.catalogue.facets import method
@@ -116,9 +117,7 @@ def _mixed(model: nn.Module, decision: Mapping[str, Any],
     _average(model, models)
     mixed = put_blocks(model, blocks)
     for name, dim in decision["attention"].items():
-        parent, _, child = name.rpartition(".")
-        setattr(mixed.get_submodule(parent), child,
-                SoftExperts(dim, parts[name], generator=generator))
+        replace(mixed, name, SoftExperts(dim, parts[name], generator=generator))
     return mixed
 
 

@@ -9,12 +9,13 @@ from netwright import checks
 from netwright.anatomy.exchanging import feedforward_weights, write_feedforward
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
 from netwright.anatomy.layers import is_linear, linear_sizes
+from netwright.anatomy.replacing import plain_paths
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape._calibration import batches_of
 from netwright.reshape._layers import layer_of, plain_layer
 from netwright.reshape.change import decided, reshape
-from netwright.reshape.feedforward.swap_feedforward import choose, unfused
+from netwright.reshape.feedforward.swap_feedforward import choose
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.signals import apply
 
@@ -169,7 +170,7 @@ def _co_activation(model: nn.Module, layer: FeedForwardLayer, batches: list[Any]
 
     watched = deepcopy(model)
     watched.get_submodule(str(layer.down)).register_forward_pre_hook(before)
-    with evaluating(watched), unfused(watched), rehearsing(watched):
+    with evaluating(watched), plain_paths(), rehearsing(watched):
         for x in batches:
             apply(watched, x)
     active = torch.cat(sizes)

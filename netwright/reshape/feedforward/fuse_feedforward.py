@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from netwright.anatomy.exchanging import (
     FeedForwardWeights,
     feedforward_weights,
-    without_fused_paths,
     write_feedforward,
 )
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
+from netwright.anatomy.replacing import plain_paths, without_fused_paths
 from netwright.anatomy.residual import Sublayer, trace
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
@@ -20,7 +20,7 @@ from netwright.reshape._calibration import batches_of
 from netwright.reshape._layers import layer_of, plain_layer
 from netwright.reshape._layouts import plain_silent
 from netwright.reshape.change import decided, reshape
-from netwright.reshape.feedforward.swap_feedforward import choose, unfused
+from netwright.reshape.feedforward.swap_feedforward import choose
 from netwright.reshape.pruning.prune_sublayers import taken_out
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.random_state import same_random_state
@@ -234,7 +234,7 @@ def _groups(model: nn.Module, example: Any, branches: list[_Branch]) -> list[lis
         for name in (branch.sublayer.name, *branch.sublayer.feeders):
             handles.append(copy.get_submodule(name).register_forward_pre_hook(before))
         handles.append(copy.get_submodule(branch.sublayer.name).register_forward_hook(after))
-    with evaluating(copy), unfused(copy), rehearsing(copy):
+    with evaluating(copy), plain_paths(), rehearsing(copy):
         apply(copy, example)
     groups: list[list[_Branch]] = []
     for number, branch in enumerate(branches):
@@ -278,7 +278,7 @@ def _added(model: nn.Module, example: Any, names: list[str], silent: str | None)
             found[name] = output.clone()
             return torch.zeros_like(output) if name == silent else None
         copy.get_submodule(name).register_forward_hook(after)
-    with evaluating(copy), unfused(copy), rehearsing(copy):
+    with evaluating(copy), plain_paths(), rehearsing(copy):
         apply(copy, example)
     return [found[name] for name in names]
 

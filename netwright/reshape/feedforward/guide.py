@@ -27,7 +27,7 @@ def _faded() -> nn.Module:
     "reshape",
     papers=["003-004"],
     place="linear",
-    needs=["training"],
+    needs=["structured layers", "training"],
     keeps_function=True,
     variants={"three passes": {"steps": 3}},
     network=lambda: nn.Sequential(StructuredLinear(8, 16), nn.ReLU(), StructuredLinear(16, 8)),
@@ -36,6 +36,10 @@ def _faded() -> nn.Module:
 @reshape
 def guide(model: nn.Module, steps: int) -> nn.Module:
     """Return a copy in which each structured layer is trained with a dense matrix that fades.
+
+    Args:
+        model: a network with `StructuredLinear` layers.
+        steps: passes in training until the dense matrices have faded.
 
     Raises:
         NothingToReshape: `model` has no `StructuredLinear`.
@@ -66,6 +70,7 @@ def _guided(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
     papers=["003-004"],
     place="linear",
     saves=["parameters", "inference memory"],
+    needs=["guided layers"],
     keeps_function=True,
     network=_faded,
     batch=lambda: torch.randn(5, 8),
@@ -73,6 +78,9 @@ def _guided(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
 @reshape
 def unguide(model: nn.Module) -> nn.Module:
     """Return a copy with the structured layers alone, which computes the same.
+
+    Args:
+        model: what `guide` returned, trained until its dense matrices have faded.
 
     Raises:
         NothingToReshape: `model` has no `SelfGuided` layer.

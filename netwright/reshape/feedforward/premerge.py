@@ -19,6 +19,7 @@ __all__ = ["premerge"]
     papers=["003-004"],
     place="linear",
     saves=["inference time"],
+    needs=["structured layers"],
     keeps_function=True,
     variants={"for any": {}, "for few rows": {"rows": 4}},
     network=lambda: nn.Sequential(StructuredLinear(8, 16), nn.ReLU(), StructuredLinear(16, 8)),
@@ -34,6 +35,10 @@ def premerge(model: nn.Module, rows: int | None = None) -> nn.Module:
     an accelerator that waits for launches more than it multiplies. With `rows` the copy holds
     both forms and its weights are frozen; without, each layer becomes an `nn.Linear`, however
     many rows it gets.
+
+    Args:
+        model: a network with `StructuredLinear` layers.
+        rows: up to which the product is used; any number by default.
 
     Raises:
         NothingToReshape: `model` has no `StructuredLinear`.

@@ -10,10 +10,10 @@ from netwright.anatomy.exchanging import (
     FeedForwardWeights,
     feedforward_weights,
     put_block,
-    put_module,
     write_feedforward,
 )
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
+from netwright.anatomy.replacing import replace
 from netwright.anatomy.residual import Place, Silent, trace
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
@@ -111,11 +111,11 @@ def _shared(model: nn.Module, decision: Mapping[str, Any],
                                             decision["start"], generator))
     for layer in others:
         for name, source in zip(_linears(layer), _linears(first), strict=True):
-            result = put_module(result, name, result.get_submodule(source))
+            result = replace(result, name, result.get_submodule(source))
     for layer in dropped:
         result = put_block(result, layer, Silent(None, Place.STREAM))
     for name in decision["norms"]:
-        result = put_module(result, name, nn.Identity())
+        result = replace(result, name, nn.Identity())
     result.shared_feedforward = tuple(layer.down for layer in (first, *others))
     return result
 

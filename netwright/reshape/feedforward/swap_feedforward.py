@@ -1,8 +1,7 @@
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,8 +10,9 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
 from netwright import checks
-from netwright.anatomy.exchanging import put_block, put_module
+from netwright.anatomy.exchanging import put_block
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
+from netwright.anatomy.replacing import plain_paths, replace
 from netwright.blocks.feedforward.feed_forward import GLU, FeedForward
 from netwright.catalogue.facets import method
 from netwright.errors import Diverged, UnknownName
@@ -119,8 +119,8 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
             said.append({"layer": plain_layer(layer, model), "block": built.said(block)})
             samples = record(watched, layer, batches or ([] if example is None else [example]))
             _check(block, layer, samples)
-            said[-1]["error"] = _distil(block, samples, layer, steps, lr, generator, bar,
-                                        number) if batches else None
+            said[-1]["error"] = _distil_wide(block, samples, layer, steps, lr, generator, bar,
+                                             number) if batches else None
             blocks.append(block)
     finally:
         bar.stop()
@@ -171,7 +171,7 @@ def unswap_feedforward(swapped: nn.Module, model: nn.Module, *,
     result: Any = deepcopy(swapped)
     for layer in chosen:
         for name in _stood(layer):
-            result = put_module(result, name, deepcopy(known[name]))
+            result = replace(result, name, deepcopy(known[name]))
         holder = known[layer.name]
         if isinstance(holder, nn.TransformerEncoderLayer):
             result.get_submodule(layer.name).activation_relu_or_gelu = (
@@ -189,7 +189,8 @@ def _without(past: History, undone: set[str]) -> History:
     records = list(past.records)
     left = [said for said in records[last].decision["layers"]
             if (said["layer"]["down"] or said["layer"]["name"]) not in undone]
-    records[last:last + 1] = [replace(records[last], decision={"layers": left})] if left else []
+    again = dataclasses.replace(records[last], decision={"layers": left})
+    records[last:last + 1] = [again] if left else []
     return History(past.origin, tuple(records))
 
 
@@ -226,27 +227,13 @@ def record(model: nn.Module, layer: FeedForwardLayer, batches: Sequence[Any]) ->
 
     handles = [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
     try:
-        with evaluating(model), unfused(model), rehearsing(model):
+        with evaluating(model), plain_paths(), rehearsing(model):
             for x in batches:
                 apply(model, x)
     finally:
         for handle in handles:
             handle.remove()
     return samples
-
-
-@contextmanager
-def unfused(model: nn.Module) -> Iterator[None]:
-    """Hold PyTorch's encoder layers off the fused path, which calls no linear layer."""
-    fused = [(part, part.activation_relu_or_gelu) for part in model.modules()
-             if isinstance(part, nn.TransformerEncoderLayer)]
-    for part, _ in fused:
-        part.activation_relu_or_gelu = 0
-    try:
-        yield
-    finally:
-        for part, kind in fused:
-            part.activation_relu_or_gelu = kind
 
 
 def _stood(layer: FeedForwardLayer) -> list[str]:
@@ -283,6 +270,16 @@ def _check(block: nn.Module, layer: FeedForwardLayer, samples: Samples) -> None:
         raise ValueError(f"the block that make({layer.dim}, {layer.hidden}) makes must give "
                          f"{tuple(y.shape)} for {tuple(x.shape)}, as {layer} does, "
                          f"got {what}")
+
+
+def _distil_wide(block: nn.Module, samples: Samples, *how: Any) -> float:
+    """Train `block` in float32 where the model is narrower; return how far from the layer it is."""
+    dtype = samples[0][0].dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return _distil(block, samples, *how)
+    wide = [(x.float(), y.float()) for x, y in samples]
+    _distil(block.float(), wide, *how)
+    return _error(block.to(dtype), samples, max(_variance(wide), torch.finfo(torch.float32).tiny))
 
 
 def _distil(block: nn.Module, samples: Samples, layer: FeedForwardLayer, steps: int, lr: float,

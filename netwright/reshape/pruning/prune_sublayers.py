@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from netwright import checks
+from netwright.anatomy.replacing import plain_paths, replace, standing_in, without_fused_paths
 from netwright.anatomy.residual import Silent, Sublayer, Trace, trace
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape, UnknownName
@@ -87,7 +88,7 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
                    advice=f"the model has {len(found.sublayers)} sublayers, {_some(found)}")
     trial = deepcopy(model)
     left, removed = list(found.sublayers), list[Sublayer]()
-    with same_random_state(), evaluating(trial), same_buffers(trial):
+    with same_random_state(), evaluating(trial), same_buffers(trial), plain_paths():
         outputs = [call(trial, x) for x in batches]
         for _ in range(remove):
             moved = [_change(trial, sublayer, found, batches, outputs, measure)
@@ -145,8 +146,8 @@ def taken_out(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
     """Take the sublayers out of `model`, and the layers that nothing is left of."""
     pruned: Any = model
     for name, said in decision["silent"].items():
-        _replace(pruned, name, silent_of(said).train(pruned.get_submodule(name).training))
-    _without_fused_paths(pruned)
+        replace(pruned, name, silent_of(said))
+    without_fused_paths(pruned)
     _number_anew(pruned)
     if decision["layers"]:
         _without_layers(pruned, decision["layers"])
@@ -170,7 +171,7 @@ def _empty_layers(trial: Any, example: Any) -> list[int]:
     if not empty:
         return []
     shorter = deepcopy(trial)
-    _without_fused_paths(trial)
+    without_fused_paths(trial)
     _number_anew(trial)
     _number_anew(shorter)
     _without_layers(shorter, empty)
@@ -230,19 +231,14 @@ def _some(found: Trace) -> str:
 
 def _change(model: nn.Module, sublayer: Sublayer, found: Trace, batches: list[Any],
             outputs: list[Tensor], measure: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Return how far the outputs move when `sublayer` is taken out, and put it back."""
-    before = _take_out(model, sublayer, found)
-    fused = _without_fused_paths(model)
+    """Return how far the outputs move when `sublayer` is taken out for once."""
     total = positions = 0.0
-    for x, output in zip(batches, outputs, strict=True):
-        distances = measure(output, call(model, x))
-        counted = _counted(x, distances)
-        total += float(distances[counted].sum())
-        positions += int(counted.sum())
-    for name, module in before.items():
-        _replace(model, name, module)
-    for layer, kind in fused:
-        layer.activation_relu_or_gelu = kind
+    with standing_in(model, _stubs(model, sublayer, found)):
+        for x, output in zip(batches, outputs, strict=True):
+            distances = measure(output, call(model, x))
+            counted = _counted(x, distances)
+            total += float(distances[counted].sum())
+            positions += int(counted.sum())
     return total / max(positions, 1)
 
 
@@ -253,30 +249,18 @@ def _counted(x: Any, distances: Tensor) -> Tensor:
     return torch.ones_like(distances, dtype=torch.bool)
 
 
-def _take_out(model: nn.Module, sublayer: Sublayer, found: Trace) -> dict[str, nn.Module]:
-    """Put `Silent` modules in the place of `sublayer`; return what stood there."""
-    before = {}
-    for name in (sublayer.name, *sublayer.feeders):
-        module = model.get_submodule(name)
-        if not isinstance(module, Silent):
-            before[name] = module
-            _replace(model, name, deepcopy(found.silent[name]).train(module.training))
-    return before
+def _stubs(model: nn.Module, sublayer: Sublayer, found: Trace) -> dict[str, nn.Module]:
+    """Return what stands for the parts of `sublayer` that are not silent yet, by their names."""
+    names = [name for name in (sublayer.name, *sublayer.feeders)
+             if not isinstance(model.get_submodule(name), Silent)]
+    return {name: deepcopy(found.silent[name]).train(model.get_submodule(name).training)
+            for name in names}
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _without_fused_paths(model: nn.Module) -> list[tuple[nn.TransformerEncoderLayer, int]]:
-    """Keep encoder layers off the fused path that reads lost weights; return what they had."""
-    touched = [layer for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer)
-               and any(isinstance(part, Silent) for part in layer.children())]
-    before = [(layer, layer.activation_relu_or_gelu) for layer in touched]
-    for layer in touched:
-        layer.activation_relu_or_gelu = 0
-    return before
+def _take_out(model: nn.Module, sublayer: Sublayer, found: Trace) -> None:
+    """Put `Silent` modules in the place of `sublayer`."""
+    for name, stub in _stubs(model, sublayer, found).items():
+        replace(model, name, stub)
 
 
 def _number_anew(model: Any) -> None:

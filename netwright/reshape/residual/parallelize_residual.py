@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright import checks
+from netwright.anatomy.replacing import replace
 from netwright.anatomy.residual import trace
 from netwright.anatomy.residual_blocks import Passed, example_of, respond, runs_of
 from netwright.catalogue.facets import method
@@ -125,10 +126,9 @@ def _put(model: nn.Module, run: Sequence[Mapping[str, Any]]) -> str:
     names = [block["name"] for block in run]
     modules = [model.get_submodule(name) for name in names]
     responses = [layout_of(block["response"]) for block in run]
-    parallel = ParallelSum(modules, responses[0]).train(modules[0].training)
-    for k, (name, response) in enumerate(zip(names, responses, strict=True)):
-        parent, _, child = name.rpartition(".")
-        model.get_submodule(parent)._modules[child] = parallel if k == 0 else Passed(response)
+    for name, response in zip(names[1:], responses[1:], strict=True):
+        replace(model, name, Passed(response))
+    replace(model, names[0], ParallelSum(modules, responses[0]))
     kinds = " and ".join(dict.fromkeys(type(module).__name__ for module in modules))
     return (f"{names[0]} to {names[-1].rpartition('.')[2]}: {len(run)} blocks ({kinds}) "
             "side by side")

@@ -1,5 +1,4 @@
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright import checks
+from netwright.anatomy.replacing import replace, standing_in, without_fused_paths
 from netwright.anatomy.residual import Silent, Trace, trace
 from netwright.anatomy.residual_blocks import Block, Passed, example_of, respond, runs_of
 from netwright.blocks.reversible.block import ReversibleBlock
@@ -136,9 +136,7 @@ def _undoable(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
 def _without_cache_and_fused_paths(model: Any) -> Any:
     if hasattr(getattr(model, "config", None), "use_cache"):
         model.config.use_cache = False
-    for layer in model.modules():  # its fused path in eval mode would not see the parts' roles
-        if isinstance(layer, nn.TransformerEncoderLayer):
-            layer.activation_relu_or_gelu = 0
+    without_fused_paths(model, every=True)  # which would not see the parts' roles
     return model
 
 
@@ -234,26 +232,13 @@ class _Branch(nn.Module):
     def __init__(self, block: nn.Module, silent: dict[str, Silent]) -> None:
         super().__init__()
         self.block = block
-        self.silent = tuple((*name.rpartition(".")[::2], (stub,)) for name, stub in silent.items())
+        self.silent = tuple((name, (stub,)) for name, stub in silent.items())
 
     def forward(self, h: Tensor, *args: Any, **options: Any) -> Tensor:
         """Return f(h), of the shape of h."""
-        with _silenced(self.block, [(path, child, stub) for path, child, (stub,) in self.silent]):
+        with standing_in(self.block, {name: stub for name, (stub,) in self.silent}):
             output = self.block(h, *args, **options)
         return next(t for t in tree_leaves(output) if isinstance(t, Tensor)) - h
-
-
-@contextmanager
-def _silenced(block: nn.Module, stubs: Sequence[tuple[str, str, Silent]]) -> Iterator[None]:
-    places = [block.get_submodule(path)._modules for path, _, _ in stubs]
-    before = [place[child] for place, (_, child, _) in zip(places, stubs, strict=True)]
-    try:
-        for place, (_, child, stub) in zip(places, stubs, strict=True):
-            place[child] = stub
-        yield
-    finally:
-        for place, (_, child, _), module in zip(places, stubs, before, strict=True):
-            place[child] = module
 
 
 @torch.no_grad()
@@ -299,9 +284,9 @@ def _put(model: nn.Module, run: Sequence[Mapping[str, Any]], gamma: float | None
     names = [block["name"].rpartition(".")[2] for block in run]
     responses = [layout_of(block["response"]) for block in run]
     stack = ReversibleStack(blocks, responses[0], momentum=gamma is not None, exact=exact)
-    stack.train(model.get_submodule(run[0]["name"]).training)
-    for k, (name, response) in enumerate(zip(names, responses, strict=True)):
-        parent._modules[name] = stack if k == 0 else Passed(response)
+    for block, response in zip(run[1:], responses[1:], strict=True):
+        replace(model, block["name"], Passed(response))
+    replace(model, run[0]["name"], stack)
     moves = {f"{name}.": f"{names[0]}.blocks.{k}.block." for k, name in enumerate(names)}
     parent._register_load_state_dict_pre_hook(partial(_moved, moves))
     outer = f"{outer}." if outer else ""

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from torch.nn.parameter import is_lazy
 
 from netwright import checks
+from netwright.anatomy.replacing import replace
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -98,9 +99,8 @@ class DynamicalLowRank(Rule):
                              "dense; train it by Backprop")
         super().__init__(deepcopy(given), generator=generator)
         for name in names:
-            parent, _, last = name.rpartition(".")
             layer = self.network.get_submodule(name)
-            setattr(self.network.get_submodule(parent), last, LowRank(layer, rank))
+            self.network = replace(self.network, name, LowRank(layer, rank))
         self.rate, self.tolerance, self.least_rank = rate, tolerance, least_rank
         self.loss = loss
         self.layers: dict[str, Any] = {name: self.network.get_submodule(name) for name in names}

@@ -234,3 +234,17 @@ def test_what_its_experts_would_not_have_is_refused():
     nn.utils.parametrizations.weight_norm(model[1].feedforward[0])
     with pytest.raises(ValueError, match="remove_parametrizations first"):
         moefy(model, x, n_experts=8, steps=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_routers_of_narrow_models_learn_in_float32(dtype):
+    layer = FeedForward(16, 32, activation="relu")
+    x = torch.randn(200, 16, generator=drawn(1))
+    wide = moefy(layer, x, n_experts=4, k=1, steps=200, generator=drawn(2))
+    narrow = moefy(deepcopy(layer).to(dtype), x.to(dtype), n_experts=4, k=1, steps=200,
+                   generator=drawn(2))
+    score = mixtures(narrow)[0].router.score
+    assert score[0].weight.dtype == dtype
+    for ours, theirs in zip(score.parameters(), mixtures(wide)[0].router.score.parameters(),
+                            strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.1, atol=0.1)

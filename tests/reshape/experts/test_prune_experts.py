@@ -7,7 +7,7 @@ from torch import nn
 from netwright.blocks.experts import GLUExperts, MixtureOfExperts
 from netwright.blocks.feedforward import GLU, FeedForward
 from netwright.errors import NothingToReshape, UnknownName
-from netwright.reshape import prune_experts
+from netwright.reshape import changes, prune_experts
 from netwright.signals import apply, tensor_of
 
 
@@ -148,3 +148,37 @@ def test_what_cannot_be_is_refused():
         prune_experts(model, [], 3)
     with pytest.raises(NothingToReshape, match="no mixture of experts"):
         prune_experts(nn.Sequential(FeedForward(5, 8)), x, 1)
+
+
+def grouped():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, n_shared_experts=1,
+        n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=6, kv_lora_rank=8,
+        q_lora_rank=8, qk_rope_head_dim=4, v_head_dim=8, qk_nope_head_dim=8,
+        first_k_dense_replace=1, pad_token_id=None)).eval()
+
+
+@pytest.mark.parametrize("method", ["cluster_router", "usage", "random"])
+def test_as_many_experts_stay_in_each_group_of_a_grouped_router(method):
+    model, x = grouped(), torch.randint(64, (2, 9), generator=drawn())
+    pruned = prune_experts(model, x, 8, method=method, generator=drawn())
+    block = pruned.model.layers[1].mlp
+    (said,) = changes(pruned)[0].decision["mixtures"]
+    assert [expert // 4 for expert in said["stay"]] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert (block.gate.num_experts, block.gate.top_k) == (8, 4)  # two groups of two are open
+    other = x.clone()
+    other[0, -1] = (other[0, -1] + 1) % 64
+    with torch.no_grad():
+        logits, moved = pruned(x).logits, pruned(other).logits
+    assert torch.equal(logits[1], moved[1])
+    torch.testing.assert_close(logits[0, :-1], moved[0, :-1])
+    assert pruned(x[:1, :5]).logits.shape == (1, 5, 64)
+
+
+@pytest.mark.parametrize("keep", [1, 3, 4, 6])
+def test_what_does_not_divide_among_the_groups_is_refused(keep):
+    with pytest.raises(ValueError, match=r"a multiple of the 4 groups .* try 8"):
+        prune_experts(grouped(), torch.randint(64, (2, 9)), keep)

@@ -226,3 +226,18 @@ def test_only_what_was_swapped_can_be_put_back_and_only_from_where_it_was():
         unswap_feedforward(swapped, nn.Linear(2, 2))
     with pytest.raises(UnknownName):
         unswap_feedforward(swapped, model, layers=["7"])
+
+
+def test_blocks_of_narrow_models_are_distilled_in_float32():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+    x = torch.randn(64, 12, 16, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        swapped = swap_feedforward(
+            deepcopy(model).to(dtype), FeedForward, calibration=x.to(dtype), steps=100,
+            generator=torch.Generator().manual_seed(2), progress=False)
+        assert {p.dtype for p in swapped.parameters()} == {dtype}
+        errors.append(swapped.swapped_feedforward[0].error)
+    assert errors[1] == pytest.approx(errors[0], rel=0.05, abs=1e-3)
+    assert errors[2] == pytest.approx(errors[0], rel=0.2, abs=1e-3)
