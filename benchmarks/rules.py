@@ -21,17 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from netwright import rules
+from netwright.catalogue.facets import methods
+from netwright.contracts.checks import offered
 from netwright.measure import cost
 from netwright.models import mlp
 from netwright.rules import Rule
 from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "rules.json"
-# What trains no classifiers of vectors: prompts, denoisers, circuits, graphs, recurrent networks.
-APART = {"Rule", "BlackBoxPrompt", "DeltaRule", "DiffusionBlocks", "ReverseDerivativeAscent",
-         "SingleForward", "StationaryFeedback"}
-RULES = [name for name in rules.__all__ if name not in APART]
 WIDTH, HIDDEN, CLASSES, BATCH, LIMIT = 784, (1024, 1024), 10, 256, 1.3
 ENOUGH = 12.0  # seconds, after which a slow rule is not timed again
 # A fixed rank, so that the floor's products are those of every step.
@@ -96,16 +93,28 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
+def contender(kind: Callable[..., Rule], x: Tensor) -> Rule | None:
+    """Return a rule on the network, with a smooth activation for those that take no ReLU.
+
+    None for what trains other networks: denoisers, circuits, graphs, recurrent networks.
+    """
+    options = {**offered(kind, num_classes=CLASSES), **OPTIONS.get(kind.__name__, {})}
+    for activation in (nn.ReLU, nn.Tanh):
+        torch.manual_seed(0)
+        try:
+            return kind(mlp(WIDTH, CLASSES, hidden=HIDDEN, activation=activation), x,
+                        **options).train()
+        except ValueError:
+            continue
+    return None
+
+
 def measured() -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
     x, y = torch.rand(BATCH, WIDTH), torch.randint(CLASSES, (BATCH,))
-    contenders: dict[str, Rule] = {}
-    for name in RULES:
-        torch.manual_seed(0)
-        network = mlp(WIDTH, CLASSES, hidden=HIDDEN)
-        if name in ("DisinhibitoryHebb", "EquilibriumPropagation"):  # take no ReLU
-            network = nn.Sequential(*(nn.Tanh() if isinstance(m, nn.ReLU) else m for m in network))
-        contenders[name] = getattr(rules, name)(network, x, **OPTIONS.get(name, {})).train()
+    made = {entry.value.__name__: contender(entry.value, x) for entry in methods().values()
+            if entry.facets.kind == "rule"}
+    contenders = {name: rule for name, rule in made.items() if rule is not None}
 
     def step(rule: Rule) -> Callable[[], None]:
         def learn() -> None:
@@ -117,9 +126,9 @@ def measured() -> dict[str, dict[str, float]]:
     for name, learn in steps.items():
         learn()
         floors[name] = products(learn)
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in RULES}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for turn in range(22):
-        for name in RULES:
+        for name in contenders:
             spent = sum(map(sum, turns[name]))
             if len(turns[name]) < 3 or spent < ENOUGH:
                 pair = seconds(steps[name]), seconds(floors[name])
@@ -131,7 +140,8 @@ def measured() -> dict[str, dict[str, float]]:
     exact_time, exact_peak = times["Backprop"][0], costs["Backprop"].peak_bytes
     return {name: {"step_ms": 1000 * times[name][0], "step_over_backprop":
                    times[name][0] / exact_time, "step_over_floor": times[name][0] / times[name][1],
-                   "peak_over_backprop": costs[name].peak_bytes / exact_peak} for name in RULES}
+                   "peak_over_backprop": costs[name].peak_bytes / exact_peak}
+            for name in contenders}
 
 
 def main() -> None:

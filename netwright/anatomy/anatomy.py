@@ -151,7 +151,8 @@ def _marks(run: Run, found: list[Product], seen: dict[int, Attention],
     downs = {layer.down for layer in layers}
     marks = {"attention": set(seen),
              "feedforward": {p.gave for p in found if p.name in downs},
-             "experts": {n for block in mixtures for call in run.called(block.name)
+             "experts": {n for block in mixtures for call in run.calls
+                         if call.name == block.name or _within(call.name, block.experts)
                          for n in call.gave},
              "convolution": {p.gave for p in found if p.convolution},
              "recurrent": {n for cell in recurrents for call in run.called(cell.name)

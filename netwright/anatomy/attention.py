@@ -94,7 +94,7 @@ def _product_before(run: Run, number: int) -> tuple[int, int] | None:
         pair = factors(operation)
         if pair is not None and all(run.taught[n] and run.fed[n] for n in pair):
             return pair
-        if operation.layout or operation.elementwise:
+        if operation.layout or operation.elementwise or operation.name == "cat":
             waiting += [n for n in operation.taken if run.taught[n] and run.fed[n]]
     return None
 

@@ -11,7 +11,8 @@ from netwright.anatomy.run import Run, Value
 
 _KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": nn.Identity(), "relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU(),
-    "gelu (tanh)": nn.GELU("tanh"), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(),
+    "gelu (tanh)": nn.GELU("tanh"), "gelu (sigmoid)": lambda h: h * (1.702 * h).sigmoid(),
+    "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(),
     "relu squared": lambda h: h.relu().square(), "relu6": nn.ReLU6(), "elu": nn.ELU(),
     "leaky relu": nn.LeakyReLU(), "softplus": nn.Softplus(), "mish": nn.Mish()}
 
@@ -112,6 +113,8 @@ def activation_name(activation: Any) -> str:
     """
     if activation is None:
         return ""
+    if isinstance(activation, Named):
+        return activation_name(activation.module)
     probe = torch.linspace(-4, 9, 256)
     like = next(iter(activation.parameters()), None) if isinstance(activation, nn.Module) else None
     try:

@@ -117,7 +117,7 @@ def _passed(run: Run, operation: Operation) -> int:
     if len(numbers) != 1 or not operation.gave:
         return -1
     whole = prod(run.shapes[numbers[0]]) == prod(run.shapes[operation.gave[0]])
-    scaled = operation.layout or operation.name == "mul"  # a dropout is a clone
+    scaled = operation.layout or operation.name in ("mul", "roll")  # a dropout is a clone
     return numbers[0] if scaled and whole else -1
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from netwright.anatomy.calls import Call, watching
 from netwright.anatomy.replacing import plain_paths
+from netwright.errors import CannotStage
 from netwright.runtime.modes import evaluating, rehearsing, same_attributes
 from netwright.runtime.random_state import same_random_state
 from netwright.signals import apply, copied, tensor_of, tensors
@@ -68,7 +69,9 @@ class Run:
 
     Tensors are numbered in the order in which they came to be; one that is changed in place, or
     of which a part is, has a new number from then on. A view of all of a tensor in its own shape
-    keeps the number. `fed` says which depend on the input, `taught` which on parameters.
+    keeps the number. `output` is the one that is meant where the network returns several
+    `outputs`, else the first, -1 where there is none. `fed` says which tensors depend on the
+    input, `taught` which on parameters.
     """
 
     network: nn.Module
@@ -164,7 +167,10 @@ def record(network: nn.Module, example: Any, **options: Any) -> Run:
         with _Dropouts(recorder), recorder:
             output = apply(network, example, **options)
     run.outputs = recorder.numbers(output)
-    run.output = recorder.number(tensor_of(output))
+    try:
+        run.output = recorder.number(tensor_of(output))
+    except CannotStage:  # several outputs, none of which is known to be the one that is meant
+        run.output = run.outputs[0] if run.outputs else -1
     return run
 
 

@@ -25,7 +25,8 @@ class Rule(nn.Module):
     then every process must have a share of every batch. `remembers` says that a call leaves more
     behind in the state than `.grad`: what the next update will need. `resized` has the names in
     the state of weights whose shapes change as it trains. `needs_labels` is False where a batch
-    is x alone.
+    is x alone, and `same_in_shares` where processes that share a batch out do not train as one
+    with all of it would, whatever is averaged.
 
     Args:
         network: what is trained: a module or its `Stages`.
@@ -39,6 +40,7 @@ class Rule(nn.Module):
     together = False
     remembers = False
     needs_labels = True
+    same_in_shares = True
     resized: Collection[str] = ()
 
     def __init__(self, network: nn.Module | Stages, *, generator: Generator | None = None) -> None:

@@ -366,5 +366,54 @@ def test_parts_are_plain_data_and_the_table_can_be_read():
     assert hash(anatomy) == hash(nw.anatomy(model, tokens()))
 
 
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return {"first": self.first(x), "second": self.second(x)}
+
+
+def test_a_network_of_several_outputs_is_looked_at_too():
+    assert [layer.name for layer in nw.anatomy(Several(), torch.randn(2, 4)).linears] == [
+        "first", "second"]
+
+
+class Rolling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = Heads()
+
+    def forward(self, x):
+        return x + self.heads(x.roll(1, 1)).roll(-1, 1)
+
+
+def test_a_branch_may_be_rolled_back_before_it_is_added():
+    ((width, rows),) = branches(nw.anatomy(Rolling(), torch.randn(2, 5, 16)))
+    assert (width, rows[0][:2]) == (16, ("heads", ("attention",)))
+
+
+class Sinks(Heads):
+    """Attention some of which goes nowhere, by a score of its own for each head."""
+
+    def __init__(self):
+        super().__init__()
+        self.sink = nn.Parameter(torch.zeros(4, 1, 1))
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (heads, 4)).transpose(1, 2)
+                   .repeat_interleave(4 // heads, 1)
+                   for layer, heads in ((self.query, 4), (self.key, 2), (self.value, 2)))
+        scores = torch.cat([q @ k.mT, self.sink.expand(len(x), 4, x.shape[1], 1)], -1)
+        return self.out((scores.softmax(-1)[..., :-1] @ v).transpose(1, 2).flatten(2))
+
+
+def test_attention_with_scores_of_its_own_beside():
+    (layer,) = nw.anatomy(Sinks(), torch.randn(2, 5, 16)).attentions
+    assert (layer.query, layer.key, layer.out, layer.heads, layer.key_heads) == (
+        "query", "key", "out", 4, 2)
+
+
 def test_an_image_network_that_is_given_by_keyword():
     assert nw.anatomy(built("vit")[0], images()).head == "classifier"

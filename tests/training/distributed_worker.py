@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, distributed, nn
@@ -10,74 +11,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import netwright as nw
+from netwright.catalogue.facets import methods
+from netwright.contracts.check_rule import ordinary_network
+from netwright.contracts.checks import cast, variants
 from netwright.data import Batches
 from netwright.rules import Rule
 
 X = torch.randn(44, 6, generator=Generator().manual_seed(1))
+WIDE = torch.randn(44, 20, generator=Generator().manual_seed(2), dtype=torch.float64)
 Y = (X[:, :3].argmax(1) + (X[:, 3] > 1)) % 3
-EDGES = torch.stack([torch.arange(44), torch.arange(44).roll(1)])
-
-# What two processes train as one does, to rounding: sizes of shares differ, 9 = 4 + 5.
-EQUAL: dict[str, tuple[str, dict]] = {
-    "AdaptiveFeedbackAlignment": ("AdaptiveFeedbackAlignment", {}),
-    "Backprop": ("Backprop", {}),
-    "BoostedUnits": ("BoostedUnits", {"units": 3, "steps": 3}),
-    "ContinualBackprop": ("ContinualBackprop", {"replacement_rate": 0.1, "maturity": 2}),
-    "CascadedForward": ("CascadedForward", {}),
-    "FeedbackAlignment": ("FeedbackAlignment", {}),
-    "FeedbackAlignment, sign-symmetric": ("FeedbackAlignment", {"feedback": "sign_symmetric"}),
-    "FeedbackAlignment, learned": ("FeedbackAlignment", {"feedback": "kolen_pollack"}),
-    "CounterCurrent": ("CounterCurrent", {}),
-    "DeltaRule": ("DeltaRule", {}),
-    "DirectFeedbackAlignment": ("DirectFeedbackAlignment", {}),
-    "DirectFeedbackAlignment, sign-symmetric": ("DirectFeedbackAlignment",
-                                                {"feedback": "sign_symmetric"}),
-    "DirectFeedbackAlignment, learned": ("DirectFeedbackAlignment",
-                                         {"feedback": "kolen_pollack"}),
-    "DirectFeedbackAlignment, ternary": ("DirectFeedbackAlignment", {"ternary": 0.4}),
-    "DisinhibitoryHebb": ("DisinhibitoryHebb", {}),
-    "DualPropagation": ("DualPropagation", {}),
-    "EquilibriumPropagation": ("EquilibriumPropagation", {}),
-    "HighwayBackprop": ("HighwayBackprop", {}),
-    "LLS": ("LLS", {}),
-    "LocalLosses": ("LocalLosses", {}),
-    "MomentumAuxiliary": ("MomentumAuxiliary", {}),
-    "MonoForward": ("MonoForward", {}),
-    "ForwardForward, given negatives": ("ForwardForward", {"negatives": lambda x, y: x.flip(1)}),
-    "ForwardGradient": ("ForwardGradient", {}),
-    "Pepita": ("Pepita", {}),
-    "PipelinedBackprop, predicted": ("PipelinedBackprop", {"spike_compensation": False}),
-    "PredictiveCoding": ("PredictiveCoding", {}),
-    "ProductFeedback": ("ProductFeedback", {}),
-    "Reversible": ("Reversible", {}),
-    "StationaryFeedback": ("StationaryFeedback", {"feedback": 0.5}),
-    "SingleForward": ("SingleForward", {}),
-    "TargetProjection": ("TargetProjection", {}),
-    "TwoStageBackward": ("TwoStageBackward", {}),
-    "ZerothOrder": ("ZerothOrder", {"epsilon": 0.1}),
-}
-# What cannot be equal, and why; the processes still end with the same weights as each other.
-UNEQUAL: dict[str, tuple[str, dict]] = {
-    "DirectFeedbackAlignment, noisy": ("DirectFeedbackAlignment", {"noise": 0.1}),  # each sample's
-    "DiffusionBlocks": ("DiffusionBlocks", {"blocks": 1, "num_classes": 3}),  # each one's noise
-    "ForwardForward": ("ForwardForward", {}),  # draws each sample's negative label
-    "ForwardGradient, activities": ("ForwardGradient", {"perturb": "activities"}),  # each sample's
-    "ForwardGradient, guided": ("ForwardGradient", {"guess": "local_loss"}),  # the batch's guess
-    "InferenceLearning": ("InferenceLearning", {}),  # shortens its share's steps by its energy
-    "LikelihoodRatio": ("LikelihoodRatio", {}),  # draws each sample's noise
-    "NoProp": ("NoProp", {}),  # likewise
-    "PipelinedBackprop": ("PipelinedBackprop", {}),  # keeps the last gradient of its own share
-    "NoPropContinuous": ("NoPropContinuous", {}),  # likewise, and its time
-    "NoPropFlow": ("NoPropFlow", {}),  # likewise
-    "PhysicalForwardForward": ("PhysicalForwardForward", {}),  # draws each sample's negative label
-    "PredictiveCoding, incremental": ("PredictiveCoding", {"incremental": True,
-                                                           "weight_rate": 0.05}),
-    # steps on the weights within a batch, by what this process sees of it
-    "SoftHebb": ("SoftHebb", {}),  # divides its steps by the largest of its share
-}
-# What changes the weights itself leaves nothing to average, and is refused.
-ALONE = {"BlackBoxPrompt", "BlockCoordinateDescent", "DynamicalLowRank",
-         "QuantizedForwardGradient", "RandomFeatureBoosting", "ReverseDerivativeAscent"}
+RULES = {entry.value.__name__: entry for entry in methods().values() if entry.facets.kind == "rule"}
 
 
 def network(*norm: nn.Module) -> nn.Sequential:
@@ -86,39 +29,41 @@ def network(*norm: nn.Module) -> nn.Sequential:
                          nn.Linear(8, 3))
 
 
-class Steps(nn.Module):
-    """Reads 12 features as 4 steps of 3."""
+def build(rule: str, arguments: dict[str, Any]) -> Rule:
+    """Make a rule on the network that it says it is tried on, in float64, for rounding to be less
+    than what is looked for.
+    """
+    entry, rank = RULES[rule], distributed.get_rank() if distributed.is_initialized() else 0
+    torch.manual_seed(rank)
+    made = (entry.facets.network or ordinary_network)().double()
+    return entry.value(made, example=batches(rule)[0][0], **arguments,
+                       generator=Generator().manual_seed(7 + rank))
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.gru = nn.GRU(3, 3, batch_first=True)
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return self.gru(h.unflatten(-1, (4, 3)))[0].flatten(1)
+def batches(rule: str) -> list[Any]:
+    """Return the batch that a rule says it is tried on, which is not shared out, or the usual."""
+    batch = RULES[rule].facets.batch
+    return [(WIDE, Y)] if batch is None else [cast(batch(), torch.float64)]
 
 
-def build(rule: str, options: dict) -> Rule:
-    generator = Generator().manual_seed(7 + (distributed.is_initialized()
-                                             and distributed.get_rank()))
-    made, example = network(), X[:4]
-    if rule == "EquilibriumPropagation":  # takes no ReLU
-        made[1] = nn.Tanh()
-    if rule == "StationaryFeedback":  # takes what has recurrent layers
-        made[1] = Steps()
-    if rule == "DiffusionBlocks":  # returns what it takes
-        made[2], made[4] = nn.Linear(12, 12), nn.Linear(12, 6)
-    if rule == "DeltaRule":  # takes one layer of neurons
-        made = nn.Sequential(nn.Linear(6, 3), nn.Sigmoid())
-    if rule == "SingleForward":  # takes graphs
-        made, example = nw.models.gcn(6, 3, dropout=0), (X, EDGES)
-    return getattr(nw.rules, rule)(made, example=example, generator=generator, **options)
+def ways() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return every variant of every rule."""
+    return {f"{rule}, {label}" if label else rule: (rule, dict(arguments))
+            for rule, entry in RULES.items()
+            for label, arguments in variants(entry.value).items()}
+
+
+WAYS = {name: how for name, how in ways().items() if not build(*how).updates_weights}
+# What changes the weights itself leaves nothing to average, and is refused.
+ALONE = [rule for rule in RULES if build(*next(how for how in ways().values() if how[0] == rule)
+                                         ).updates_weights]
 
 
 def by_rule(rule: str, options: dict) -> dict[str, torch.Tensor]:
     made = build(rule, options)
-    train, validation = Batches(X, Y, 9, seed=2), Batches(X, Y, 20, shuffle=False)
-    if rule == "SingleForward":  # takes graphs, which are not shared out
-        train = validation = [((X, EDGES), Y)]
+    train, validation = Batches(WIDE, Y, 9, seed=2), Batches(WIDE, Y, 20, shuffle=False)
+    if RULES[rule].facets.batch is not None:  # what is not shared out, as graphs
+        train = validation = batches(rule)
     history = nw.fit(made, train, epochs=2, validation=validation,
                      optimizer=lambda p: torch.optim.SGD(p, 0.1, momentum=0.9))
     return dict(made.state_dict()) | {"loss": torch.tensor([e.loss for e in history.epochs])} | {
@@ -183,7 +128,7 @@ SAME: list[Callable[[], dict[str, torch.Tensor]]] = [accumulated, unlabelled, lb
 
 def outcomes() -> dict[str, dict[str, torch.Tensor]]:
     """Return what every training ends with."""
-    found = {name: by_rule(*how) for name, how in (EQUAL | UNEQUAL).items()}
+    found = {name: by_rule(*how) for name, how in WAYS.items()}
     return found | {case.__name__: case() for case in SAME}
 
 
@@ -191,13 +136,11 @@ def errors() -> dict[str, str]:
     """Return what is said where the processes cannot train together."""
     rank, said = distributed.get_rank(), {}
     cases = {"uneven": lambda: fitted(train=[(X, Y)] * (rank + 1))}
-    cases |= {rule: lambda rule=rule: nw.fit(getattr(nw.rules, rule)(
-        *([nw.circuits.evaluator(2, 3)] if rule == "ReverseDerivativeAscent" else
-          [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), X[:4]])), [(X, Y)], epochs=1)
-        for rule in ALONE}
+    cases |= {rule: lambda rule=rule: nw.fit(build(rule, next(iter(variants(
+        RULES[rule].value).values()))), batches(rule), epochs=1) for rule in ALONE}
     cases |= {f"{rule}, no share": lambda rule=rule: nw.fit(  # 19 are 9, 9 and 1
-        build(rule, {}), Batches(X[:19], Y[:19], 9, seed=2), epochs=1)
-        for rule in ("BoostedUnits", "ContinualBackprop")}
+        build(rule, {}), Batches(WIDE[:19], Y[:19], 9, seed=2), epochs=1)
+        for rule, entry in RULES.items() if entry.value.together}
     for name, case in cases.items():
         try:
             case()

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import safetensors.torch
@@ -24,28 +25,20 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 import netwright as nw
+from netwright.catalogue.facets import methods
+from netwright.contracts.check_rule import ordinary_network
+from netwright.contracts.checks import variants
 from netwright.data import Batches
 from netwright.rules import Backprop, Rule
 
 X = torch.randn(44, 6, generator=Generator().manual_seed(1))
 Y = (X[:, :3].argmax(1) + (X[:, 3] > 1)) % 3
-EDGES = torch.stack([torch.arange(44), torch.arange(44).roll(1)])
+WIDE = torch.randn(44, 20, generator=Generator().manual_seed(2))
 
 
 def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3),
                          nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-class Last(nn.Module):
-    """Reads 12 features as 4 steps of 3, and gives the last."""
-
-    def __init__(self):
-        super().__init__()
-        self.gru = nn.GRU(3, 4, batch_first=True)
-
-    def forward(self, h):
-        return self.gru(h.unflatten(-1, (4, 3)))[0][:, -1]
 
 
 class Jitter(Rule):
@@ -107,41 +100,28 @@ def forgetful(**keep):
     return jitter(**keep)
 
 
-def rule_case(name: str) -> Callable:
+def rule_case(rule: Any, label: str) -> Callable:
     def case(**keep):
-        made, options = network(), {"generator": Generator().manual_seed(6)}
-        train, example = Batches(X, Y, 15), X[:4]
-        match name:  # what takes networks of some kind alone
-            case "DisinhibitoryHebb" | "EquilibriumPropagation":  # smooth activations
-                made = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
-            case "DeltaRule":  # one layer of neurons
-                made = nn.Sequential(nn.Linear(6, 3), nn.Sigmoid())
-            case "BlockCoordinateDescent":  # linear layers and ReLU
-                made = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
-            case "BoostedUnits":  # groups short enough that there are several
-                options |= {"units": 3, "steps": 2}
-            case "StationaryFeedback":  # recurrent layers
-                made = nn.Sequential(nn.Linear(6, 12), Last(), nn.Linear(4, 3))
-            case "DiffusionBlocks":  # what returns what it takes
-                made = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 6))
-                options |= {"blocks": 1, "num_classes": 3}
-            case "ReverseDerivativeAscent":  # circuits, and bits
-                bits = (X > 0).long()
-                made, train, example = nw.circuits.evaluator(6, 3), Batches(bits, Y, 15), bits[:4]
-            case "SingleForward":  # graphs
-                made, example = nw.models.gcn(6, 3), (X, EDGES)
-                train = [(example, Y)] * 3
-        rule = getattr(nw.rules, name)(made, example=example, **options)
-        return nw.fit(rule, train, epochs=2, checkpoint_every=1, **keep)
+        said, generator = rule.facets, Generator().manual_seed(6)
+        train = Batches(WIDE, Y, 15) if said.batch is None else [said.batch()] * 3
+        example = WIDE[:4] if said.batch is None else train[0][0]
+        made = rule.value((said.network or ordinary_network)(), example=example,
+                          generator=generator, **variants(rule.value)[label])
+        return nw.fit(made, train, epochs=2, checkpoint_every=1, **keep)
     return case
 
 
 def cases() -> dict[str, Callable]:
-    rules = [name for name in nw.rules.__all__
-             if isinstance(getattr(nw.rules, name), type) and name not in ("Rule", "Backprop")]
-    return {case.__name__: case for case in (backprop, loader, augmented, jitter, lbfgs,
-                                             forgetful)} | {
-        name: rule_case(name) for name in rules}
+    """Return the cases above, each rule's first variant, and all of those that remember."""
+    found = {case.__name__: case for case in OWN}
+    for rule in (entry for entry in methods().values() if entry.facets.kind == "rule"):
+        labels = list(variants(rule.value))
+        for label in labels if rule.value.remembers else labels[:1]:
+            found[f"{rule.name} {label}".strip()] = rule_case(rule, label)
+    return found
+
+
+OWN = (backprop, loader, augmented, jitter, lbfgs, forgetful)
 
 
 def in_child(case: Callable, folder: Path, result: Path, *, die_at: int = -1,
@@ -245,7 +225,7 @@ def main() -> None:
     work, draw = Path(sys.argv[1]), random.Random(0)
     for name, case in cases().items():
         (work / name).mkdir()
-        own = name in ("backprop", "loader", "augmented", "jitter", "lbfgs", "forgetful")
+        own = case in OWN
         report = check(case, work / name, events=16 if name == "backprop" else 3 if own else 1,
                        kills=6 if own else 3, draw=draw)
         print(json.dumps({"case": name, **report}), flush=True)

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import netwright as nw
-
 
 def load_worker() -> ModuleType:
     path = Path(__file__).with_name("distributed_worker.py")
@@ -25,6 +23,8 @@ def load_worker() -> ModuleType:
 
 
 worker = load_worker()
+SAME_IN_SHARES = [name for name, how in worker.WAYS.items() if worker.build(*how).same_in_shares]
+OWN_IN_SHARES = [name for name in worker.WAYS if name not in SAME_IN_SHARES]
 torch_distributed = pytest.mark.skipif(not torch.distributed.is_available(),
                                        reason="PyTorch was built without torch.distributed")
 
@@ -52,23 +52,24 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float(((a[name] - b[name]).abs() / (1 + b[name].abs())).max()) for name in a)
 
 
-def test_every_rule_is_here() -> None:
-    rules = {name for name in nw.rules.__all__ if isinstance(getattr(nw.rules, name), type)}
-    tested = {rule for rule, _ in (worker.EQUAL | worker.UNEQUAL).values()}
-    assert rules - {"Rule"} == tested | worker.ALONE
+def test_both_kinds_of_rules_are_here() -> None:
+    assert SAME_IN_SHARES
+    assert OWN_IN_SHARES
+    assert worker.ALONE
 
 
 @torch_distributed
-@pytest.mark.parametrize("name", worker.EQUAL)
+@pytest.mark.parametrize("name", SAME_IN_SHARES)
 def test_two_processes_train_as_one(name: str, one: dict, two: list[dict]) -> None:
-    assert apart(two[0]["outcomes"][name], one[name]) < 1e-5
+    assert apart(two[0]["outcomes"][name], one[name]) < 1e-8
 
 
 @torch_distributed
-@pytest.mark.parametrize("name", worker.UNEQUAL)
-def test_a_rule_that_draws_for_each_sample_does_not(name: str, one: dict, two: list[dict]) -> None:
-    """The control: the comparison can tell trainings apart."""
-    assert apart(two[0]["outcomes"][name], one[name]) > 1e-4
+@pytest.mark.parametrize("rule", sorted({worker.WAYS[name][0] for name in OWN_IN_SHARES}))
+def test_a_rule_that_says_so_does_not(rule: str, one: dict, two: list[dict]) -> None:
+    """The control: the comparison can tell trainings apart, by one of the rule's variants."""
+    names = [name for name in OWN_IN_SHARES if worker.WAYS[name][0] == rule]
+    assert max(apart(two[0]["outcomes"][name], one[name]) for name in names) > 1e-6
 
 
 @torch_distributed
@@ -95,7 +96,7 @@ def test_what_cannot_train_together_is_said(two: list[dict]) -> None:
         assert "[(False, 1), (False, 2)]" in two[rank]["errors"]["uneven"]
         for rule in worker.ALONE:
             assert f"{rule} changes the weights itself" in two[rank]["errors"][rule]
-        for rule in ("BoostedUnits", "ContinualBackprop"):
+        for rule in (rule for rule, entry in worker.RULES.items() if entry.value.together):
             assert "1 had none at epoch 1, step 3" in two[rank]["errors"][f"{rule}, no share"]
     assert "in another process" in two[0]["errors"]["diverged"]
     assert "x holds infinity in sample 3" in two[1]["errors"]["diverged"]

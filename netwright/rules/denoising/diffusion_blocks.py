@@ -91,6 +91,8 @@ class DiffusionBlocks(Rule):
     torch.Size([3, 2])
     """
 
+    same_in_shares = False  # noise is drawn for each sample
+
     def __init__(self, network: nn.Module | Stages, example: Tensor | None = None, *,
                  blocks: int = 4, num_classes: int | None = None,
                  partition: Literal["equal_mass", "uniform"] = "equal_mass",

@@ -94,6 +94,8 @@ class NoProp(Rule):
     gain: Tensor
     steps: Tensor
 
+    same_in_shares = False  # noise is drawn for each sample
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  num_classes: int | None = None, blocks: int = 10, eta: float = 0.1,
                  embedding: Literal["learned", "one-hot"] | Tensor = "learned",

@@ -90,6 +90,8 @@ class NoPropContinuous(Rule):
 
     embedding: Tensor
 
+    same_in_shares = False  # noise is drawn for each sample
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  num_classes: int | None = None, eta: float = 1.0, steps: int = 20,
                  solver: Literal["heun", "euler"] = "heun",

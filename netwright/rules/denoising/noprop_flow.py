@@ -77,6 +77,8 @@ class NoPropFlow(Rule):
 
     embedding: Tensor
 
+    same_in_shares = False  # noise is drawn for each sample
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  num_classes: int | None = None, steps: int = 20,
                  embedding: Literal["learned", "one-hot"] | Tensor = "one-hot",

@@ -71,6 +71,8 @@ class InferenceLearning(Rule):
     True
     """
 
+    same_in_shares = False  # steps are shortened by the share's own energy
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, rate: float = 0.1,
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy, steps: int | None = None,
                  state_rate: float = 0.5, generator: Generator | None = None) -> None:

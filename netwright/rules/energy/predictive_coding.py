@@ -69,6 +69,11 @@ class PredictiveCoding(Rule):
     True
     """
 
+    @property
+    def same_in_shares(self) -> bool:  # type: ignore[override]
+        """Not where weights move within a batch, by what is seen of it."""
+        return not self.incremental
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  steps: int | None = None, state_rate: float = 0.05, nudge: float = 1.0,

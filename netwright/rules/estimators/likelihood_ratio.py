@@ -76,6 +76,8 @@ class LikelihoodRatio(Rule):
     torch.Size([8, 4])
     """
 
+    same_in_shares = False  # noise is drawn for each sample
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  noise: float = 0.1, copies: int = 16, control: Control = "baseline",
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,

@@ -78,6 +78,11 @@ class PipelinedBackprop(Rule):
 
     remembers = True
 
+    @property
+    def same_in_shares(self) -> bool:  # type: ignore[override]
+        """Not where the last gradient of the share is kept to make up for a delay."""
+        return not self.spike_compensation
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, momentum: float = 0.9,
                  spike_compensation: bool = True,
                  prediction: Literal["velocity", "difference"] | None = "velocity",

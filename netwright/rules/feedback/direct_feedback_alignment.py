@@ -82,6 +82,11 @@ class DirectFeedbackAlignment(Rule):
     torch.Size([3, 8])
     """
 
+    @property
+    def same_in_shares(self) -> bool:  # type: ignore[override]
+        """Not where noise is drawn for each sample."""
+        return not self.noise
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  feedback: Literal["random", "sign_symmetric", "kolen_pollack"] = "random",
                  share: bool = False, ternary: float | None = None, noise: float = 0.0,

@@ -96,6 +96,11 @@ class Pepita(Rule):
     torch.Size([3, 4])
     """
 
+    @property
+    def same_in_shares(self) -> bool:  # type: ignore[override]
+        """Not where the feedback follows the weights by noise that is drawn."""
+        return not self.feedback.learned
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  feedback: Literal["random", "mirror"] = "random",
                  presynaptic: Literal["modulated", "clean", "own"] = "modulated",

@@ -1,10 +1,11 @@
 """The samples that Forward-Forward shows a network: labelled, normalised, joined, weighted."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional
 
 from netwright.rules.forward._graphs import copied as copied_graph
@@ -124,3 +125,22 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     """Return each label as a row, and for labels below 0 the neutral one, every class 1/classes."""
     rows = functional.one_hot(labels.clamp(min=0), classes).float()
     return rows.where((labels >= 0).unsqueeze(1), 1 / classes)
+
+
+def other_labels(y: Tensor, classes: int, scores: Tensor | None,
+                 generator: Generator | None) -> Tensor:
+    """Return a class other than `y` for each sample, in proportion to exp(scores).
+
+    Nodes of a graph that have no label keep their -100.
+    """
+    device = y.device if generator is None else generator.device
+    known = y.clamp(min=0)
+    if scores is None:
+        shift = torch.randint(1, classes, y.shape, generator=generator,
+                              device=device)
+        drawn = (known + shift.to(y.device)) % classes
+    else:
+        noise = torch.empty(scores.shape, device=device).exponential_(generator=generator)
+        others = scores.float().scatter(1, known.unsqueeze(1), -math.inf)
+        drawn = (others - noise.to(y.device).log()).argmax(1)
+    return drawn.where(y >= 0, y)

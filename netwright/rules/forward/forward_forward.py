@@ -1,6 +1,5 @@
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -9,9 +8,10 @@ from torch.nn.functional import softplus
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.objectives.losses import cross_entropy
+from netwright.rules.forward._activity import hidden, onward, squared
 from netwright.rules.forward._blocks import in_blocks
-from netwright.rules.forward._class_goodness import channels, class_goodness
+from netwright.rules.forward._class_goodness import channels, compete, votes
+from netwright.rules.forward._collaboration import Sum, added, sized, sums_of_all
 from netwright.rules.forward._graphs import (
     check_network,
     graph_parts,
@@ -21,36 +21,22 @@ from netwright.rules.forward._graphs import (
     put_together,
 )
 from netwright.rules.forward._samples import (
-    TINY,
     check_written,
     image_of,
     joined,
     normalised,
     one_hot,
+    other_labels,
     overlaid,
     weights,
 )
-from netwright.rules.readout import (
-    Readout,
-    count_classes,
-    first_parameter,
-    mean_of_tokens,
-    padding_mask,
-    widths,
-)
+from netwright.rules.forward._softmax import softmax, trained_softmax
+from netwright.rules.readout import Readout, count_classes, first_parameter, widths
 from netwright.rules.rule import Rule, check_labels
 from netwright.runtime.modes import evaluating, rehearsing
-from netwright.runtime.random_state import random_state, set_random_state
 from netwright.stages import Stages, stages
 
 __all__ = ["ForwardForward"]
-
-# The most readouts whose inputs are kept until the scores that they add up to are known; the
-# inputs of more are computed a second time, so that memory does not grow with depth.
-KEPT = 4
-
-# Goodness, and the unit that it is measured in, of one stage or added up over several.
-Sum = tuple[Tensor | float, Tensor | float]
 
 
 @method(
@@ -170,6 +156,11 @@ class ForwardForward(Rule):
     torch.Size([5, 3])
     """
 
+    @property
+    def same_in_shares(self) -> bool:  # type: ignore[override]
+        """Not where each sample's negative label is drawn."""
+        return self.by_class or callable(self.negatives)
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  num_classes: int | None = None,
                  goodness: Literal["sum", "mean", "by_class"] = "sum",
@@ -187,26 +178,7 @@ class ForwardForward(Rule):
         self.overlays = not callable(negatives) and not self.by_class
         if predict_by is None:
             predict_by = "softmax" if callable(negatives) else "goodness"
-        if negatives not in ("label_overlay", "virtual_nodes") and not callable(negatives):
-            raise UnknownName("way of making negatives", str(negatives),
-                              ["label_overlay", "virtual_nodes"])
-        if goodness not in ("sum", "mean", "by_class"):
-            raise UnknownName("goodness", goodness, ["sum", "mean", "by_class"])
-        if predict_by not in ("goodness", "softmax"):
-            raise UnknownName("way of predicting", predict_by, ["goodness", "softmax"])
-        if collaborate not in (True, False, "earlier"):
-            raise UnknownName("way to collaborate", str(collaborate), ["True", "False", "earlier"])
-        if self.by_class:
-            for name, value, usual in (("threshold", threshold, None),
-                                       ("negatives", negatives, "label_overlay"),
-                                       ("collaborate", collaborate, False)):
-                if value != usual:
-                    raise ValueError(f"{name} must be left out where goodness='by_class', since "
-                                     "there the classes of one sample compete with each other, "
-                                     f"got {value}; give goodness='sum' for it")
-        if predict_by == "goodness" and callable(negatives):
-            raise ValueError("predict_by must be 'softmax' where negatives is a function, since "
-                             "there is no label in x to compare goodness for, got 'goodness'")
+        _check(goodness, negatives, predict_by, collaborate, threshold)
         checks.above(0, temperature=temperature, amplitude=amplitude, max_rows=max_rows,
                      optional=True)
         if skip is None:
@@ -259,18 +231,18 @@ class ForwardForward(Rule):
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
         """Add each stage's own gradient to `.grad`; return the mean of the stages' losses."""
         if self.by_class:
-            return self._compete(self._input(x), y)
+            return compete(self, self._input(x), y)
         if callable(self.negatives):
             passes = joined(x, self.negatives(x, y))
             if y is not None and self.softmax_is_read:
                 check_labels(y, self.num_classes)
-                self._read(self._input(x), y)
+                trained_softmax(self, self._input(x), y)
             return self._contrast([self._input(part) for part in passes], y)
         if y is None:
             raise ValueError("y must hold the classes that are written into x, got None; "
                              "give negatives= to learn without labels")
         check_written(self._image(x), y, self.num_classes, some=is_graph(x))
-        scores = self._read(self._unlabelled(x), y) if self.softmax_is_read else None
+        scores = trained_softmax(self, self._unlabelled(x), y) if self.softmax_is_read else None
         others = self._other_labels(y, scores if self.hard_negatives else None)
         shown = self._labelled(x, torch.cat([y, others]))
         if self.links:  # virtual nodes have no label
@@ -282,46 +254,8 @@ class ForwardForward(Rule):
         """Return each class's goodness, or the softmax's logits, in eval mode, without a graph."""
         with evaluating(self):
             if self.predict_by == "goodness":
-                return self._votes(self._input(x)) if self.by_class else self._tried_labels(x)
-            return self._softmax(self._unlabelled(x) if self.overlays else self._input(x))
-
-    def _compete(self, x: Any, y: Tensor | None) -> Tensor:
-        """Train the hidden stages to have the largest goodness for the sample's own class."""
-        if y is None:
-            raise ValueError("y must hold the classes that goodness='by_class' tells apart, got "
-                             "None; give negatives= to learn without labels")
-        check_labels(y, self.num_classes)
-        if y.ndim != 1:
-            raise ValueError("y must have one class a sample where goodness='by_class', got "
-                             f"{tuple(y.shape)}; make each token a sample")
-        if self.softmax_is_read:
-            self._read(x, y)
-        h, context, losses = x, self.stages.context(x), []
-        for i in range(self.depth):
-            h = self.stages[i](h, context)
-            goodness = class_goodness(self._kernel(i), h, x)
-            loss = cross_entropy(goodness / (self.temperature or 1.0), y)
-            if loss.requires_grad:
-                loss.backward()
-            losses.append(loss.detach())
-            _, square, features = self._square(h, x)
-            h = self._onward(h, square, features)
-        return torch.stack(losses).mean()
-
-    def _votes(self, x: Any) -> Tensor:
-        """Return the mean of the stages' goodness of each class."""
-        h, context, votes = x, self.stages.context(x), []
-        for i in range(self.depth):
-            h = self.stages[i](h, context)
-            if i >= self.first_read:
-                votes.append(class_goodness(self._kernel(i), h, x))
-            _, square, features = self._square(h, x)
-            h = self._onward(h, square, features)
-        return torch.stack(votes).mean(0)
-
-    def _kernel(self, i: int) -> Readout:
-        assert self.kernels is not None
-        return cast(Readout, self.kernels[i])
+                return votes(self, self._input(x)) if self.by_class else self._tried_labels(x)
+            return softmax(self, self._unlabelled(x) if self.overlays else self._input(x))
 
     def _contrast(self, passes: list[Any], y: Tensor | None) -> Tensor:
         """Train the hidden stages on one pass of both halves, or on positives, then negatives."""
@@ -329,7 +263,7 @@ class ForwardForward(Rule):
         sums: list[Sum] = [(0.0, 0.0)] * len(passes)
         if self.collaborate is True:
             with rehearsing(self.network):
-                sums = self._sums(passes, contexts)
+                sums = sums_of_all(self, passes, contexts)
         losses = []
         for stage in list(self.stages)[:self.depth]:
             for k, (x, context) in enumerate(zip(passes, contexts, strict=True)):
@@ -341,27 +275,16 @@ class ForwardForward(Rule):
                 losses.append(loss)
         return torch.stack(losses).sum() / self.depth
 
-    def _sums(self, passes: list[Any], contexts: list[Any]) -> list[Sum]:
-        """Return each pass's goodness of all hidden stages; draw as the pass that learns will."""
-        hs, sums = list(passes), [cast(Sum, (0.0, 0.0))] * len(passes)
-        for stage in list(self.stages)[:self.depth]:
-            for k, (x, context) in enumerate(zip(passes, contexts, strict=True)):
-                h = stage(hs[k], context)
-                _, square, features = self._square(h, x)
-                sums[k] = _added(sums[k], self._size(square, features))
-                hs[k] = self._onward(h, square, features)
-        return sums
-
     def _learn(self, h: Tensor, x: Any, sign: Tensor, weight: Tensor,
                shared: Sum) -> tuple[Tensor, Tensor, Sum]:
         """Add one stage's gradient; return its loss, what goes on, and the goodness shared so far.
 
         `shared` is the goodness of all stages, this one too, or of those before this one.
         """
-        activity, square, features = self._square(h, x)
-        own = self._size(square, features)
+        activity, square, features = squared(h, x)
+        own = sized(self.goodness, square, features)
         if self.collaborate == "earlier":
-            shared = _added(shared, own)
+            shared = added(shared, own)
         size, units = shared if self.collaborate else own
         threshold = units if self.threshold is None else self.threshold
         temperature = own[1] / 10 if self.temperature is None else self.temperature
@@ -371,82 +294,7 @@ class ForwardForward(Rule):
             if self.goodness == "mean":
                 slope = slope / features
             h.backward((activity * slope.unsqueeze(1)).view_as(h).to(h.dtype))
-        return (softplus(-z) * weight).sum(), self._onward(h, square, features), shared
-
-    def _size(self, square: Tensor, features: Tensor | float) -> Sum:
-        """Return a stage's goodness and the unit that it is measured in."""
-        return (square, features) if self.goodness == "sum" else (square / features, 1.0)
-
-    def _square(self, h: Tensor, x: Any) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Return the activity (batch, features), its sum of squares and how many features count."""
-        activity, mask = h.detach(), padding_mask(x, h)
-        count: Tensor | float = float(h[0].numel())
-        if mask is not None:
-            activity = activity * mask.to(h.dtype).unsqueeze(-1)
-            count = mask.sum(1).clamp_min(1) * float(h.shape[2])
-        activity = activity.reshape(len(h), -1)
-        if activity.dtype in (torch.float16, torch.bfloat16):
-            activity = activity.float()
-        return activity, torch.linalg.vector_norm(activity, dim=1).square(), count
-
-    def _onward(self, h: Tensor, square: Tensor, features: Tensor | float) -> Tensor:
-        norm = (square / features).sqrt().clamp_min(TINY).to(h.dtype)
-        return h.detach() / norm.view(-1, *[1] * (h.ndim - 1))
-
-    def _hidden(self, x: Any, context: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield number, sum of squares and normalised activity of each hidden stage."""
-        h = x
-        for i in range(self.depth):
-            with torch.no_grad():
-                h = self.stages[i](h, context)
-                _, square, features = self._square(h, x)
-                h = self._onward(h, square, features)
-            yield i, square, h
-
-    def _readout(self, i: int) -> Readout | None:
-        return cast(Readout, self.readouts[str(i)]) if str(i) in self.readouts else None
-
-    def _read(self, x: Any, y: Tensor) -> Tensor:
-        """Train the softmax on `x`; return its scores."""
-        keep = len(self.readouts) <= KEPT
-        before = None if keep else random_state()
-        h, context = x, self.stages.context(x)
-        parts: list[Tensor] = []
-        scores: Tensor | float = 0.0
-        for i, _, h in self._hidden(x, context):
-            if readout := self._readout(i):
-                part = readout(h, y, x)
-                scores = scores + part.detach()
-                parts += [part] if keep else []
-        # What autocast cast without a graph must not be taken for the pass that learns.
-        torch.clear_autocast_cache()
-        if self.classifier:
-            parts.append(self.stages[-1](h, context))
-            scores = scores + parts[-1].detach()
-        assert isinstance(scores, Tensor)
-        scores.requires_grad_()
-        (error,) = torch.autograd.grad(cross_entropy(scores, y), scores)
-        for part in parts:
-            if part.requires_grad:
-                part.backward(error)
-        if before is not None:
-            with rehearsing(self.network):
-                set_random_state(before)
-                for i, _, h in self._hidden(x, context):
-                    if readout := self._readout(i):
-                        with torch.enable_grad():
-                            readout(h, y, x).backward(error)
-        return scores.detach()
-
-    def _softmax(self, x: Any) -> Tensor:
-        h, context, parts = x, self.stages.context(x), []
-        for i, _, h in self._hidden(x, context):
-            if readout := self._readout(i):
-                parts.append(readout(h))
-        if self.classifier:
-            parts.append(self.stages[-1](h, context))
-        axes = parts[-1].ndim
-        return torch.stack([mean_of_tokens(p, x) if p.ndim > axes else p for p in parts]).sum(0)
+        return (softplus(-z) * weight).sum(), onward(h, square, features), shared
 
     def _tried_labels(self, x: Any) -> Tensor:
         image, found = self._image(x), []
@@ -454,28 +302,15 @@ class ForwardForward(Rule):
         for labels in classes.split(max(1, self.max_rows // len(image))):
             labelled = self._labelled(x, labels.repeat_interleave(len(image), 0))
             squares = [square for i, square, _
-                       in self._hidden(labelled, self.stages.context(labelled))
+                       in hidden(self.stages, self.depth, labelled,
+                                 self.stages.context(labelled))
                        if i >= self.first_read]
             total = torch.stack(squares).sum(0).view(len(labels), -1)[:, :len(image)]
             found.append(total.T)
         return torch.cat(found, 1)
 
     def _other_labels(self, y: Tensor, scores: Tensor | None) -> Tensor:
-        """Return a class other than `y` for each sample, in proportion to exp(scores).
-
-        Nodes of a graph that have no label keep their -100.
-        """
-        device = y.device if self.generator is None else self.generator.device
-        known = y.clamp(min=0)
-        if scores is None:
-            shift = torch.randint(1, self.num_classes, y.shape, generator=self.generator,
-                                  device=device)
-            drawn = (known + shift.to(y.device)) % self.num_classes
-        else:
-            noise = torch.empty(scores.shape, device=device).exponential_(generator=self.generator)
-            others = scores.float().scatter(1, known.unsqueeze(1), -math.inf)
-            drawn = (others - noise.to(y.device).log()).argmax(1)
-        return drawn.where(y >= 0, y)
+        return other_labels(y, self.num_classes, scores, self.generator)
 
     def _labelled(self, x: Any, labels: Tensor) -> Any:
         """Return copies of `x` that carry `labels`, as many as there are labels for."""
@@ -503,5 +338,25 @@ class ForwardForward(Rule):
         return normalised(x) if self.normalise_input else x
 
 
-def _added(a: Sum, b: Sum) -> Sum:
-    return a[0] + b[0], a[1] + b[1]
+def _check(goodness: str, negatives: Any, predict_by: str, collaborate: bool | str,
+           threshold: float | None) -> None:
+    if negatives not in ("label_overlay", "virtual_nodes") and not callable(negatives):
+        raise UnknownName("way of making negatives", str(negatives),
+                          ["label_overlay", "virtual_nodes"])
+    if goodness not in ("sum", "mean", "by_class"):
+        raise UnknownName("goodness", goodness, ["sum", "mean", "by_class"])
+    if predict_by not in ("goodness", "softmax"):
+        raise UnknownName("way of predicting", predict_by, ["goodness", "softmax"])
+    if collaborate not in (True, False, "earlier"):
+        raise UnknownName("way to collaborate", str(collaborate), ["True", "False", "earlier"])
+    if goodness == "by_class":
+        for name, value, usual in (("threshold", threshold, None),
+                                   ("negatives", negatives, "label_overlay"),
+                                   ("collaborate", collaborate, False)):
+            if value != usual:
+                raise ValueError(f"{name} must be left out where goodness='by_class', since "
+                                 "there the classes of one sample compete with each other, "
+                                 f"got {value}; give goodness='sum' for it")
+    if predict_by == "goodness" and callable(negatives):
+        raise ValueError("predict_by must be 'softmax' where negatives is a function, since "
+                         "there is no label in x to compare goodness for, got 'goodness'")

@@ -101,6 +101,11 @@ class ForwardGradient(Rule):
     ['AuxiliaryHead']
     """
 
+    @property
+    def same_in_shares(self) -> bool:  # type: ignore[override]
+        """Not where each sample's activities are perturbed, or the batch guesses for weights."""
+        return (self.perturb == "activities") == (self.guess == "local_loss")
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  perturb: Literal["weights", "activities"] = "weights", directions: int = 1,
                  distribution: Literal["normal", "rademacher"] = "normal",

@@ -74,6 +74,8 @@ class PhysicalForwardForward(Rule):
     torch.Size([5, 3])
     """
 
+    same_in_shares = False  # each sample's negative label is drawn
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  num_classes: int | None = None, sharpness: float = 4.0, amplitude: float = 1.0,
                  max_rows: int = 4096, generator: Generator | None = None) -> None:

@@ -79,6 +79,11 @@ class DisinhibitoryHebb(Rule):
     tensor([ 1., -1.])
     """
 
+    @property
+    def same_in_shares(self) -> bool:  # type: ignore[override]
+        """Not where the inverse is a tangent at the average of the share."""
+        return self.inverse != "linear"
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  inverse: Literal["exact", "linear"] = "exact", gain: float = 0.6,
                  inhibition: float = 1.0, feedback: float = 1.0, steps: int = 30,

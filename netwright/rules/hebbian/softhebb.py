@@ -79,6 +79,8 @@ class SoftHebb(Rule):
     (torch.Size([8, 4]), None)
     """
 
+    same_in_shares = False  # steps are divided by the largest of the share
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  temperature: float | Sequence[float] = 1.0, anti_hebbian: bool = True,
                  norm_power: float = 0.5, initial_norm: float | None = 25.0,

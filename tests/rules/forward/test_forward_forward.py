@@ -303,7 +303,7 @@ def test_deep_softmax_is_trained_on_the_activity_that_it_saw():
                   (nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5))]
         rule = ForwardForward(nn.Sequential(*layers, nn.Linear(12, 3)),
                               generator=torch.Generator().manual_seed(0))
-        monkeypatch.setattr("netwright.rules.forward.forward_forward.KEPT", kept)
+        monkeypatch.setattr("netwright.rules.forward._softmax.KEPT", kept)
         rule(X, Y)
         return [*(p.grad for p in rule.parameters()), *rule.buffers()]
     with pytest.MonkeyPatch.context() as patch:
