@@ -63,19 +63,20 @@ def between(low: float, high: float, /, *, ends: tuple[bool, bool] = (True, True
 
     `ends` says which of the two it may be itself.
 
-    >>> between(0, 1, ends=(False, False), share=1.0)
+    >>> between(0, 1, ends=(False, True), share=0.0)
     Traceback (most recent call last):
         ...
-    ValueError: share must be between 0 and 1, got 1.0
+    ValueError: share must be above 0 and at most 1, got 0.0
     """
+    reach = _reach(low, high, *ends)
     for name, value in numbers.items():
         if optional and value is None:
             continue
         inside = _finite(value) and low <= value <= high
         if whole and inside and not _whole(value):
-            _refuse(name, f"a whole number between {low} and {high}", value, advice)
+            _refuse(name, f"a whole number {reach}", value, advice)
         if not inside or (value == low and not ends[0]) or (value == high and not ends[1]):
-            _refuse(name, f"between {low} and {high}", value, advice)
+            _refuse(name, reach, value, advice)
 
 
 def one_of(known: Iterable[Any], /, *, optional: bool = False, **names: Any) -> None:
@@ -89,15 +90,15 @@ def one_of(known: Iterable[Any], /, *, optional: bool = False, **names: Any) -> 
     known = list(known)
     for name, value in names.items():
         if not (optional and value is None) and value not in known:
-            raise UnknownName(name.replace("_", " "), value, known)
+            raise UnknownName(name.replace("_", " "), str(value), known)
 
 
 def pair(*, advice: str = "", **values: Any) -> None:
     """Raise unless each is a tuple or a list of two."""
     for name, value in values.items():
         if not (isinstance(value, (tuple, list)) and len(value) == 2):
-            got = f"{type(value).__name__} of {len(value)}" if hasattr(value, "__len__") else value
-            _refuse(name, "a pair", got, advice)
+            seen = f"{type(value).__name__} of {len(value)}" if hasattr(value, "__len__") else ""
+            _refuse(name, "a pair", value, advice, seen)
 
 
 def finite(*, advice: str = "", **values: Any) -> None:
@@ -106,9 +107,17 @@ def finite(*, advice: str = "", **values: Any) -> None:
         if isinstance(value, Tensor):
             if not bool(torch.isfinite(value).all()):
                 bad = int((~torch.isfinite(value)).sum())
-                _refuse(name, "finite", f"{bad} of {value.numel()} numbers that are not", advice)
+                _refuse(name, "finite", value, advice,
+                        f"{bad} of {value.numel()} numbers that are not")
         elif not _finite(value):
             _refuse(name, "a finite number", value, advice)
+
+
+def _reach(low: float, high: float, with_low: bool, with_high: bool) -> str:
+    if with_low and with_high:
+        return f"between {low} and {high}"
+    least, most = "at least" if with_low else "above", "at most" if with_high else "below"
+    return f"{least} {low} and {most} {high}"
 
 
 def _whole(value: Any) -> bool:
@@ -130,5 +139,6 @@ def _finite(value: Any) -> bool:
         return False
 
 
-def _refuse(name: str, must: str, got: Any, advice: str) -> None:
-    raise ValueError(f"{name} must be {must}, got {got}" + (f"; {advice}" if advice else ""))
+def _refuse(name: str, must: str, value: Any, advice: str, seen: str = "") -> None:
+    seen = seen or (repr(value) if isinstance(value, str) else str(value))
+    raise ValueError(f"{name} must be {must}, got {seen}" + (f"; {advice}" if advice else ""))

@@ -21,7 +21,7 @@ def test_a_count_takes_every_kind_of_whole_number(value):
     (2.0, "width must be a whole number of at least 1, got 2.0"),
     (NAN, "width must be a whole number of at least 1, got nan"),
     (True, "width must be a whole number of at least 1, got True"),
-    ("3", "width must be a whole number of at least 1, got 3"),
+    ("3", "width must be a whole number of at least 1, got '3'"),
     (None, "width must be a whole number of at least 1, got None"),
 ])
 def test_a_count_names_what_is_none(value, message):
@@ -51,9 +51,13 @@ def test_between_takes_its_ends_where_it_is_told_to():
     assert checks.between(0, 1, a=0, b=1, c=0.5) is None
     assert checks.between(0, 1, ends=(True, False), a=0) is None
     assert checks.between(0, 1, ends=(False, True), a=1) is None
-    for ends, value in (((False, True), 0), ((True, False), 1), ((True, True), -0.1),
-                        ((True, True), 1.1)):
-        with pytest.raises(ValueError, match=f"^a must be between 0 and 1, got {value}$"):
+    for ends, value, must in (((False, True), 0, "above 0 and at most 1"),
+                              ((True, False), 1, "at least 0 and below 1"),
+                              ((False, False), 0, "above 0 and below 1"),
+                              ((False, False), 1, "above 0 and below 1"),
+                              ((True, True), -0.1, "between 0 and 1"),
+                              ((True, True), 1.1, "between 0 and 1")):
+        with pytest.raises(ValueError, match=f"^a must be {must}, got {value}$"):
             checks.between(0, 1, ends=ends, a=value)
     with pytest.raises(ValueError, match=r"^a must be a whole number between 0 and 9, got 1.5$"):
         checks.between(0, 9, whole=True, a=1.5)
@@ -72,6 +76,8 @@ def test_a_name_is_one_of_those_that_are_known():
     assert checks.one_of(["sum"], optional=True, reduction=None) is None
     with pytest.raises(UnknownName, match=r"no way of predicting is called 'men'; did you mean"):
         checks.one_of(["mean"], way_of_predicting="men")
+    with pytest.raises(UnknownName, match=r"no reduction is called 'None'; known are mean, sum$"):
+        checks.one_of(["sum", "mean"], reduction=None)
 
 
 def test_a_pair_is_a_tuple_or_a_list_of_two():

@@ -171,9 +171,7 @@ def _plan(chosen: list[Task], wanted: list[Change], *, seeds: int | Sequence[int
     if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
         raise ValueError(f"seeds must be a number of at least 1 or a list of different seeds, "
                          f"got {seeds}")
-    if not isinstance(trials, int) or trials < 1:
-        raise ValueError(f"trials must be a whole number of at least 1, got {trials!r}; "
-                         "1 tries the defaults only")
+    checks.count(1, trials=trials, advice="1 tries the defaults only")
     if epochs is not None:
         chosen = [replace(task, epochs=epochs) for task in chosen]
     try:

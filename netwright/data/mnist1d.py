@@ -2,6 +2,7 @@ import numpy
 import torch
 from numpy.random import Generator, default_rng
 
+from netwright import checks
 from netwright.data.images import Split
 
 __all__ = ["mnist1d"]
@@ -43,8 +44,7 @@ def mnist1d(*, samples: int = 5000, test: float = 0.2, length: int = 40,
     [(4000, 1, 40), (4000,), (1000, 1, 40), (1000,)]
     """
     classes = len(STROKES)
-    if samples < classes:
-        raise ValueError(f"samples must be at least the {classes} classes, got {samples}")
+    checks.count(classes, samples=samples, advice=f"there are {classes} classes")
     held_out = round(samples // classes * classes * test)
     if not 0 < held_out < samples // classes * classes:
         raise ValueError(f"test must leave samples for training and for the test, got {test}; "

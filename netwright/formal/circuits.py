@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 
 __all__ = ["PolynomialCircuit", "Semiring", "Wire", "evaluator", "modular", "saturating",
@@ -306,8 +307,8 @@ def sum_of_products(inputs: int, outputs: int = 1, *, degree: int | None = None,
     PolynomialCircuit(inputs=3, parameters=4, outputs=1, gates=6, semiring=Z_2)
     """
     most = inputs if degree is None else degree
-    if most < 0:
-        raise ValueError(f"degree must be at least 0, got {degree}")
+    checks.count(0, inputs=inputs)
+    checks.count(0, degree=degree, optional=True)
     sizes = range(min(most, inputs) + 1)
     _check_parameters(outputs * sum(comb(inputs, size) for size in sizes),
                       f"inputs={inputs}, degree={degree} and outputs={outputs}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.measure._allocations import Ledger, Saved, peaks, size
 from netwright.measure._batch import check_batch
@@ -85,9 +86,8 @@ def cost(rule_or_model: nn.Module | Stages, batch: tuple[Any, Any], *,
     True
     """
     check_batch(batch)
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and "
-                         f"{warmup}")
+    checks.count(1, repeats=repeats)
+    checks.count(0, warmup=warmup)
     module = rule_or_model.model if isinstance(rule_or_model, Stages) else rule_or_model
     # Copies, since a batch is often a view into the storage of a whole data set.
     x, y = mapped(tuple(batch), Tensor.clone)

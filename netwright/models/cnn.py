@@ -2,6 +2,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 
 __all__ = ["cnn"]
@@ -44,9 +45,8 @@ def cnn(channels: int, size: Sequence[int], classes: int, *, widths: Sequence[in
     """
     if len(size) not in (1, 2):
         raise ValueError(f"size must be (length,) or (height, width), got {tuple(size)}")
-    if min(size) < 2 ** len(widths):
-        raise ValueError(f"size must be at least {2 ** len(widths)} on each axis to be halved "
-                         f"{len(widths)} times, got {tuple(size)}; give fewer widths")
+    checks.count(2 ** len(widths), size=min(size),
+                 advice=f"each axis is halved {len(widths)} times; give fewer widths")
     one = len(size) == 1
     convolution, pool = (nn.Conv1d, nn.MaxPool1d) if one else (nn.Conv2d, nn.MaxPool2d)
     batch_norm = nn.BatchNorm1d if one else nn.BatchNorm2d

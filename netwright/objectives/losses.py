@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from netwright import checks
 from netwright.catalogue.facets import method
 
 __all__ = ["contrast_within", "cross_entropy", "mase", "smape"]
@@ -69,9 +70,9 @@ def mase(forecast: Tensor, target: Tensor, history: Tensor, season: int = 1) -> 
     tensor(2.)
     """
     _same_shape(forecast, target)
-    if not 1 <= season < history.shape[-1]:
-        raise ValueError(f"season must be between 1 and {history.shape[-1] - 1}, one less than the "
-                         f"history has points, got {season}")
+    points = history.shape[-1]
+    checks.between(1, points - 1, whole=True, season=season,
+                   advice=f"the history has {points} points, and a season is shorter")
     scale = (history[..., season:] - history[..., :-season]).abs().mean(-1, keepdim=True)
     return ((target - forecast).abs() / scale.clamp(min=torch.finfo(scale.dtype).tiny)).mean()
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 
 __all__ = ["BlockProximalDescent", "stationarity_gap"]
 
@@ -211,12 +211,9 @@ def _to_simplex(value: Tensor) -> Tensor:
 
 def _check(group: dict[str, Any]) -> None:
     kind = group["constraint"]
-    if not callable(kind) and kind not in ("none", "nonnegative", "simplex"):
-        raise UnknownName("constraint", str(kind), ["none", "nonnegative", "simplex"])
-    for name in ("prox_weight", "tolerance"):
-        if not 0 <= group[name] < math.inf:
-            raise ValueError(f"{name} must be at least 0 and finite, got {group[name]}; "
-                             "try the default")
-    if group["inner_steps"] < 1:
-        raise ValueError(f"inner_steps must be at least 1, got {group['inner_steps']}; "
-                         "one is a projected gradient step for each parameter")
+    if not callable(kind):
+        checks.one_of(["none", "nonnegative", "simplex"], constraint=kind)
+    checks.at_least(0, prox_weight=group["prox_weight"], tolerance=group["tolerance"],
+                    advice="try the default")
+    checks.count(1, inner_steps=group["inner_steps"],
+                 advice="one is a projected gradient step for each parameter")

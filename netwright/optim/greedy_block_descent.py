@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
@@ -7,6 +6,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 
@@ -265,10 +265,8 @@ class GreedyBlockDescent(Optimizer):
             raise ValueError(f"bound must be given for select={self.select!r}, update="
                              f"{self.update!r}: give a matrix above the Hessian, or take "
                              "'gauss_southwell_lipschitz' with fixed blocks and 'gradient'")
-        if not 0 < lipschitz < math.inf:
-            raise ValueError(f"lipschitz must be above 0 and finite, got {lipschitz}; try 1")
-        if not 0 <= self.l1 < math.inf:
-            raise ValueError(f"l1 must be at least 0 and finite, got {self.l1}; 0 is none")
+        checks.above(0, lipschitz=lipschitz, advice="try 1")
+        checks.at_least(0, l1=self.l1, advice="0 is none")
         if self.l1 and (self.update != "gradient" or self.select in BOUNDED or self.variable):
             raise ValueError("l1 must be 0 unless update='gradient' and blocks are fixed and "
                              "chosen by 'gauss_southwell', its Lipschitz kind, 'cyclic' or "
@@ -286,9 +284,8 @@ def _blocks(blocks: int | str | Sequence[Tensor], sizes: list[int],
     if blocks == "parameters":
         return list(every.split(sizes))
     if isinstance(blocks, int):
-        if not 1 <= blocks <= len(every):
-            raise ValueError(f"blocks must be between 1 and the {len(every)} coordinates of "
-                             f"params, got {blocks}")
+        checks.between(1, len(every), whole=True, blocks=blocks,
+                       advice=f"params have {len(every)} coordinates")
         return list(every.split(blocks))
     if isinstance(blocks, str):
         raise UnknownName("way to make blocks", blocks, ["parameters"])

@@ -6,6 +6,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from netwright import checks
 from netwright.compare.results import Comparison, Row
 from netwright.report._figures import (
     FIGURES,
@@ -37,8 +38,7 @@ def picture(comparison: Comparison, path: str | Path, task: str | None = None) -
         ValueError: the comparison has no such task, or nothing that could be drawn.
     """
     tasks = by_task(comparison)
-    if task is not None and task not in tasks:
-        raise ValueError(f"task must be one of {', '.join(tasks)}, got {task!r}")
+    checks.one_of(tasks, task=task, optional=True)
     chosen = {name: [r for r in rows if is_shown(r)] for name, rows in tasks.items()
               if task in (None, name)}
     chosen = {name: rows for name, rows in chosen.items() if rows}

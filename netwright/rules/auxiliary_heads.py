@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright import checks
 from netwright.errors import UnknownName
 from netwright.rules.readout import mean_of_tokens
 from netwright.stages import Stage, Stages
@@ -91,9 +92,8 @@ def blocks_of(net: Stages, blocks: int | Sequence[str] | None) -> list[list[Stag
     if blocks is None:
         return [[stage] for stage in stages]
     if isinstance(blocks, int):
-        if not 1 <= blocks <= len(stages):
-            raise ValueError(f"blocks must be between 1 and the {len(stages)} stages of the "
-                             f"network, got {blocks}; give fewer, or finer stages")
+        checks.between(1, len(stages), whole=True, blocks=blocks,
+                       advice=f"the network has {len(stages)} stages; give fewer, or finer stages")
         starts = [-(-i * len(stages) // blocks) for i in range(blocks)]
     else:
         if isinstance(blocks, str) or not blocks:

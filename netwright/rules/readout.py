@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from netwright import checks
 from netwright.stages import Stages
 
 
@@ -141,9 +142,7 @@ def count_classes(net: Stages, num_classes: int | None, last: int | None) -> int
                          f"stage, {net.names[-1]}, which has {last}; change one of them")
     classes = last if num_classes is None else num_classes
     assert classes is not None
-    if classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {classes}; "
-                         "give the number of classes")
+    checks.count(2, num_classes=classes, advice="give the number of classes")
     return classes
 
 

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.nn.functional import mse_loss
 from torch.optim import Adam, Optimizer
 
-from netwright import data, models
+from netwright import checks, data, models
 from netwright.blocks.mixing.mlp_mixer import MLPMixer
 from netwright.data.batches import Batches
 from netwright.errors import BadTaskFile, NetwrightError, UnknownName
@@ -123,16 +123,10 @@ class Task:
         if not isinstance(self.metric, str) and self.higher_is_better is None:
             raise ValueError("higher_is_better must be given with a metric of your own; use "
                              "higher_is_better=True where more is better")
-        for name, least in (("epochs", 1), ("batch_size", 1)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got "
-                                 f"{getattr(self, name)!r}")
-        if not (_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
-            raise ValueError(f"learning_rate must be above 0, got "
-                             f"{self.learning_rate!r}; try 1e-3")
-        if not (_number(self.validation) and 0 < self.validation < 1):
-            raise ValueError(f"validation must be a share between 0 and 1, got "
-                             f"{self.validation!r}; try 0.2")
+        checks.count(1, epochs=self.epochs, batch_size=self.batch_size)
+        checks.above(0, learning_rate=self.learning_rate, advice="try 1e-3")
+        checks.between(0, 1, ends=(False, False), validation=self.validation,
+                       advice="it is a share of the training samples; try 0.2")
         for name in ("loss", "optimizer", *(() if isinstance(self.metric, str) else ("metric",))):
             if not callable(getattr(self, name)):
                 raise ValueError(f"{name} must be a function, got "
@@ -326,10 +320,6 @@ def _checked(loaded: Any, name: str) -> Any:
 
 def _part(x: Any, index: slice | Tensor) -> Any:
     return mapped(x, lambda t: t[index])
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _name(function: Any) -> str:

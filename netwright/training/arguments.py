@@ -38,14 +38,6 @@ class Options:
     progress: bool
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raise ValueError unless each is a whole number of at least 1, or None."""
-    for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)
-                                  or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
 def learning(rule: Rule) -> list[Parameter]:
     """Return the parameters that a training changes: whole numbers only where the rule does."""
     return [p for p in rule.parameters()

@@ -15,7 +15,6 @@ from netwright.rules.rule import Rule
 from netwright.training.arguments import (
     Metric,
     Options,
-    check_counts,
     check_data,
     learning,
     made_optimizer,
@@ -98,8 +97,8 @@ def fit(rule: Rule | nn.Module, train: Data, *, epochs: int,
         rule = Unlabelled(rule) if generative(rule) else Backprop(rule)
     if metric is accuracy and not rule.needs_labels:
         metric = mean_score
-    check_counts(epochs=epochs, accumulate=accumulate, patience=patience,
-                  checkpoint_every=checkpoint_every)
+    checks.count(1, epochs=epochs, accumulate=accumulate)
+    checks.count(1, patience=patience, checkpoint_every=checkpoint_every, optional=True)
     check_data("train", train)
     if validation is not None:
         check_data("validation", validation)

@@ -298,7 +298,10 @@ def test_a_rule_needs_targets():
         cost(Local(deep(1)), (batch()[0], None))
 
 
-@pytest.mark.parametrize("options", [{"repeats": 0}, {"warmup": -1}])
-def test_repeats_are_checked(options):
-    with pytest.raises(ValueError, match="repeats must be at least 1"):
+@pytest.mark.parametrize(("options", "match"), [
+    ({"repeats": 0}, "repeats must be at least 1, got 0"),
+    ({"warmup": -1}, "warmup must be at least 0, got -1"),
+])
+def test_repeats_are_checked(options, match):
+    with pytest.raises(ValueError, match=match):
         cost(deep(1), batch(), **options)

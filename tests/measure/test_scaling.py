@@ -101,5 +101,5 @@ def test_errors():
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         scaling_fit([([1.0, 2.0], [2.0, 1.0])], samples=0)
     fit = scaling_fit([([1.0, 2.0], [2.0, 1.0])], samples=1)
-    with pytest.raises(ValueError, match=r"level must be between 0 and 1, got 95"):
+    with pytest.raises(ValueError, match=r"level must be above 0 and below 1, got 95"):
         fit.interval(95)

@@ -78,7 +78,7 @@ def test_gcn_says_what_to_install(monkeypatch):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="at least 8 on each axis to be halved 3 times"):
+    with pytest.raises(ValueError, match="size must be at least 8, got 6; each axis is halved 3"):
         cnn(1, (6, 8), 10, widths=(4, 4, 4))
     with pytest.raises(ValueError, match=r"size must be \(length,\) or \(height, width\)"):
         cnn(1, (8, 8, 8), 10)

@@ -126,7 +126,7 @@ def test_errors():
     x = Parameter(torch.ones(3))
     with pytest.raises(UnknownName, match="did you mean nonnegative"):
         BlockProximalDescent([x], constraint="nonnegativ")
-    with pytest.raises(ValueError, match="prox_weight must be at least 0 and finite, got -1"):
+    with pytest.raises(ValueError, match="prox_weight must be at least 0, got -1"):
         BlockProximalDescent([x], prox_weight=-1)
     with pytest.raises(ValueError, match="inner_steps must be at least 1, got 0"):
         BlockProximalDescent([x], inner_steps=0)

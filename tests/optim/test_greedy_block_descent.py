@@ -201,7 +201,7 @@ def test_errors():
             ({"update": "matrix"}, ValueError, "bound must be given for select="),
             ({"select": "gauss_southwell_quadratic"}, ValueError, "bound must be given"),
             ({"bound": torch.eye(3)}, ValueError, r"bound must be \(4, 4\), .* got \(3, 3\)"),
-            ({"blocks": 5}, ValueError, "blocks must be between 1 and the 4 coordinates"),
+            ({"blocks": 5}, ValueError, "blocks must be between 1 and 4, got 5; params have 4"),
             ({"blocks": [torch.tensor([0, 1])]}, ValueError, "hold each of the 4 coordinates"),
             ({"blocks": "parameter"}, UnknownName, "did you mean parameters"),
             ({"blocks": 2, "l1": 1.0, "update": "newton"}, ValueError, "l1 must be 0 unless"),

@@ -82,8 +82,8 @@ def test_signals_with_and_without_an_example():
 
 
 @pytest.mark.parametrize(("blocks", "error", "match"), [
-    (0, ValueError, "between 1 and the 3 stages .* got 0"),
-    (4, ValueError, "between 1 and the 3 stages .* got 4"),
+    (0, ValueError, "between 1 and 3, got 0; .* 3 stages"),
+    (4, ValueError, "between 1 and 3, got 4; .* 3 stages"),
     ("0", ValueError, "a list of the names .* got '0'"),
     ([], ValueError, "a list of the names"),
     (["0", "7"], UnknownName, "stage to begin a block at"),

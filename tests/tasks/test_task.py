@@ -114,10 +114,10 @@ def test_unknown_names():
     ({"name": "a/b"}, "name must be a few words without a slash"),
     ({"network": nn.Linear(2, 2)}, "network must be a function that builds a fresh network"),
     ({"metric": accuracy}, "higher_is_better must be given"),
-    ({"epochs": 0}, "epochs must be a whole number of at least 1, got 0"),
+    ({"epochs": 0}, "epochs must be at least 1, got 0"),
     ({"batch_size": 0}, "batch_size must be"),
     ({"learning_rate": 0}, "learning_rate must be above 0"),
-    ({"validation": 1.0}, "validation must be a share between 0 and 1"),
+    ({"validation": 1.0}, "validation must be above 0 and below 1, got"),
 ])
 def test_arguments_are_checked(options, message):
     with pytest.raises(ValueError, match=message):

@@ -300,7 +300,7 @@ def test_on_epoch_is_told_and_may_stop_by_raising() -> None:
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"epochs": 0}, "epochs must be a whole number of at least 1, got 0"),
+    ({"epochs": 0}, "epochs must be at least 1, got 0"),
     ({"epochs": 1.5}, "epochs must be a whole number of at least 1, got 1.5"),
     ({"accumulate": 0}, "accumulate must be"),
     ({"patience": 2}, "patience=2 needs validation="),

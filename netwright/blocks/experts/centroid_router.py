@@ -1,6 +1,7 @@
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.blocks.experts.routing import Routing
 from netwright.catalogue.facets import method
 
@@ -44,8 +45,7 @@ class CentroidRouter(nn.Module):
         if centroids.ndim != 2 or not len(centroids):
             raise ValueError("centroids must be (n_experts, dim), one row for each expert, got "
                              f"{tuple(centroids.shape)}")
-        if not centroids.isfinite().all():
-            raise ValueError("centroids must be finite, got infinite or undefined ones")
+        checks.finite(centroids=centroids)
         self.n_experts = len(centroids)
         self.register_buffer("centroids", centroids.detach().clone())
 

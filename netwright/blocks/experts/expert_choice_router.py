@@ -1,6 +1,7 @@
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.blocks.experts.routing import Routing, check_choice, router_logits
 from netwright.catalogue.facets import method
 
@@ -39,8 +40,7 @@ class ExpertChoiceRouter(nn.Module):
                  generator: Generator | None = None) -> None:
         super().__init__()
         check_choice(n_experts, 1)
-        if not 0 < k <= n_experts:
-            raise ValueError(f"k must be above 0 and at most n_experts={n_experts}, got {k}")
+        checks.between(0, n_experts, ends=(False, True), k=k, advice=f"n_experts={n_experts}")
         self.n_experts, self.k = n_experts, k
         self.weight = nn.Parameter(torch.empty(n_experts, dim))
         nn.init.uniform_(self.weight, -dim ** -0.5, dim ** -0.5, generator=generator)

@@ -42,9 +42,8 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def check_choice(n_experts: int, k: int) -> None:
     """Raise ValueError where no token can choose `k` of `n_experts`."""
     checks.count(1, n_experts=n_experts)
-    if not 1 <= k <= n_experts:
-        raise ValueError(f"k must be between 1 and n_experts={n_experts}, got {k}; a token cannot "
-                         "use an expert twice")
+    checks.between(1, n_experts, whole=True, k=k,
+                   advice=f"a token cannot use one of n_experts={n_experts} twice")
 
 
 @method(

@@ -3,6 +3,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from netwright import checks
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.feedforward.feed_forward import FeedForward
 from netwright.catalogue.facets import method
@@ -149,8 +150,7 @@ def par_pattern(length: int, attention: int | None = None) -> str:
     """
     attention = max(1, length // 3) if attention is None else attention
     early = -(-2 * length // 3)
-    if not 1 <= attention <= early:
-        raise ValueError(f"attention must be between 1 and {early}, two thirds of length={length}, "
-                         f"got {attention}")
+    checks.between(1, early, whole=True, attention=attention,
+                   advice=f"{early} is two thirds of length={length}")
     places = {early * i // attention for i in range(attention)}
     return "".join("s" if i in places else "f" for i in range(length))

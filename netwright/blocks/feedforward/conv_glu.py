@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.catalogue.facets import method
 
@@ -81,11 +82,11 @@ class ConvGLU(nn.Module):
                                  f"{numbers}; give axes={len(numbers)}")
         if causal and axes > 1:
             raise ValueError(f"causal must be False where axes={axes}: only a line has an order")
-        for name, number in (("dim", dim), ("hidden", hidden), ("out", out),
-                             *(("kernel", k) for k in kernels),
-                             *(("size", s) for s in self.size or ())):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        checks.count(1, dim=dim, hidden=hidden, out=out)
+        for number in kernels:
+            checks.count(1, kernel=number)
+        for number in self.size or ():
+            checks.count(1, size=number)
         before = [k - 1 if causal else (k - 1) // 2 for k in kernels]
         after = [k - 1 - b for k, b in zip(kernels, before, strict=True)]
         # A convolution pads both ends alike.

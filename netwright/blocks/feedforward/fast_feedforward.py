@@ -90,10 +90,7 @@ class FastFeedforward(nn.Module):
                  hardening: float = 3.0, balance: float = 0.0, master_leaf: int = 0) -> None:
         super().__init__()
         out = dim if out is None else out
-        sizes = {"dim": dim, "hidden": hidden, "depth": depth, "leaf": leaf, "out": out}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        checks.count(1, dim=dim, hidden=hidden, depth=depth, leaf=leaf, out=out, optional=True)
         checks.at_least(0, hardening=hardening, balance=balance, master_leaf=master_leaf)
         leaves = 2 ** depth
         if hidden is None:

@@ -128,8 +128,7 @@ def effective_width(tokens: int, channels: int) -> int:
     >>> effective_width(tokens=16, channels=64)
     1024
     """
-    if tokens < 1 or channels < 1:
-        raise ValueError(f"tokens and channels must be at least 1, got {tokens} and {channels}")
+    checks.count(1, tokens=tokens, channels=channels)
     return tokens * channels
 
 
@@ -150,9 +149,7 @@ def channels_for(connections: int, tokens: int) -> int:
     >>> [(s, channels_for(4096, s)) for s in (4, 16, 64)]
     [(4, 43), (16, 16), (64, 2)]
     """
-    if connections < 1 or tokens < 1:
-        raise ValueError(f"connections and tokens must be at least 1, got {connections} and "
-                         f"{tokens}")
+    checks.count(1, connections=connections, tokens=tokens)
     channels = round((sqrt(tokens ** 2 + 8 * connections / tokens) - tokens) / 2)
     if channels < 1:
         raise ValueError(f"connections must be at least {(tokens ** 2 + tokens) // 2} for "

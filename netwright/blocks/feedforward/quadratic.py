@@ -148,8 +148,8 @@ def relinear_groups(model: nn.Module, lr: float,
     [0.01, 0.001, 0.002]
     """
     gate, square = gamma if isinstance(gamma, tuple) else (gamma, gamma)
-    if not (0 <= gate <= 1 and 0 <= square <= 1):
-        raise ValueError(f"gamma must be between 0 and 1, got {gamma}; try 0.1")
+    for share in (gate, square):
+        checks.between(0, 1, gamma=share, advice="try 0.1")
     layers = [module for module in model.modules() if isinstance(module, QuadraticLinear)]
     if not layers:
         raise NothingToReshape("model must hold a QuadraticLinear layer, which is where gamma "

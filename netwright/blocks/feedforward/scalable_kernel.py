@@ -84,8 +84,7 @@ class RandomFeatures(nn.Module):
     def __init__(self, dim: int, n_features: int, function: Function = "sin", *,
                  scale: float = 1.0, generator: Generator | None = None) -> None:
         super().__init__()
-        if dim < 1 or n_features < 1:
-            raise ValueError(f"dim and n_features must be at least 1, got {dim} and {n_features}")
+        checks.count(1, dim=dim, n_features=n_features)
         checks.above(0, scale=scale)
         if isinstance(function, str) and function not in ("relu", *_SPECTRA):
             raise UnknownName("function", function, ("relu", *_SPECTRA))

@@ -158,8 +158,7 @@ class SelectableKANLinear(nn.Module):
         With another `grid` the weights are a new parameter: make the optimizer afterwards.
         """
         new_grid = self.grid if grid is None else grid
-        if new_grid < 1:
-            raise ValueError(f"grid must be at least 1, got {grid}")
+        checks.count(1, grid=new_grid)
         flat = _rows(x, self.inputs).double()
         if not len(flat) or not flat.isfinite().all():
             raise ValueError(f"x must hold finite rows, got {tuple(x.shape)}; leave out what is "

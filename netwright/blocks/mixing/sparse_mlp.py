@@ -1,7 +1,9 @@
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.mixing.mlp_mixer import check_tokens
@@ -118,10 +120,8 @@ class SparseMLPBlock(nn.Module):
                                  f"for example ({tokens}, {dim})")
             represent = (2 * tokens, dim // 2)
         more, fewer = represent
-        for name, size in (("tokens", tokens), ("dim", dim), ("represent[0]", more),
-                           ("represent[1]", fewer)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        sizes: dict[str, Any] = {"represent[0]": more, "represent[1]": fewer}
+        checks.count(1, tokens=tokens, dim=dim, **sizes)
 
         def mixture(size: int, hidden: int, n: int) -> MixtureOfExperts:
             route = (ImportanceRouter(size, n, k) if router == "importance" else

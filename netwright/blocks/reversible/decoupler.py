@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, mse_loss
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.downsample import InjectivePad, InvertibleDownsample
 from netwright.blocks.reversible.sequential import ReversibleSequential
@@ -79,9 +80,8 @@ class ReversibleDecoupler(nn.Module):
         if not channels or len(depths) != len(channels) or columns < 1:
             raise ValueError("channels and depths must have one number for each level, and columns "
                              f"be at least 1, got {channels=}, {depths=}, {columns=}")
-        if channels[0] < 4 * inputs:
-            raise ValueError(f"channels[0] must be at least 4 * inputs = {4 * inputs}, to hold the "
-                             f"pixels of a patch, got {channels[0]}")
+        checks.count(4 * inputs, channels=channels[0],
+                     advice="the first level's hold the 4 * inputs pixels of a patch")
         self.channels = tuple(channels)
         self.stem = nn.Sequential(nn.Conv2d(inputs, channels[0], 5, stride=2, padding=2),
                                   _ChannelNorm(channels[0]))

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
 from netwright.reversing.engine import Regroup, Step
@@ -50,8 +51,8 @@ class InvertibleDownsample(nn.Module):
     def __init__(self, factor: int | Sequence[int] = 2) -> None:
         super().__init__()
         self.factor = factor if isinstance(factor, int) else tuple(factor)
-        if min([factor] if isinstance(factor, int) else factor) < 1:
-            raise ValueError(f"factor must be at least 1, got {factor}")
+        for size in [factor] if isinstance(factor, int) else factor:
+            checks.count(1, factor=size)
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """Return `x` with patches as channels."""

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.catalogue.facets import method
 from netwright.reversing.engine import Add, Update
@@ -61,10 +62,10 @@ class MBConv(nn.Sequential):
             raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        if min(inputs, outputs) < 1 or inputs * expand < 1 or squeeze < 0:
-            raise ValueError(f"inputs, outputs and inputs * expand must be at least 1 and squeeze "
-                             f"not negative, got {inputs}, {outputs}, expand={expand}, "
-                             f"squeeze={squeeze}")
+        checks.count(1, inputs=inputs, outputs=outputs)
+        checks.at_least(0, squeeze=squeeze)
+        if inputs * expand < 1:
+            raise ValueError(f"expand must leave one channel of inputs={inputs}, got {expand}")
         conv: Any = CONVS[dims - 1]
         norm, wide = norm or BATCH_NORMS[dims - 1], int(inputs * expand)
         layers: list[nn.Module] = []
@@ -120,8 +121,7 @@ class ReversibleMBConv(ReversibleBlock):
                  squeeze: float = 0.0, norm: Callable[[int], nn.Module] | None = None,
                  activation: Callable[[], nn.Module] = nn.ReLU6) -> None:
         super().__init__()
-        if channels < 2:
-            raise ValueError(f"channels must be at least 2, to have halves, got {channels}")
+        checks.count(2, channels=channels, advice="they are cut into halves")
         first, second = self.sizes = (channels - channels // 2, channels // 2)
         options: dict[str, Any] = {"expand": expand, "kernel_size": kernel_size, "squeeze": squeeze,
                                    "dims": dims, "norm": norm, "activation": activation}

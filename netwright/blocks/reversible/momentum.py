@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
@@ -62,9 +63,8 @@ class MomentumBlock(ReversibleBlock):
     def __init__(self, f: nn.Module, gamma: float = 0.9, dim: int = 1, *,
                  weight: float | None = None) -> None:
         super().__init__()
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma must be above 0 and at most 1, got {gamma}; at 0 nothing is "
-                             "left of the velocity, so that it cannot be reconstructed")
+        checks.between(0, 1, ends=(False, True), gamma=gamma, advice="at 0 nothing is left of the "
+                       "velocity, so that it cannot be reconstructed")
         self.f, self.gamma, self.dim = f, gamma, dim
         self.weight = 1 - gamma if weight is None else weight
         if self.weight == 0:

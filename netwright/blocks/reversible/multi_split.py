@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Adam, Optimizer
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
@@ -73,9 +74,7 @@ class MultiSplitReversible(ReversibleBlock):
     def __init__(self, ops: Space, splits: int = 2, *, dim: int = -1,
                  architecture: Parameter | None = None) -> None:
         super().__init__()
-        if splits < 2:
-            raise ValueError(f"splits must be at least 2, since a split is changed by the others; "
-                             f"got {splits}")
+        checks.count(2, splits=splits, advice="a split is changed by the others")
         if not ops:
             raise ValueError("ops must name at least one operation, got none")
         shape = splits, len(ops)
@@ -206,8 +205,7 @@ def darts_reversible(space: Space, train: Data, validation: Data, *, entry: nn.M
     >>> found.weights.shape
     torch.Size([3, 1, 2, 2])
     """
-    if depth < 1 or epochs < 1:
-        raise ValueError(f"depth and epochs must be at least 1, got {depth} and {epochs}")
+    checks.count(1, depth=depth, epochs=epochs)
     one = Parameter(torch.zeros(splits, len(space))) if shared else None
     cells = [MultiSplitReversible(space, splits, dim=dim, architecture=one) for _ in range(depth)]
     chain = ReversibleSequential(*cells)

@@ -69,9 +69,8 @@ class RevColumn(ReversibleBlock):
         if len(levels) != len(channels) or not levels:
             raise ValueError(f"channels must name one number for each of the {len(levels)} levels, "
                              f"got {list(channels)}")
-        if not 0 < least_scale <= abs(shortcut_scale):
-            raise ValueError(f"least_scale must be above 0 and at most shortcut_scale, got "
-                             f"least_scale={least_scale}, shortcut_scale={shortcut_scale}")
+        checks.between(0, abs(shortcut_scale), ends=(False, True), least_scale=least_scale,
+                       advice=f"shortcut_scale={shortcut_scale}")
         self.levels = nn.ModuleList(levels)
         self.scales = nn.ModuleList([_Scale(n, shortcut_scale, least_scale, dim)
                                      for n in channels])
@@ -165,9 +164,8 @@ class RevCol(nn.Module):
             raise ValueError(f"channels must name one number for each of the {len(make_level)} "
                              f"levels of make_level, got {list(channels)}")
         checks.at_least(1, growth=growth, optional=True, advice="None keeps the last column only")
-        if level is not None and not -len(channels) <= level < len(channels):
-            raise ValueError(f"level must be one of the {len(channels)} levels or None, got "
-                             f"{level}")
+        checks.between(-len(channels), len(channels) - 1, whole=True, optional=True, level=level,
+                       advice=f"there are {len(channels)} levels")
         self.growth, self.level, self.exact = growth, level, exact
         self.first = nn.ModuleList([make(0) for make in make_level])
         self.columns = ReversibleSequential(*[

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from netwright import checks
 from netwright.formal.learners.lens import Lens
 
 
@@ -59,7 +60,7 @@ def momentum(gamma: float = 0.9) -> Optimiser:
     >>> s, p
     (tensor(2.5000), tensor(2.5000))
     """
-    _check(gamma=gamma)
+    checks.between(0, 1, ends=(True, False), gamma=gamma)
     return Optimiser(_zeros, Lens(lambda sp: sp[1], _heavy_ball(gamma)))
 
 
@@ -74,7 +75,7 @@ def nesterov(gamma: float = 0.9) -> Optimiser:
     >>> nesterov(0.5).lens.get((torch.tensor(2.0), torch.tensor(1.0)))
     tensor(2.)
     """
-    _check(gamma=gamma)
+    checks.between(0, 1, ends=(True, False), gamma=gamma)
 
     def get(sp: Any) -> Any:
         return tree_map(lambda s, p: p + gamma * s, *sp)
@@ -118,7 +119,8 @@ def adam(rate: float = 1e-3, *, betas: tuple[float, float] = (0.9, 0.999),
     (1, tensor(0.9000))
     """
     first, second = betas
-    _check(**{"betas[0]": first, "betas[1]": second})
+    decays: dict[str, Any] = {"betas[0]": first, "betas[1]": second}
+    checks.between(0, 1, ends=(True, False), **decays)
 
     def put(sp: Any, change: Any) -> Any:
         (m, v, t), params = sp
@@ -147,9 +149,3 @@ def _heavy_ball(gamma: float) -> Callable[[Any, Any], Any]:
 
 def _zeros(params: Any) -> Any:
     return tree_map(torch.zeros_like, params)
-
-
-def _check(**decays: float) -> None:
-    for name, value in decays.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1, got {value}")

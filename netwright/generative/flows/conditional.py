@@ -61,12 +61,9 @@ class ConditionalAffineCoupling(Transform):
     def __init__(self, channels: int, condition_channels: int, hidden: int = 64, *,
                  clamp: float = 5.0) -> None:
         super().__init__()
-        if channels < 2:
-            raise ValueError(f"channels must be at least 2, one for each half, got {channels}; put "
-                             "a Squeeze before the coupling")
-        if hidden < 2:
-            raise ValueError(f"hidden must be at least 2, since half of it is normalised, got "
-                             f"{hidden}")
+        checks.count(2, channels=channels,
+                     advice="give one for each half, or put a Squeeze before the coupling")
+        checks.count(2, hidden=hidden, advice="half of it is normalised")
         checks.above(0, clamp=clamp)
         self.condition_channels, self.clamp = condition_channels, clamp
         self.sizes = channels // 2, channels - channels // 2

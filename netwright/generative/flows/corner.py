@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import conv2d, pad
 from torch.nn.grad import conv2d_weight
 
+from netwright import checks
 from netwright.errors import CannotReverse
 from netwright.reversing.engine import Update
 
@@ -66,9 +67,7 @@ def log_abs_det(weight: Tensor, corner: str) -> Tensor:
 def starting_weight(channels: int, kernel_size: int, corner: str,
                     generator: Generator | None) -> Tensor:
     """Return a random rotation of the channels with small numbers in the rest of the kernel."""
-    if channels < 1 or kernel_size < 1:
-        raise ValueError(f"channels and kernel_size must be at least 1, got channels={channels}, "
-                         f"kernel_size={kernel_size}")
+    checks.count(1, channels=channels, kernel_size=kernel_size)
     weight = torch.randn(channels, channels, kernel_size, kernel_size, generator=generator)
     weight *= 0.1 / (channels * max(1, kernel_size ** 2 - 1)) ** 0.5
     rotation = torch.linalg.qr(torch.randn(channels, channels, generator=generator)).Q

@@ -167,8 +167,7 @@ def score_matching_loss(flow: EBFlow | nn.Module, x: Tensor,
     >>> score_matching_loss(flow, torch.randn(5, 2), "denoising").shape
     torch.Size([])
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    checks.one_of(KINDS, kind=kind)
     checks.above(0, noise=noise)
 
     def energy(at: Tensor) -> Tensor:

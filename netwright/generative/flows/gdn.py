@@ -157,8 +157,7 @@ def gaussianize_layerwise(layers: Iterable[Transform | Sequence[Transform]], dat
              for layer in layers]
     if not parts or not len(data):
         raise ValueError(f"layers and data must not be empty, got {len(parts)} and {len(data)}")
-    if steps < 1 or batch < 1:
-        raise ValueError(f"steps and batch must be at least 1, got {steps} and {batch}")
+    checks.count(1, steps=steps, batch=batch)
     size, x = data.shape[1:], data
     for layer in parts:
         flow = Flow(layer, size)

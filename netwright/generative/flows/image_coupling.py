@@ -1,5 +1,6 @@
 from torch import nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.coupling import AffineCouplingTransform
 
@@ -47,9 +48,8 @@ def image_coupling(channels: int, hidden: int = 64, *, clamp: float = 2.0,
     >>> torch.equal(image_coupling(4)(x)[0], x)
     True
     """
-    if channels < 2:
-        raise ValueError(f"channels must be at least 2, one for each half, got {channels}; put a "
-                         "Squeeze before the coupling")
+    checks.count(2, channels=channels,
+                 advice="give one for each half, or put a Squeeze before the coupling")
     changed = channels // 2
     stays = channels - changed
     net = coupling_net(stays, 2 * changed, hidden)

@@ -2,6 +2,7 @@ from typing import Any
 
 from torch import Generator, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.corner import CORNERS, Convolve, starting_weight
 from netwright.generative.flows.flow import Transform
@@ -58,8 +59,7 @@ class InvConv2d(Transform):
     def __init__(self, channels: int, kernel_size: int = 3, order: str = "TL", *,
                  generator: Generator | None = None) -> None:
         super().__init__()
-        if order not in CORNERS:
-            raise ValueError(f"order must be one of {', '.join(CORNERS)}, got {order!r}")
+        checks.one_of(CORNERS, order=order)
         self.order = order
         self.weight = nn.Parameter(starting_weight(channels, kernel_size, order, generator))
 

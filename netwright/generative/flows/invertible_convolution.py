@@ -2,6 +2,7 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.corner import Convolve, starting_weight
 from netwright.generative.flows.flow import Transform
@@ -54,8 +55,7 @@ class InvertibleConv3x3(Transform):
     def __init__(self, channels: int, pad: str = "top-left", *, kernel_size: int = 3,
                  generator: Generator | None = None) -> None:
         super().__init__()
-        if pad not in PADS:
-            raise ValueError(f"pad must be one of {', '.join(PADS)}, got {pad!r}")
+        checks.one_of(PADS, pad=pad)
         self.pad = pad
         self.weight = nn.Parameter(starting_weight(channels, kernel_size, PADS[pad], generator))
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from netwright import checks
 from netwright.blocks.reversible.coupling import AffineCoupling
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
@@ -72,9 +73,7 @@ class InvertibleRescaler(nn.Module):
     def __init__(self, channels: int, blocks: int, scale_encoding: bool = True, *,
                  hidden: int = 32) -> None:
         super().__init__()
-        if channels < 1 or blocks < 1:
-            raise ValueError(f"channels and blocks must be at least 1, got channels={channels}, "
-                             f"blocks={blocks}")
+        checks.count(1, channels=channels, blocks=blocks)
         self.channels, self.scale_encoding = channels, scale_encoding
         told = 4 if scale_encoding else 0
         self.blocks = ReversibleSequential(*[

@@ -64,11 +64,9 @@ class KernelCoupling(Transform):
     def __init__(self, dim: int, n_inducing: int, kernel: str = "rbf", *, flip: bool = False,
                  clamp: float = 2.0, generator: Generator | None = None) -> None:
         super().__init__()
-        if dim < 2:
-            raise ValueError(f"dim must be at least 2, so that there are two halves, got {dim}")
+        checks.count(2, dim=dim, advice="there are two halves")
         checks.count(1, n_inducing=n_inducing)
-        if kernel not in KERNELS:
-            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+        checks.one_of(KERNELS, kernel=kernel)
         small, large = dim // 2, dim - dim // 2
         kept, changed = (small, large) if flip else (large, small)
         sizes = (kept, changed) if flip else (changed, kept)

@@ -56,12 +56,8 @@ class LabelFlow(Flow):
 
     def __init__(self, label_dim: int, cond_dim: int, blocks: int = 8, *, hidden: int = 64,
                  clamp: float = 0.5) -> None:
-        if label_dim < 2:
-            raise ValueError("label_dim must be at least 2, an entry for each class, got "
-                             f"{label_dim}")
-        if cond_dim < 1 or blocks < 1 or hidden < 1:
-            raise ValueError("cond_dim, blocks and hidden must be at least 1, got "
-                             f"{cond_dim}, {blocks} and {hidden}")
+        checks.count(2, label_dim=label_dim, advice="it is an entry for each class")
+        checks.count(1, cond_dim=cond_dim, blocks=blocks, hidden=hidden)
         sizes = label_dim - label_dim // 2, label_dim // 2
         parts: list[Transform] = []
         for i in range(2 * blocks):

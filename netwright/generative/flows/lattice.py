@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Flow, Transform
 from netwright.reversing.engine import Regroup, Step, Update
@@ -330,9 +331,8 @@ def gauge_flow(size: tuple[int, int], depth: int = 2, *, hidden: int = 8) -> Flo
 
 def _hmc(action: Action, x: Tensor, shown: Callable[[Tensor], Tensor], draws: int, steps: int,
          step_size: float, generator: Generator | None) -> Chain:
-    if draws < 1 or steps < 1 or not step_size > 0:
-        raise ValueError("draws and steps must be at least 1 and step_size above 0, got "
-                         f"{draws}, {steps} and {step_size}")
+    checks.count(1, draws=draws, steps=steps)
+    checks.above(0, step_size=step_size)
     x = x.detach().clone()
     energy, force = _force(action, x)
     if not bool(energy.isfinite().all()):

@@ -53,9 +53,8 @@ class QuadCoupling(Transform):
     def __init__(self, channels: int, hidden: int = 64, *, nets: Sequence[nn.Module] | None = None,
                  clamp: float = 2.0) -> None:
         super().__init__()
-        if channels < 4:
-            raise ValueError(f"channels must be at least 4, one for each quarter, got {channels}; "
-                             "put a Squeeze before the coupling")
+        checks.count(4, channels=channels,
+                     advice="give one for each quarter, or put a Squeeze before the coupling")
         checks.above(0, clamp=clamp)
         self.sizes = tuple(len(part) for part in torch.arange(channels).tensor_split(4))
         if nets is None:

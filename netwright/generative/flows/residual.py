@@ -170,9 +170,8 @@ class ResidualTransform(Transform):
             raise ValueError("log_det_by must be 'roulette', 'series' or 'exact', "
                              f"got {log_det_by!r}")
         checks.between(0, 1, ends=(False, False), p=p)
-        if exact_terms < 0 or terms < 1 or iterations < 1:
-            raise ValueError("exact_terms must be at least 0, terms and iterations at least 1, got "
-                             f"{exact_terms}, {terms} and {iterations}")
+        checks.count(0, exact_terms=exact_terms)
+        checks.count(1, terms=terms, iterations=iterations)
         self.g = spectral_norm(net, lipschitz, size=size)
         self.log_det_by, self.exact_terms, self.p = log_det_by, exact_terms, p
         self.terms, self.iterations = terms, iterations

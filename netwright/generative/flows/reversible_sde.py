@@ -75,8 +75,7 @@ class ReversibleSDESolver(ReversibleBlock):
                  begin: float = 1.0, end: float = 1e-3) -> None:
         super().__init__()
         checks.count(1, steps=steps)
-        if not 0 < coupling <= 1:
-            raise ValueError(f"coupling must be above 0 and at most 1, got {coupling}")
+        checks.between(0, 1, ends=(False, True), coupling=coupling)
         self.score, self.schedule, self.number, self.coupling = score, schedule, steps, coupling
         self.times = _spread(schedule, begin, end, steps)
         self._seen = False

@@ -1,7 +1,5 @@
 """What a grown network needs to be a scikit-learn regressor or classifier."""
 
-import math
-from collections.abc import Sequence
 from copy import copy
 from typing import Any, Self
 
@@ -14,7 +12,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Generator, Tensor, nn
 
-from netwright.errors import UnknownName
+from netwright import checks
 
 Array = NDArray[Any]
 FLOATS = [numpy.float64, numpy.float32]
@@ -53,9 +51,8 @@ class Grown(BaseEstimator):
         """Return this estimator as it was after so many steps, with a network of those alone."""
         check_is_fitted(self)
         grown = len(self.losses_) - 1
-        if not 0 <= steps <= grown:
-            raise ValueError(f"steps must be between 0 and the {grown} that were grown, got "
-                             f"{steps}; fit more of them")
+        checks.between(0, grown, whole=True, steps=steps,
+                       advice=f"{grown} were grown; fit more of them")
         cut = copy(self)
         cut.network_, cut.losses_ = self._of_first(steps), self.losses_[:steps + 1]
         return cut
@@ -127,24 +124,3 @@ class GrownClassifier(ClassifierMixin, Grown):
         """Return the most probable class of each sample."""
         best = self._scores(X).argmax(1)
         return self.classes_[best]
-
-
-def check_numbers(*, above: dict[str, float] | None = None,
-                  at_least: dict[str, tuple[int, int]] | None = None,
-                  share: dict[str, float] | None = None) -> None:
-    """Raise ValueError unless each number is above 0, at least its bound, or in (0, 1]."""
-    for name, value in (above or {}).items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be above 0 and finite, got {value}; try 0.1")
-    for name, (count, least) in (at_least or {}).items():
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}; give a larger one")
-    for name, value in (share or {}).items():
-        if not 0 < value <= 1:
-            raise ValueError(f"{name} must be above 0 and at most 1, got {value}; 1 is the whole")
-
-
-def check_name(kind: str, name: str, known: Sequence[str]) -> None:
-    """Raise UnknownName unless `name` is one of those that are known."""
-    if name not in known:
-        raise UnknownName(kind, str(name), known)

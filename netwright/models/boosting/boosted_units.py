@@ -4,14 +4,13 @@ import numpy
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.models.boosting._estimators import (
     Array,
     Grown,
     GrownClassifier,
     GrownRegressor,
-    check_name,
-    check_numbers,
 )
 from netwright.numerics.closed_form import best_step, loss, residual
 
@@ -63,13 +62,11 @@ class _BoostedUnits(Grown):
                              _linear(scale[:, None] * torch.cat(B, 1), scale * bias + mean))
 
     def _check(self) -> None:
-        check_name("activation", self.activation, list(ACTIVATIONS))
-        check_numbers(at_least={"n_steps": (self.n_steps, 1), "n_units": (self.n_units, 1),
-                                "iterations": (self.iterations, 1)},
-                      share={"subsample": self.subsample, "learning_rate": self.learning_rate})
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}; "
-                             "0 is none")
+        checks.one_of(ACTIVATIONS, activation=self.activation)
+        checks.count(1, n_steps=self.n_steps, n_units=self.n_units, iterations=self.iterations)
+        checks.between(0, 1, ends=(False, True), subsample=self.subsample,
+                       learning_rate=self.learning_rate, advice="1 is the whole")
+        checks.at_least(0, weight_decay=self.weight_decay, advice="0 is none")
 
 
 @method(

@@ -5,13 +5,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.models.boosting._estimators import (
     Grown,
     GrownClassifier,
     GrownRegressor,
-    check_name,
-    check_numbers,
 )
 from netwright.numerics.closed_form import boosted_map, linear_readout, loss, residual
 
@@ -113,14 +112,15 @@ class _RandomFeatureBoosting(Grown):
         return layer
 
     def _check(self) -> None:
-        check_name("way to find delta", self.delta, DELTAS)
-        check_name("kind of random features", self.features, ["swim", "normal"])
-        check_name("activation", self.activation, list(ACTIVATIONS))
-        check_numbers(above={"ridge": self.ridge, "ridge_readout": self.ridge_readout,
-                             "feature_scale": self.feature_scale},
-                      at_least={"n_blocks": (self.n_blocks, 0), "width": (self.width, 1),
-                                "n_features": (self.n_features, 1)},
-                      share={"shrinkage": self.shrinkage})
+        checks.one_of(DELTAS, way_to_find_delta=self.delta)
+        checks.one_of(["swim", "normal"], kind_of_random_features=self.features)
+        checks.one_of(ACTIVATIONS, activation=self.activation)
+        checks.above(0, ridge=self.ridge, ridge_readout=self.ridge_readout,
+                     feature_scale=self.feature_scale, advice="try 0.1")
+        checks.count(0, n_blocks=self.n_blocks)
+        checks.count(1, width=self.width, n_features=self.n_features)
+        checks.between(0, 1, ends=(False, True), shrinkage=self.shrinkage,
+                       advice="1 is the whole")
         if self.delta != "gradient" and not self._squared:
             raise ValueError(f"delta={self.delta!r} has a closed form for the squared loss alone; "
                              "leave it at 'gradient' for classes")

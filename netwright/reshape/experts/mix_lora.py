@@ -8,6 +8,7 @@ from netwright import checks
 from netwright.anatomy.layers import is_linear, linear_sizes
 from netwright.anatomy.replacing import replace
 from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
+from netwright.blocks.experts.routing import check_choice
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape._layers import layer_of, plain_layer
@@ -75,10 +76,8 @@ def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank:
     47616
     """
     checks.count(1, n_experts=n_experts, rank=rank)
-    if not 1 <= k <= n_experts:
-        raise ValueError(f"k must be between 1 and n_experts={n_experts}, got {k}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    check_choice(n_experts, k)
+    checks.between(0, 1, ends=(True, False), dropout=dropout)
     layers = dense_layers(model, example, square)
     names = attention
     if isinstance(attention, bool):

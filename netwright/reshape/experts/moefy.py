@@ -5,7 +5,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
+from netwright import checks
 from netwright.blocks.experts import MixtureOfExperts, Routing
+from netwright.blocks.experts.routing import check_choice
 from netwright.blocks.feedforward import GLU
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
@@ -97,10 +99,8 @@ def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Spl
     for name, value, known in (("split", split, Split), ("router", router, Router)):
         if value not in known.__args__:  # type: ignore[attr-defined]
             raise UnknownName(name, value, known.__args__)  # type: ignore[attr-defined]
-    if n_experts < 1 or not 1 <= k <= n_experts:
-        raise ValueError(f"k must be between 1 and n_experts={n_experts}, got {k}")
-    if rows < 1 or steps < 1:
-        raise ValueError(f"rows and steps must be at least 1, got {rows} and {steps}")
+    check_choice(n_experts, k)
+    checks.count(1, rows=rows, steps=steps)
     batches = batches_of(calibration)
     layers = dense_layers(model, batches[0], square)
     for layer in layers:

@@ -5,6 +5,7 @@ import numpy
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.experts.routing import TopKRouter, router_logits
 from netwright.blocks.feedforward.feed_forward import FeedForward
@@ -86,9 +87,8 @@ def prune_experts(model: nn.Module, calibration: Any, keep: int, *,
     batches = batches_of(calibration)
     found = _mixtures(model)
     for mixture in found:
-        if not 1 <= keep <= mixture.experts:
-            raise ValueError(f"keep must be between 1 and the {mixture.experts} experts of "
-                             f"{mixture.name!r}, got {keep}")
+        checks.between(1, mixture.experts, whole=True, keep=keep,
+                       advice=f"{mixture.name!r} has {mixture.experts} experts")
         if mixture.groups > 1 and (keep % mixture.groups or keep < 2 * mixture.groups):
             raise ValueError(f"keep must be a multiple of the {mixture.groups} groups in which "
                              f"{mixture.router!r} chooses, and at least two in each, got {keep}; "

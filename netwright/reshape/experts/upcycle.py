@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from netwright import checks
 from netwright.anatomy.replacing import replace
 from netwright.blocks.experts import MixtureOfExperts, TopKRouter
+from netwright.blocks.experts.routing import check_choice
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape._layers import layer_of, plain_layer
@@ -151,11 +152,9 @@ class SoftExperts(nn.Module):
 def _check(models: list[nn.Module], n_experts: int, k: int, noise: float) -> None:
     if not models:
         raise ValueError("model must be a model or a list of at least one, got an empty list")
-    if n_experts < len(models):
-        raise ValueError(f"n_experts must be at least the number of models, {len(models)}, got "
-                         f"{n_experts}; each gives at least one")
-    if not 1 <= k <= n_experts:
-        raise ValueError(f"k must be between 1 and n_experts={n_experts}, got {k}")
+    checks.count(len(models), n_experts=n_experts,
+                 advice=f"each of the {len(models)} models gives at least one")
+    check_choice(n_experts, k)
     checks.at_least(0, noise=noise)
     shapes = [{name: tuple(p.shape) for name, p in m.named_parameters()} for m in models]
     for i, other in enumerate(shapes):

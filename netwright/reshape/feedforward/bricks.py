@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.anatomy.exchanging import feedforward_weights, write_feedforward
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
 from netwright.anatomy.layers import is_linear, linear_sizes
@@ -77,9 +78,8 @@ def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
         raise NothingToReshape("the model's feed-forward layers are blocks of experts, which are "
                                "bricks already; prune them as experts")
     for layer in chosen:
-        if not 1 <= bricks <= layer.hidden:
-            raise ValueError(f"bricks must be between 1 and the {layer.hidden} hidden units of "
-                             f"{layer.down!r}, got {bricks}")
+        checks.between(1, layer.hidden, whole=True, bricks=bricks,
+                       advice=f"{layer.down!r} has {layer.hidden} hidden units")
     return [Bricks(layer, _clusters(_co_activation(model, layer, batches), bricks))
             for layer in chosen]
 

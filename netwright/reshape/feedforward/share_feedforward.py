@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.anatomy.exchanging import (
     FeedForwardWeights,
     feedforward_weights,
@@ -91,9 +92,8 @@ def share_feedforward(model: nn.Module, hidden: int | Literal["budget"] | None =
     _check_alike(model, shared)
     width = _width(model, [*shared, *dropped], first) if hidden == "budget" else (
         first.hidden if hidden is None else hidden)
-    if width < (first.hidden if start == "first" else 1):
-        raise ValueError(f"hidden must be at least {first.hidden if start == 'first' else 1} with "
-                         f"start={start!r}, got {width}")
+    checks.count(first.hidden if start == "first" else 1, hidden=width,
+                 advice=f"start={start!r} needs as many")
     return decided({"shared": [plain_layer(layer, model) for layer in shared],
                     "dropped": [plain_layer(layer, model) for layer in dropped],
                     "norms": _norms(model, example, dropped), "hidden": width, "start": start},

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.anatomy.replacing import plain_paths, replace, standing_in, without_fused_paths
 from netwright.anatomy.residual import Silent, Sublayer, Trace, trace
 from netwright.catalogue.facets import method
@@ -83,9 +84,8 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     measure = _measure(distance)
     batches = batches_of(calibration)
     found = _found(model, batches[0])
-    if not isinstance(remove, int) or not 1 <= remove <= len(found.sublayers):
-        raise ValueError(f"remove must be between 1 and the {len(found.sublayers)} sublayers of "
-                         f"the model ({_some(found)}), got {remove!r}")
+    checks.between(1, len(found.sublayers), whole=True, remove=remove,
+                   advice=f"the model has {len(found.sublayers)} sublayers, {_some(found)}")
     trial = deepcopy(model)
     left, removed = list(found.sublayers), list[Sublayer]()
     with same_random_state(), evaluating(trial), same_buffers(trial), plain_paths():

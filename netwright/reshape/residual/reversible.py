@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from netwright import checks
 from netwright.anatomy.replacing import replace, standing_in, without_fused_paths
 from netwright.anatomy.residual import Silent, Trace, trace
 from netwright.anatomy.residual_blocks import Block, Passed, example_of, respond, runs_of
@@ -97,9 +98,8 @@ def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
     """
     if how not in ("coupling", "momentum"):
         raise UnknownName("way to make a network reversible", how, ("coupling", "momentum"))
-    if not 0 < gamma < 1:
-        raise ValueError(f"gamma must be above 0 and below 1, got {gamma}; at 0 the network is the "
-                         "one given, which cannot be undone")
+    checks.between(0, 1, ends=(False, False), gamma=gamma,
+                   advice="at 0 the network is the one given, which cannot be undone")
     x = example_of(model) if example is None else example
     watched = _without_cache_and_fused_paths(deepcopy(model))
     with same_random_state(), evaluating(watched), same_buffers(watched):

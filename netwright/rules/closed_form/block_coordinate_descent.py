@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.rules.rule import Rule, check_labels
@@ -400,15 +401,12 @@ def _check(splitting: str, loss: str, gamma: float, rho: float, alpha: float, sw
     for kind, name, known in (("splitting", splitting, Splitting), ("output loss", loss, Loss)):
         if name not in get_args(known):
             raise UnknownName(kind, str(name), get_args(known))
-    for kind, value in (("gamma", gamma), ("rho", rho), ("alpha", alpha)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{kind} must be above 0 and finite, got {value}; try the default")
-    if loss == "cross_entropy" and alpha < 0.5:
-        raise ValueError("alpha must be at least 0.5 for output_loss='cross_entropy', got "
-                         f"{alpha}: with less the objective may rise")
-    for kind, count, least in (("sweeps", sweeps, 1), ("keep", keep, 0)):
-        if count < least:
-            raise ValueError(f"{kind} must be at least {least}, got {count}")
+    checks.above(0, gamma=gamma, rho=rho, alpha=alpha, advice="try the default")
+    if loss == "cross_entropy":
+        checks.at_least(0.5, alpha=alpha, advice="with less the objective of "
+                        "output_loss='cross_entropy' may rise")
+    checks.count(1, sweeps=sweeps)
+    checks.count(0, keep=keep)
 
 
 def _layer(stage: Stage, net: Stages) -> _Layer:

@@ -100,12 +100,9 @@ class RandomFeatureBoosting(Rule):
         super().__init__(network, generator=generator)
         if output_loss not in get_args(Loss):
             raise UnknownName("output loss", str(output_loss), get_args(Loss))
-        for name, value in (("ridge", ridge), ("ridge_readout", ridge_readout)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {value}; try the default")
-        if not 0 < shrinkage <= 1:
-            raise ValueError(f"shrinkage must be above 0 and at most 1, got {shrinkage}; "
-                             "1 takes the whole step")
+        checks.above(0, ridge=ridge, ridge_readout=ridge_readout, advice="try the default")
+        checks.between(0, 1, ends=(False, True), shrinkage=shrinkage,
+                       advice="1 takes the whole step")
         checks.count(0, keep=keep)
         self.ridge, self.ridge_readout, self.shrinkage = ridge, ridge_readout, shrinkage
         self.output_loss, self.squared, self.keep = output_loss, output_loss == "squared", keep

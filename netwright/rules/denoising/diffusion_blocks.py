@@ -5,11 +5,11 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.rules.denoising.label_denoiser import (
     FREQUENCIES,
-    above_zero,
     integrate,
     normal,
     spread_times,
@@ -100,15 +100,13 @@ class DiffusionBlocks(Rule):
                  noise_std: float = 1.2, sigma_min: float = 0.002, sigma_max: float = 80.0,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        above_zero(blocks=blocks, sigma_data=sigma_data, noise_std=noise_std, sigma_min=sigma_min)
+        checks.count(1, blocks=blocks)
+        checks.above(0, sigma_data=sigma_data, noise_std=noise_std, sigma_min=sigma_min)
         if partition not in ("equal_mass", "uniform"):
             raise UnknownName("partition", partition, ["equal_mass", "uniform"])
-        if not 0 <= overlap < float("inf"):
-            raise ValueError(f"overlap must be at least 0, got {overlap}; try 0.1")
-        if not sigma_max > sigma_min:
-            raise ValueError(f"sigma_max must be above sigma_min={sigma_min}, got {sigma_max}")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be above 0 or None, got {num_classes}")
+        checks.at_least(0, overlap=overlap, advice="try 0.1")
+        checks.above(sigma_min, sigma_max=sigma_max, advice=f"sigma_min={sigma_min}")
+        checks.count(1, num_classes=num_classes, optional=True)
         if not isinstance(example, Tensor):
             raise ValueError("example must be a tensor of data as x, by which the shapes of the "
                              f"stages are found, got {type(example).__name__}")
@@ -131,8 +129,7 @@ class DiffusionBlocks(Rule):
     def forward(self, x: Tensor, y: Tensor | None = None, block: int | None = None) -> Tensor:
         """Add the gradients of all blocks, or of `block` alone; return the loss."""
         last = len(self.runs) - 1
-        if block is not None and not 0 <= block <= last:
-            raise ValueError(f"block must be between 0 and {last}, got {block}")
+        checks.between(0, last, whole=True, block=block, optional=True)
         labels = self._labels(x, y)
         losses = []
         for b in range(last + 1) if block is None else [block]:
@@ -166,7 +163,7 @@ class DiffusionBlocks(Rule):
         dz/dsigma = (z - D(z, sigma)) / sigma, at `steps` levels between sigma_max and sigma_min
         that lie evenly in sigma^(1/7). `labels` (n,) are the classes to draw.
         """
-        above_zero(n=n, steps=steps)
+        checks.count(1, n=n, steps=steps)
         if solver not in ("heun", "euler"):
             raise UnknownName("solver", solver, ["heun", "euler"])
         if labels is not None and (self.num_classes is None or labels.shape != (n,)):

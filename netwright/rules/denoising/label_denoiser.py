@@ -147,10 +147,3 @@ def label_embedding(embedding: str | Tensor, classes: int, size: int,
         return nn.init.orthogonal_(torch.empty(classes, size), generator=generator)
     raise ValueError("embedding must be 'learned', 'one-hot' or a tensor (classes, size), "
                      f"got {embedding!r}")
-
-
-def above_zero(**values: float) -> None:
-    """Raise ValueError unless each of the named values is above 0."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")

@@ -6,11 +6,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.denoising.label_denoiser import (
     LabelDenoiser,
-    above_zero,
     counted_labels,
     divergence_from_noise,
     feature_width,
@@ -102,8 +102,8 @@ class NoProp(Rule):
                  embedding_size: int = 20, width: int = 128, offset: float = 0.05,
                  chains: int = 1, seed: int = 0, generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        above_zero(blocks=blocks, width=width, eta=eta, offset=offset,
-                   embedding_size=embedding_size, chains=chains)
+        checks.count(1, blocks=blocks, width=width, embedding_size=embedding_size, chains=chains)
+        checks.above(0, eta=eta, offset=offset)
         features, like = feature_width(self.network, example)
         classes = num_classes or features
         weights = label_embedding(embedding, classes, embedding_size, generator).to(like)
@@ -125,8 +125,7 @@ class NoProp(Rule):
     def forward(self, x: Any, y: Tensor, block: int | None = None) -> Tensor:
         """Add the gradients of all blocks, or of `block` alone (from 0); return the loss."""
         last = len(self.blocks) - 1
-        if block is not None and not 0 <= block <= last:
-            raise ValueError(f"block must be between 0 and {last}, got {block}")
+        checks.between(0, last, whole=True, block=block, optional=True)
         counted, labels = counted_labels(y, self.classes)
         total = torch.zeros((), device=y.device)
         for t in range(last + 1) if block is None else [block]:

@@ -5,12 +5,12 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter, functional
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.denoising.label_denoiser import (
     LabelDenoiser,
-    above_zero,
     counted_labels,
     divergence_from_noise,
     feature_width,
@@ -100,8 +100,8 @@ class NoPropContinuous(Rule):
                  embedding_size: int = 20, width: int = 128, chains: int = 1, seed: int = 0,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        above_zero(eta=eta, steps=steps, offset=offset, embedding_size=embedding_size,
-                   width=width, chains=chains)
+        checks.count(1, steps=steps, embedding_size=embedding_size, width=width, chains=chains)
+        checks.above(0, eta=eta, offset=offset)
         if solver not in ("heun", "euler"):
             raise UnknownName("solver", solver, ["heun", "euler"])
         if schedule not in ("learned", "cosine"):

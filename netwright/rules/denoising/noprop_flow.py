@@ -4,11 +4,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.denoising.label_denoiser import (
     LabelDenoiser,
-    above_zero,
     counted_labels,
     feature_width,
     features_for,
@@ -85,7 +85,7 @@ class NoPropFlow(Rule):
                  embedding_size: int = 20, width: int = 128, chains: int = 1, seed: int = 0,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        above_zero(steps=steps, embedding_size=embedding_size, width=width, chains=chains)
+        checks.count(1, steps=steps, embedding_size=embedding_size, width=width, chains=chains)
         features, like = feature_width(self.network, example)
         self.classes = num_classes or features
         weights = label_embedding(embedding, self.classes, embedding_size, generator).to(like)

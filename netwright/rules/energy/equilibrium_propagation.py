@@ -72,10 +72,8 @@ class EquilibriumPropagation(Rule):
                  radius: float = 0.5, points: int = 4, steps: int = 150, nudged_steps: int = 20,
                  symmetric: bool = True, homeostasis: float = 0.0,
                  generator: Generator | None = None) -> None:
-        for name, value, least in (("points", points, 1), ("steps", steps, 1),
-                                   ("nudged_steps", nudged_steps, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}; try the default")
+        checks.count(1, points=points, steps=steps, nudged_steps=nudged_steps,
+                     advice="try the default")
         checks.above(0, radius=radius, advice="try the default, 0.5")
         if not homeostasis >= 0:
             raise ValueError(f"homeostasis must not be below 0, got {homeostasis}; try 1.0")

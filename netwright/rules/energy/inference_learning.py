@@ -78,10 +78,9 @@ class InferenceLearning(Rule):
                  state_rate: float = 0.5, generator: Generator | None = None) -> None:
         chain = stages(network, example)
         steps = max(25, len(chain)) if steps is None else steps
-        if steps < len(chain):
-            raise ValueError(f"steps must be at least {len(chain)} for {len(chain)} stages, got "
-                             f"{steps}; an error travels one stage a step and would not reach "
-                             "the first: raise steps or cut the network into fewer stages")
+        checks.count(len(chain), steps=steps, advice="an error travels one stage a step and would "
+                     f"not reach the first of {len(chain)} stages: raise steps or cut the network "
+                     "into fewer stages")
         checks.above(0, rate=rate, state_rate=state_rate, advice="try the default")
         super().__init__(network, generator=generator)
         self.stages, self.loss, self.steps = chain, loss, steps

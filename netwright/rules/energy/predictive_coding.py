@@ -82,10 +82,9 @@ class PredictiveCoding(Rule):
         chain = stages(network, example)
         least = len(chain) if incremental else len(chain) - 1
         steps = max(least, 2 * len(chain) - 4) if steps is None else steps
-        if steps < least:
-            raise ValueError(f"steps must be at least {least} for {len(chain)} stages, got "
-                             f"{steps}; an error travels one stage a step and would not reach "
-                             "the first: raise steps or cut the network into fewer stages")
+        checks.count(least, steps=steps, advice="an error travels one stage a step and would not "
+                     f"reach the first of {len(chain)} stages: raise steps or cut the network "
+                     "into fewer stages")
         checks.above(0, state_rate=state_rate, nudge=nudge, weight_rate=weight_rate,
                      advice="try the default")
         super().__init__(network, generator=generator)

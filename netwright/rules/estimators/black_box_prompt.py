@@ -121,10 +121,10 @@ class BlackBoxPrompt(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        for name, value, least in (("tokens", tokens, 1), ("dimension", dimension, 2),
-                                   ("population", population, 4), ("after", after, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        checks.count(0, after=after)
+        checks.count(1, tokens=tokens)
+        checks.count(2, dimension=dimension)
+        checks.count(4, population=population)
         checks.above(0, step=step, advice="try 0.5")
         if layers not in ("all", "first"):
             raise ValueError(f"layers must be 'all' or 'first', got {layers!r}")

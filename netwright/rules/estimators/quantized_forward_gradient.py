@@ -102,10 +102,8 @@ class QuantizedForwardGradient(Rule):
         checks.count(1, directions=directions, advice="try 8")
         checks.between(2, 16, weight_bits=weight_bits, activation_bits=activation_bits, whole=True,
                        advice="try 8 or 16")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}; try 0.5")
-        if not 0 < share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {share}; try 0.1")
+        checks.between(0, 1, ends=(True, False), momentum=momentum, advice="try 0.5")
+        checks.between(0, 1, ends=(False, True), share=share, advice="try 0.1")
         self.rate, self.epsilon, self.directions = rate, epsilon, directions
         self.activation_bits, self.limit = activation_bits, 2 ** (weight_bits - 1) - 1
         self.kernelwise, self.momentum, self.share, self.loss = kernelwise, momentum, share, loss

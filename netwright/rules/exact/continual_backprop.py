@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from netwright import checks
 from netwright.anatomy.units import Units, hidden_units
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
@@ -81,13 +82,10 @@ class ContinualBackprop(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if not 0 <= replacement_rate <= 1:
-            raise ValueError("replacement_rate must be between 0 and 1, the share of a layer's "
-                             f"units renewed in a step, got {replacement_rate}; try 1e-4")
-        if maturity < 0:
-            raise ValueError(f"maturity must be at least 0 steps, got {maturity}; try 100")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be at least 0 and below 1, got {decay}; try 0.99")
+        checks.between(0, 1, replacement_rate=replacement_rate,
+                       advice="it is the share of a layer's units renewed in a step; try 1e-4")
+        checks.count(0, maturity=maturity, advice="it is a number of steps; try 100")
+        checks.between(0, 1, ends=(True, False), decay=decay, advice="try 0.99")
         if example is None:
             raise ValueError("example must be an input of the network, in which hidden units are "
                              "looked for, got None; give a batch")

@@ -87,10 +87,9 @@ class DynamicalLowRank(Rule):
                  generator: Generator | None = None) -> None:
         given = network.model if isinstance(network, Stages) else network
         checks.above(0, rate=rate, advice="try 0.1")
-        if tolerance is not None and not 0 <= tolerance < 1:
-            raise ValueError("tolerance must be at least 0 and below 1, the share of a weight's "
-                             f"norm that may be cut off, got {tolerance}; try 0.1, or None to "
-                             "keep the ranks")
+        checks.between(0, 1, ends=(True, False), tolerance=tolerance, optional=True,
+                       advice="it is the share of a weight's norm that may be cut off; try 0.1, or "
+                              "None to keep the ranks")
         checks.count(1, rank=rank, optional=True, advice="None is the full rank")
         checks.count(1, least_rank=least_rank, advice="try 2")
         names = _names(given, dense)

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
@@ -89,13 +90,11 @@ class PipelinedBackprop(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}; give the "
-                             "optimizer's, which scaled_to_batch finds for small batches")
+        checks.between(0, 1, ends=(True, False), momentum=momentum, advice="give the optimizer's, "
+                       "which scaled_to_batch finds for small batches")
         if prediction not in ("velocity", "difference", None):
             raise UnknownName("prediction", str(prediction), ["velocity", "difference"])
-        if not horizon >= 0:
-            raise ValueError(f"horizon must be at least 0 times the delay, got {horizon}; try 1")
+        checks.at_least(0, horizon=horizon, advice="it is in times of the delay; try 1")
         self.stages, self.loss = stages(network, example), loss
         n = len(self.stages)
         self.delays = [2 * (n - 1 - s) for s in range(n)] if delays is None else list(delays)
@@ -264,11 +263,8 @@ def scaled_to_batch(rate: float, momentum: float, batch_size: int,
     >>> f"{rate:.2e} {momentum:.5f}"
     '6.43e-06 0.99918'
     """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}; try 0.9")
-    if min(batch_size, new_batch_size) < 1:
-        raise ValueError("batch_size and new_batch_size must be at least 1, got "
-                         f"{batch_size} and {new_batch_size}")
+    checks.between(0, 1, ends=(True, False), momentum=momentum, advice="try 0.9")
+    checks.count(1, batch_size=batch_size, new_batch_size=new_batch_size)
     share = new_batch_size / batch_size
     scaled = momentum ** share
     return rate * share * (1 - scaled) / (1 - momentum), scaled

@@ -1,10 +1,10 @@
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.matrices import Matrices, draw
@@ -102,9 +102,8 @@ class DirectFeedbackAlignment(Rule):
         if ternary is not None and not ternary >= 0:
             raise ValueError("ternary must be a threshold of at least 0 for one label's error, or "
                              f"None for exact errors, got {ternary}; try 0.2")
-        if not 0 <= noise < math.inf:
-            raise ValueError("noise must be at least 0, as a share of each projection's root mean "
-                             f"square, got {noise}; try 0.1")
+        checks.at_least(0, noise=noise,
+                        advice="it is a share of each projection's root mean square; try 0.1")
         if example is None:
             raise ValueError("example must be an input of the network, got None; the feedback "
                              "matrices take their sizes from it")

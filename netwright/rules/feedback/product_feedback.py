@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.feedback_alignment import (
@@ -64,15 +65,13 @@ class ProductFeedback(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if expansion < 1 or expansion != int(expansion):
-            raise ValueError(f"expansion must be a whole number of at least 1, got {expansion}; "
-                             "the paper's is 10")
+        checks.count(1, expansion=expansion, advice="the paper's is 10")
         self.loss, self.feedback = loss, Products()
         layers, self.exact = find_layers(self.network)
         self._layers: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         for module, name in layers:
             if self.network.get_submodule(name) is module:  # else its weight has its C and R
-                self.feedback.add(name, module.weight, outputs_axis(module), int(expansion),
+                self.feedback.add(name, module.weight, outputs_axis(module), expansion,
                                   generator)
             forward: Any = _linear if module.weight.ndim == 2 else forward_of(module)
             self._layers.append((module, partial(forward, module, self.feedback, name, False)))

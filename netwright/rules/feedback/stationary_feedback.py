@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch.nn.utils.rnn import PackedSequence
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
@@ -84,9 +85,8 @@ class StationaryFeedback(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if not memory >= 1:
-            raise ValueError(f"memory must be at least 1 step, got {memory}; try as many as the "
-                             "network has to look back")
+        checks.at_least(1, memory=memory, advice="it is a number of steps; try as many as the "
+                        "network has to look back")
         self.loss, self.memory = loss, memory
         found = [(name, module) for name, module in self.network.named_modules()
                  if isinstance(module, RECURRENT)]

@@ -3,6 +3,7 @@ from typing import Any
 
 from torch import Tensor
 
+from netwright import checks
 from netwright.errors import UnknownName
 from netwright.stages import Stage, Stages
 
@@ -40,9 +41,9 @@ def in_blocks(net: Stages, blocks: int | Sequence[str], depth: int) -> Stages:
     """
     names = net.names[:depth]
     if isinstance(blocks, int):
-        if not 1 <= blocks <= depth:
-            raise ValueError(f"blocks must be between 1 and the {depth} stages that can be joined, "
-                             f"got {blocks}; give fewer, or the names of the stages that begin one")
+        checks.between(1, depth, whole=True, blocks=blocks,
+                       advice=f"{depth} stages can be joined; give fewer, or the names of the "
+                              "stages that begin one")
         starts = [i * depth // blocks for i in range(blocks)]
     else:
         for name in blocks:

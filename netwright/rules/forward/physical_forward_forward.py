@@ -85,9 +85,7 @@ class PhysicalForwardForward(Rule):
         self._runs = _runs(net)
         sizes = _widths(self._runs, example)
         self.num_classes = sizes[-1] if num_classes is None else num_classes
-        if self.num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}; give the "
-                             "number of classes")
+        checks.count(2, num_classes=self.num_classes, advice="give the number of classes")
         self.sharpness, self.amplitude, self.max_rows = sharpness, amplitude, max_rows
         like = first_parameter(net)
         for i, width in enumerate(sizes):

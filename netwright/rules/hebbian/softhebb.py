@@ -136,9 +136,8 @@ class SoftHebb(Rule):
 
     @torch.no_grad()
     def _draw(self, norm: float) -> None:
-        if not norm > 0:
-            raise ValueError(f"initial_norm must be above 0, got {norm}; give the length that the "
-                             "weights of a unit shall start with, or None to leave them")
+        checks.above(0, initial_norm=norm, advice="give the length that the weights of a unit "
+                     "shall start with, or None to leave them")
         for name, layer in zip(self.stages.names, self.layers, strict=False):
             if is_lazy(layer.weight):
                 raise ValueError(f"initial_norm needs weights to draw, and stage {name} is lazy; "
@@ -170,7 +169,6 @@ def _each(temperature: float | Sequence[float], stages: int) -> list[float]:
     if len(given) != stages:
         raise ValueError(f"temperature must be one number or one for each of the {stages} hidden "
                          f"stages, got {len(given)}: {given}")
-    if not all(value > 0 for value in given):
-        raise ValueError(f"temperature must be above 0, got {temperature}; towards 0 the largest "
-                         "unit wins all")
+    for value in given:
+        checks.above(0, temperature=value, advice="towards 0 the largest unit wins all")
     return given

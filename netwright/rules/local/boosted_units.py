@@ -8,6 +8,7 @@ from torch import Generator, Tensor, distributed, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from netwright import checks
 from netwright.anatomy.units import Units, hidden_units
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
@@ -91,11 +92,10 @@ class BoostedUnits(Rule):
         self.hidden = _last_hidden(self.network, example)
         reader: Any = self.hidden.reader
         count = self.hidden.count
-        if not 1 <= units <= count:
-            raise ValueError(f"units must be between 1 and the {count} units of the last hidden "
-                             f"layer, {self.hidden.name!r}, got {units}; try {max(1, count // 8)}")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, for each group, got {steps}; try 100")
+        checks.between(1, count, whole=True, units=units,
+                       advice=f"the last hidden layer, {self.hidden.name!r}, has {count} units; "
+                              f"try {max(1, count // 8)}")
+        checks.count(1, steps=steps, advice="they are for each group; try 100")
         if not reader.weight.requires_grad:
             raise ValueError("network has an output layer that is frozen, which no group can speak "
                              "through; set requires_grad on its weight")
@@ -157,8 +157,7 @@ class BoostedUnits(Rule):
         Raises:
             ValueError: `t` is below 0 or above the number of groups.
         """
-        if not 0 <= t <= self.groups:
-            raise ValueError(f"t must be between 0 and the {self.groups} groups, got {t}")
+        checks.between(0, self.groups, whole=True, t=t, advice=f"there are {self.groups} groups")
         self._put_back()
         hidden, network = deepcopy((self.hidden, self.network))
         hidden.outgoing()[:, t * self.units:] = 0

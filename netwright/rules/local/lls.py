@@ -91,8 +91,7 @@ class LLS(Rule):
         if basis not in ("cosine", "square"):
             raise UnknownName("basis", basis, ["cosine", "square"])
         checks.above(0, temperature=temperature, advice="try 0.5")
-        if pool < 1:
-            raise ValueError(f"pool must be at least 1 position an axis, got {pool}; try 2")
+        checks.count(1, pool=pool, advice="it is a number of positions an axis; try 2")
         self.stages, self.loss = stages(network, example), loss
         self.variant, self.basis, self.temperature, self.pool = variant, basis, temperature, pool
         (*hidden, last), (*self._channels_first, _) = widths(self.stages, example)

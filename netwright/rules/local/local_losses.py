@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.auxiliary_heads import AuxiliaryHead, blocks_of, needed, signals
@@ -75,8 +76,7 @@ class LocalLosses(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if width < 1:
-            raise ValueError(f"width must be at least 1 unit, got {width}; the default is 128")
+        checks.count(1, width=width, advice="the default is 128")
         self.stages, self.loss = stages(network, example), loss
         self.blocks = blocks_of(self.stages, blocks)
         found, last = signals(self.stages, example)

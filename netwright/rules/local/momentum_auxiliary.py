@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.auxiliary_heads import AuxiliaryHead, blocks_of, needed, signals
@@ -78,11 +79,9 @@ class MomentumAuxiliary(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if width < 1:
-            raise ValueError(f"width must be at least 1 unit, got {width}; the default is 128")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must be between 0 (the following stage's weights as they "
-                             f"are) and 1 (as they were at first), got {momentum}; try 0.995")
+        checks.count(1, width=width, advice="the default is 128")
+        checks.between(0, 1, momentum=momentum, advice="0 takes the following stage's weights as "
+                       "they are, 1 as they were at first; try 0.995")
         self.stages, self.loss, self.momentum = stages(network, example), loss, momentum
         self.blocks = blocks_of(self.stages, blocks)
         found, last = signals(self.stages, example)

@@ -198,9 +198,10 @@ def test_each_expert_takes_its_best_tokens():
 
 
 @pytest.mark.parametrize(("make", "words"), [
-    (lambda: LossFreeRouter(DIM, N, 5), "k must be between 1 and n_experts=4, got 5"),
+    (lambda: LossFreeRouter(DIM, N, 5), "k must be between 1 and 4, got 5; .*n_experts=4 twice"),
     (lambda: LossFreeRouter(DIM, N, scores="tanh"), "scores must be"),
-    (lambda: ExpertChoiceRouter(DIM, N, 4.5), "k must be above 0 and at most n_experts=4"),
+    (lambda: ExpertChoiceRouter(DIM, N, 4.5),
+     "k must be above 0 and at most 4, got 4.5; n_experts=4"),
     (lambda: HashRouter(0, 5), "n_experts must be at least 1"),
     (lambda: HashRouter(2, 0), "vocabulary must be at least 1"),
     (lambda: HashRouter(2, 5, torch.ones(4)), r"frequencies must be \(5,\)"),

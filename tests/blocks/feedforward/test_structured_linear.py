@@ -221,7 +221,7 @@ def test_the_structure_has_learnt_when_the_dense_matrix_is_gone(fades):
 
 @pytest.mark.parametrize(("make", "says"), [
     (lambda: StructuredLinear(0, 4), "in_features must be at least 1"),
-    (lambda: StructuredLinear(4, 4, share=1.5), "share must be between"),
+    (lambda: StructuredLinear(4, 4, share=1.5), "share must be above 0 and below 1"),
     (lambda: StructuredLinear(12, 24, rank=13), "rank must be between 1 and 12"),
     (lambda: StructuredLinear(12, 24, blocks=2), "blocks must be None"),
     (lambda: StructuredLinear(12, 24, "blockdense", blocks=5), "blocks must divide in_features=12"),

@@ -205,7 +205,7 @@ def test_a_prompt_of_ones_own_or_none():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="at least 4"):
+    with pytest.raises(ValueError, match=r"at least 12, got 8; .* 4 \* inputs"):
         ReversibleDecoupler((8, 16))
     with pytest.raises(ValueError, match="one number for each level"):
         ReversibleDecoupler((16, 16), depths=(1,))

@@ -248,7 +248,7 @@ def test_errors():
         narrow(torch.randn(2, 8))
     with pytest.raises(CannotReverse, match="3 equal parts"):
         chain()(rows(2))
-    with pytest.raises(ValueError, match="depth and epochs"):
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         search(True, 0, depth=0)
     ends = {"entry": nn.Linear(4, 8), "head": nn.Linear(8, 2)}
     batch = [(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))]

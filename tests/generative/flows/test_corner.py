@@ -129,9 +129,9 @@ def test_a_singular_corner_is_refused_both_ways(make):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="order must be one of TL, TR, BL, BR, got 'LT'"):
+    with pytest.raises(ValueError, match=r"no order is called 'LT'; .*TL"):
         InvConv2d(3, order="LT")
-    with pytest.raises(ValueError, match="pad must be one of top-left"):
+    with pytest.raises(ValueError, match=r"no pad is called .*top-left"):
         InvertibleConv3x3(3, "TL")
     for make in (InvertibleConv3x3, InvConv2d):
         with pytest.raises(ValueError, match=r"x must be \(batch, 3, height, width\)"):

@@ -154,5 +154,5 @@ def test_errors():
     for size in ((12, 15), (11, 30)):
         with pytest.raises(ValueError, match="larger than that of y"):
             model.up(x, size)
-    with pytest.raises(ValueError, match="channels and blocks must be at least 1"):
+    with pytest.raises(ValueError, match="blocks must be at least 1, got 0"):
         InvertibleRescaler(2, 0)

@@ -194,8 +194,10 @@ def test_what_does_not_fit_is_refused():
         GaugeTransform(2, 0)
     with pytest.raises(ValueError, match="even number of rows across direction 0"):
         GaugeTransform(0, 0)(torch.zeros(2, 2, 4, 5))
-    for wrong in ({"draws": 0}, {"steps": 0}, {"step_size": 0.0}):
-        with pytest.raises(ValueError, match="must be at least 1 and step_size above 0"):
+    for wrong, match in (({"draws": 0}, "draws must be at least 1, got 0"),
+                         ({"steps": 0}, "steps must be at least 1, got 0"),
+                         ({"step_size": 0.0}, "step_size must be above 0, got 0.0")):
+        with pytest.raises(ValueError, match=match):
             hmc(U1Action(1.0), x, **{"draws": 1, "steps": 1, "step_size": 0.1, **wrong})
     with pytest.raises(ValueError, match="action of x must be finite, got 2 rows"):
         hmc(U1Action(1.0), x * math.nan, draws=1, steps=1, step_size=0.1)

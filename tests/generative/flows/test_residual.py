@@ -310,9 +310,10 @@ class Steep(nn.Module):
 
 @pytest.mark.parametrize(("make", "says"), [
     (lambda: ResidualTransform(dense(), "guess"), "log_det_by must be"),
-    (lambda: ResidualTransform(dense(), p=1.0), "p must be between"),
+    (lambda: ResidualTransform(dense(), p=1.0), "p must be above 0 and below 1, got 1.0"),
     (lambda: ResidualTransform(dense(), exact_terms=-1), "exact_terms must be"),
-    (lambda: ResidualTransform(dense(), lipschitz=1.0), "lipschitz must be between"),
+    (lambda: ResidualTransform(dense(), lipschitz=1.0),
+     "lipschitz must be above 0 and below 1, got 1.0"),
     (lambda: ResidualTransform(conv()), "size must be that of a sample"),
     (lambda: ResidualTransform(nn.Sequential(nn.Linear(3, 3), nn.GELU())), "use LipSwish"),
     (lambda: ResidualTransform(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))), "1, LayerNorm"),

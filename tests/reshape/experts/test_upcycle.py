@@ -164,8 +164,8 @@ def test_copies_states_modes_and_dtypes():
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    ({"k": 9}, "k must be between 1 and n_experts=8"),
-    ({"n_experts": 1}, "at least the number of models, 2"),
+    ({"k": 9}, "k must be between 1 and 8, got .; .*n_experts=8 twice"),
+    ({"n_experts": 1}, "n_experts must be at least 2, got 1; .* 2 models"),
     ({"noise": -1.0}, "noise must be at least 0"),
     ({"attention": ["attention"], "example": None}, "example must be given"),
 ])

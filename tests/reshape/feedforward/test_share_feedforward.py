@@ -122,9 +122,9 @@ def test_what_does_not_fit_is_refused():
     model, x = built("gpt")
     with pytest.raises(UnknownName, match="start"):
         share_feedforward(model, start="last")
-    with pytest.raises(ValueError, match="hidden must be at least 1 "):
+    with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
         share_feedforward(model, 0)
-    with pytest.raises(ValueError, match="hidden must be at least 128"):
+    with pytest.raises(ValueError, match="hidden must be at least 128, got"):
         share_feedforward(model, 8, start="first")
     with pytest.raises(NothingToReshape):
         share_feedforward(nn.Linear(3, 3))

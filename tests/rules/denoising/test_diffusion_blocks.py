@@ -258,12 +258,12 @@ def test_images_and_sequences():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"blocks": 0}, "blocks must be above 0, got 0"),
+    ({"blocks": 0}, "blocks must be at least 1, got 0"),
     ({"blocks": 5}, "blocks must be at most the 4 stages"),
     ({"overlap": -1}, "overlap must be at least 0"),
     ({"sigma_data": 0.0}, "sigma_data must be above 0"),
-    ({"sigma_max": 0.001}, "sigma_max must be above sigma_min=0.002"),
-    ({"num_classes": 0}, "num_classes must be above 0 or None"),
+    ({"sigma_max": 0.001}, "sigma_max must be above 0.002, got 0.001; sigma_min=0.002"),
+    ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
 ])
 def test_options_that_do_not_exist(options, words):
     with pytest.raises(ValueError, match=words):

@@ -299,11 +299,11 @@ def test_frozen_features():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"blocks": 0}, "blocks must be above 0, got 0"),
-    ({"width": -1}, "width must be above 0"),
+    ({"blocks": 0}, "blocks must be at least 1, got 0"),
+    ({"width": -1}, "width must be at least 1"),
     ({"eta": 0.0}, "eta must be above 0"),
     ({"offset": 0.0}, "offset must be above 0"),
-    ({"chains": 0}, "chains must be above 0"),
+    ({"chains": 0}, "chains must be at least 1"),
     ({"embedding": "random"}, "embedding must be 'learned', 'one-hot' or"),
     ({"embedding": torch.zeros(4, 2)}, r"embedding must be \(3, size\)"),
 ])

@@ -252,11 +252,11 @@ def test_convolutions_transformers_graphs_and_tokens():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"steps": 0}, "steps must be above 0, got 0"),
+    ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"eta": 0.0}, "eta must be above 0"),
     ({"offset": 0.0}, "offset must be above 0"),
-    ({"width": -1}, "width must be above 0"),
-    ({"chains": 0}, "chains must be above 0"),
+    ({"width": -1}, "width must be at least 1"),
+    ({"chains": 0}, "chains must be at least 1"),
     ({"embedding": "random"}, "embedding must be 'learned', 'one-hot' or"),
 ])
 def test_options_that_do_not_exist(options, words):

@@ -182,9 +182,9 @@ def test_convolutions_transformers_graphs_and_tokens():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"steps": 0}, "steps must be above 0, got 0"),
-    ({"width": -1}, "width must be above 0"),
-    ({"chains": 0}, "chains must be above 0"),
+    ({"steps": 0}, "steps must be at least 1, got 0"),
+    ({"width": -1}, "width must be at least 1"),
+    ({"chains": 0}, "chains must be at least 1"),
     ({"embedding": "random"}, "embedding must be 'learned', 'one-hot' or"),
 ])
 def test_options_that_do_not_exist(options, words):

@@ -266,7 +266,7 @@ def test_digits_are_learned_and_controls_are_not(seed):
 
 
 @pytest.mark.parametrize(("options", "match"), [
-    ({"steps": 2}, r"steps must be at least 3 for 3 stages, got 2"),
+    ({"steps": 2}, r"steps must be at least 3, got 2; .* 3 stages"),
     ({"rate": 0.0}, r"rate must be above 0, got 0.0"),
     ({"state_rate": float("nan")}, r"state_rate must be above 0, got nan"),
 ])

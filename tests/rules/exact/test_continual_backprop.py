@@ -198,7 +198,7 @@ def test_a_frozen_layers_units_are_left_alone() -> None:
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"replacement_rate": 1.5}, "replacement_rate must be between 0 and 1"),
-    ({"maturity": -1}, "maturity must be at least 0 steps, got -1"),
+    ({"maturity": -1}, "maturity must be at least 0, got -1; .* steps"),
     ({"decay": 1.0}, "decay must be at least 0 and below 1, got 1.0"),
 ])
 def test_options_out_of_range(options: dict[str, Any], said: str) -> None:

@@ -355,7 +355,7 @@ def test_scaled_hyperparameters():
     assert scaled_to_batch(rate, momentum, 1, 32) == (pytest.approx(0.1), pytest.approx(0.9))
     with pytest.raises(ValueError, match="momentum must be at least 0 and below 1, got 1"):
         scaled_to_batch(0.1, 1, 32)
-    with pytest.raises(ValueError, match="must be at least 1, got 32 and 0"):
+    with pytest.raises(ValueError, match="new_batch_size must be at least 1, got 0"):
         scaled_to_batch(0.1, 0.9, 32, 0)
 
 

@@ -393,7 +393,7 @@ def test_what_the_rule_cannot_do_is_refused() -> None:
         with pytest.raises(ValueError, match=r"ternary must be a threshold of at least 0 .* got"):
             DirectFeedbackAlignment(network, x, ternary=ternary)
     for noise in (-0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match=r"noise must be at least 0, .* got"):
+        with pytest.raises(ValueError, match=r"noise must be at least 0, got"):
             DirectFeedbackAlignment(network, x, noise=noise)
     with pytest.raises(ValueError, match=r"network must return \(batch, classes\)"):
         DirectFeedbackAlignment(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), x.float())

@@ -228,7 +228,7 @@ def test_errors():
     layer = nn.GRU(5, UNITS, batch_first=True)
     with pytest.raises(ValueError, match=r"must hold an nn\.RNN, nn\.GRU or nn\.LSTM"):
         StationaryFeedback(mlp(5, 3))
-    with pytest.raises(ValueError, match="memory must be at least 1 step"):
+    with pytest.raises(ValueError, match=r"memory must be at least 1, got 0.5; .* steps"):
         StationaryFeedback(Net(layer), memory=0.5)
     with pytest.raises(ValueError, match=r"a tensor of 6, one for each unit, got \(5,\)"):
         StationaryFeedback(Net(layer), feedback=torch.ones(5))

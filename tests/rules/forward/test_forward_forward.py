@@ -514,7 +514,8 @@ def test_errors_name_what_was_wrong_and_leave_no_gradient():
             ({"goodness": "by_class", "threshold": 1.0}, "threshold must be left out"),
             ({"goodness": "by_class", "negatives": lambda x, y: x}, "negatives must be left out"),
             ({"goodness": "by_class", "collaborate": True}, "collaborate must be left out"),
-            ({"blocks": 0}, "blocks must be between 1 and the 1"), ({"blocks": 2}, "got 2"),
+            ({"blocks": 0}, "blocks must be between 1 and 1, got 0; 1 stages"),
+            ({"blocks": 2}, "got 2"),
             ({"blocks": ["1"]}, "no stage that can begin a block"),
             ({"blocks": ["0", "0"]}, "each once; try")]:
         with pytest.raises(ValueError, match=message):

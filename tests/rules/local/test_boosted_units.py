@@ -308,9 +308,9 @@ def test_fit_takes_it() -> None:
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"units": 0}, "units must be between 1 and the 8 units of the last hidden layer, '2', got 0"),
-    ({"units": 9}, "units must be between 1 and the 8 .* got 9"),
-    ({"steps": 0}, "steps must be at least 1, for each group, got 0"),
+    ({"units": 0}, "units must be between 1 and 8, got 0; the last hidden layer, '2', has 8 units"),
+    ({"units": 9}, "units must be between 1 and 8, got 9"),
+    ({"steps": 0}, "steps must be at least 1, got 0; .* each group"),
 ])
 def test_options_out_of_range(options: dict[str, Any], said: str) -> None:
     network = mlp()
@@ -344,5 +344,5 @@ def test_what_is_missing_is_named() -> None:
     with pytest.raises(ValueError, match="network has an output layer that is frozen"):
         BoostedUnits(network, X)
     rule = BoostedUnits(mlp(), X)
-    with pytest.raises(ValueError, match="t must be between 0 and the 2 groups, got 3"):
+    with pytest.raises(ValueError, match="t must be between 0 and 2, got 3; there are 2 groups"):
         rule.truncate(3)

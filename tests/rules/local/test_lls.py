@@ -289,7 +289,7 @@ def test_errors():
         LLS(mlp(5, 8, 3), basis="cosin")
     with pytest.raises(ValueError, match=r"temperature must be above 0, got 0\.0; try 0\.5"):
         LLS(mlp(5, 8, 3), temperature=0.0)
-    with pytest.raises(ValueError, match="pool must be at least 1 position an axis, got 0"):
+    with pytest.raises(ValueError, match=r"pool must be at least 1, got 0; .* positions an axis"):
         LLS(mlp(5, 8, 3), pool=0)
     with pytest.raises(ValueError, match="stage 0 must give at least 2 features"):
         LLS(mlp(5, 1, 3))

@@ -347,9 +347,9 @@ def test_errors():
     for momentum in (-0.1, 1.1):
         with pytest.raises(ValueError, match=f"momentum must be between 0 .* got {momentum}"):
             MomentumAuxiliary(mlp(5, 8, 3), momentum=momentum)
-    with pytest.raises(ValueError, match="width must be at least 1 unit, got 0"):
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         MomentumAuxiliary(mlp(5, 8, 3), width=0)
-    with pytest.raises(ValueError, match="blocks must be between 1 and the 2 stages"):
+    with pytest.raises(ValueError, match=r"blocks must be between 1 and 2, .* 2 stages"):
         MomentumAuxiliary(mlp(5, 8, 3), blocks=3)
     with pytest.raises(ValueError, match="num_classes=4 must be the number of outputs"):
         MomentumAuxiliary(mlp(5, 8, 3), num_classes=4)
