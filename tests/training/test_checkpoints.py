@@ -177,6 +177,8 @@ def test_litter_of_broken_writings_is_cleared(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted([*files, tmp_path / "mine.safetensors"])
 
 
+@pytest.mark.check
+@pytest.mark.timeout(900)
 def test_a_killed_training_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """SIGKILL at each event of the writing and at random moments, for several kinds of training.
 
@@ -184,7 +186,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """
     worker = Path(__file__).with_name("resume_worker.py")
     done = subprocess.run([sys.executable, str(worker), str(tmp_path)], capture_output=True,
-                          text=True, timeout=280)
+                          text=True, timeout=880)
     assert done.returncode == 0, done.stderr
     reports = {report["case"]: report for report in map(json.loads, done.stdout.splitlines())}
     assert not reports.pop("forgetful")["same"]
