@@ -10,7 +10,7 @@ from evidence.learners._compare import difference
 from netwright.data import Batches, digits
 from netwright.evidence import Curve, Outcome, Scale, evidence
 from netwright.formal.learners import Stateful, d_stateful, delayed_trace
-from netwright.measure._allocations import Ledger, peaks
+from netwright.measure._allocations import Allocations, peaks
 
 HIDDEN = 12
 TIMES = (16, 32, 64, 128, 256)
@@ -171,10 +171,10 @@ def _bench() -> tuple[nn.Module, nn.Module, Tensor]:
 
 def _peak(run: Callable[[], object]) -> int:
     run()
-    ledger = Ledger()
-    with ledger:
+    allocations = Allocations()
+    with allocations:
         run()
-    return peaks(ledger.events, set())[0]
+    return peaks(allocations.events, set())[0]
 
 
 def _streamed(time: int) -> int:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from netwright import measure
 from netwright.compare.changes import RATE, Change
-from netwright.compare.display import Progress
+from netwright.compare.display import Status
 from netwright.compare.trials import Job, Ledger, Standing
 from netwright.data.batches import Batches
 from netwright.errors import Diverged, NetwrightError
@@ -65,7 +65,7 @@ class Look:
     ledger: Ledger | None
     finished: bool
     failure: str
-    progress: Progress
+    status: Status
     rehearsed: bool = False
 
 
@@ -147,7 +147,7 @@ class Cell:
             if standing.running is not None:
                 beat = standing.running.user_attrs.get("beat", [0, 0])
                 running.append((key.split(" · ")[0], int(beat[1]), self.task.epochs))
-        return Look(job, ledger, over, failure, Progress(
+        return Look(job, ledger, over, failure, Status(
             self.task.name, self.change.label, ended, total, seconds, running, failure))
 
     def rehearse(self) -> bool:

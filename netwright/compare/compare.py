@@ -102,7 +102,7 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
                 if asked and workers > 1:
                     display.note("one process does all the runs: " + why_not(plan, url))
                 here(cells, display)
-        display.show([cell.look().progress for cell in cells])
+        display.show([cell.look().status for cell in cells])
         rows = [_row(cell.about, cell.tune.trials(), cell.final.trials(), cell.look().failure)
                 for cell in cells]
     kept = str(storage) if isinstance(storage, (str, Path)) else type(storage).__name__

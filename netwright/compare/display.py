@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Status:
     """How one change on one task stands.
 
     `seconds` are those of each finished run; `running` holds (what, epoch, epochs) of each run
@@ -59,56 +59,57 @@ class Display:
         if self._console is not None:
             self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
 
-    def show(self, standing: Sequence[Progress]) -> None:
+    def show(self, statuses: Sequence[Status]) -> None:
         """Show how things stand now."""
         if self._console is None:
             return
-        ended = {(p.task, p.change) for p in standing if p.ended == p.total}
+        ended = {(each.task, each.change) for each in statuses if each.ended == each.total}
         fresh = ended - self._ended if self._ended is not None else set()
         self._ended = ended
-        for p in standing:
-            if (p.task, p.change) in fresh:
-                mark, style = ("failed: " + p.failure, "red") if p.failure else ("done", "green")
-                self._console.print(f"{p.task} · {p.change}: {mark}", style=style,
+        for each in statuses:
+            if (each.task, each.change) in fresh:
+                mark, style = (f"failed: {each.failure}", "red") if each.failure else (
+                    "done", "green")
+                self._console.print(f"{each.task} · {each.change}: {mark}", style=style,
                                     highlight=False, soft_wrap=True)
         if self._live is not None:
-            self._live.update(self._table(standing))
+            self._live.update(self._table(statuses))
 
-    def _table(self, standing: Sequence[Progress]) -> "Group":
+    def _table(self, statuses: Sequence[Status]) -> "Group":
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
-        ended, total = sum(p.ended for p in standing), sum(p.total for p in standing)
+        ended, total = sum(each.ended for each in statuses), sum(each.total for each in statuses)
         spent = time.monotonic() - self._start
         head = Table.grid(padding=(0, 1))
         head.add_row(ProgressBar(total=total, completed=ended, width=32),
                      Text(f"{ended} of {total} runs"), Text(f"{_clock(spent)} so far"),
-                     Text(f"{left(standing)}"))
-        lines = [Text(f"  {p.task} · {p.change} · {what}, epoch {epoch} of {epochs}")
-                 for p in standing for what, epoch, epochs in p.running]
+                     Text(f"{left(statuses)}"))
+        lines = [Text(f"  {each.task} · {each.change} · {what}, epoch {epoch} of {epochs}")
+                 for each in statuses for what, epoch, epochs in each.running]
         return Group(head, *lines)
 
 
-def left(standing: Sequence[Progress]) -> str:
+def left(statuses: Sequence[Status]) -> str:
     """Return about how much time is left, in words.
 
     What a run will take is the mean of the change's own runs, else that of its task's, else of
     all; as many runs go on at once as now.
 
-    >>> left([Progress("digits", "Backprop", 2, 7, [3.0, 3.0], [("trial 2", 1, 9)])])
+    >>> left([Status("digits", "Backprop", 2, 7, [3.0, 3.0], [("trial 2", 1, 9)])])
     'about 0:15 left'
-    >>> left([Progress("digits", "Backprop", 0, 7, [], [])])
+    >>> left([Status("digits", "Backprop", 0, 7, [], [])])
     'time left not known yet'
     """
-    everything = [s for p in standing for s in p.seconds]
+    everything = [s for each in statuses for s in each.seconds]
     if not everything:
         return "time left not known yet"
     needed = 0.0
-    for p in standing:
-        near = [s for other in standing if other.task == p.task for s in other.seconds]
-        needed += (p.total - p.ended) * statistics.fmean(p.seconds or near or everything)
-    at_once = max(1, sum(len(p.running) for p in standing))
+    for each in statuses:
+        near = [s for other in statuses if other.task == each.task for s in other.seconds]
+        needed += (each.total - each.ended) * statistics.fmean(each.seconds or near or everything)
+    at_once = max(1, sum(len(each.running) for each in statuses))
     return f"about {_clock(needed / at_once)} left"
 
 

@@ -30,7 +30,7 @@ def here(cells: list[Cell], display: Display) -> None:
     def watch() -> None:
         while not stop.wait(1.0):
             try:
-                display.show([cell.look().progress for cell in cells])
+                display.show([cell.look().status for cell in cells])
             except NetwrightError:
                 break  # the work itself meets the same error, and raises it
         cells[0].tune.storage.remove_session()
@@ -51,7 +51,7 @@ def elsewhere(cells: list[Cell], payload: bytes, workers: int, display: Display)
         try:
             while True:
                 looks = [cell.look() for cell in cells]
-                display.show([look.progress for look in looks])
+                display.show([look.status for look in looks])
                 if all(look.finished for look in looks):
                     return
                 for i, process in enumerate(crew):

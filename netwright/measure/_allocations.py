@@ -43,7 +43,7 @@ def size(tensors: Iterable[Any]) -> int:
     return sum(storage.nbytes() for storage in storages(tensors))
 
 
-class Ledger(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """Books the birth and death of every storage that the body makes, and its FLOPs.
 
     A storage that an operation takes before any operation made it was there before the body. The

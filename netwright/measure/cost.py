@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.measure._allocations import Ledger, Saved, peaks, size
+from netwright.measure._allocations import Allocations, Saved, peaks, size
 from netwright.measure._batch import check_batch
 from netwright.measure._untouched import untouched
 from netwright.objectives.losses import cross_entropy
@@ -140,21 +140,21 @@ def _step(module: nn.Module, x: Any, y: Any,
 
 def _memory(module: nn.Module, step: Callable[[], None]) -> tuple[int, int, int, int]:
     """Return the peak of what the step makes, its working part, its gradients, and the FLOPs."""
-    ledger = Ledger()
+    allocations = Allocations()
     torch.clear_autocast_cache()
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()  # or the collector's timing would decide when a cycle's tensors die
     try:
-        with ledger:
+        with allocations:
             step()
     finally:
         if collecting:
             gc.enable()
-    events = list(ledger.events)
-    left = ledger.numbers(p.grad for p in module.parameters())
+    events = list(allocations.events)
+    left = allocations.numbers(p.grad for p in module.parameters())
     peak, gradients, working = peaks(events, left)
-    return peak, working, gradients, ledger.flops
+    return peak, working, gradients, allocations.flops
 
 
 def _seconds(module: nn.Module, step: Callable[[], None]) -> float:

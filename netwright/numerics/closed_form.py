@@ -14,7 +14,7 @@ def loss(scores: Tensor, y: Tensor, squared: bool) -> Tensor:
     return (torch.logsumexp(scores, 1) - (y * scores).sum(1)).mean()
 
 
-def residual(scores: Tensor, y: Tensor, squared: bool) -> Tensor:
+def pseudo_residual(scores: Tensor, y: Tensor, squared: bool) -> Tensor:
     """Return what each sample's loss falls along the steepest: y less the prediction."""
     return y - (scores if squared else torch.softmax(scores, 1))
 
@@ -68,7 +68,7 @@ def boosted_map(f: Tensor, scores: Tensor, W: Tensor, y: Tensor, squared: bool,
 
     Shapes: f (n, p); scores and y (n, outputs); W (outputs, width); D (p, width).
     """
-    G = residual(scores, y, squared) @ W
+    G = pseudo_residual(scores, y, squared) @ W
     G = G / G.square().sum(1).mean().sqrt().clamp_min(torch.finfo(G.dtype).tiny)
     D = ridge_solution(f, G, ridge)
     return D * best_step(scores, f @ D @ W.T, y, squared)

@@ -4,12 +4,12 @@ import pytest
 from rich.console import Console
 
 from netwright.compare import display
-from netwright.compare.display import Display, Progress
+from netwright.compare.display import Display, Status
 
-BEGUN = [Progress("digits", "Backprop", 2, 7, [3.0, 3.0], [("trial 2", 4, 15)]),
-         Progress("digits", "NoProp", 0, 7, [], [])]
-ENDED = [Progress("digits", "Backprop", 7, 7, [3.0] * 7, []),
-         Progress("digits", "NoProp", 7, 7, [], [], "needs labels")]
+BEGUN = [Status("digits", "Backprop", 2, 7, [3.0, 3.0], [("trial 2", 4, 15)]),
+         Status("digits", "NoProp", 0, 7, [], [])]
+ENDED = [Status("digits", "Backprop", 7, 7, [3.0] * 7, []),
+         Status("digits", "NoProp", 7, 7, [], [], "needs labels")]
 
 
 @pytest.fixture
@@ -43,4 +43,4 @@ def test_nothing_is_shown_where_nothing_is_wanted(written):
 
 def test_more_runs_at_once_take_less_time():
     running = [("trial 2", 1, 9), ("trial 3", 1, 9)]
-    assert display.left([Progress("a", "b", 2, 7, [4.0, 6.0], running)]) == "about 0:12 left"
+    assert display.left([Status("a", "b", 2, 7, [4.0, 6.0], running)]) == "about 0:12 left"

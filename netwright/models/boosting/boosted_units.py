@@ -12,7 +12,7 @@ from netwright.models.boosting._estimators import (
     GrownClassifier,
     GrownRegressor,
 )
-from netwright.numerics.closed_form import best_step, loss, residual
+from netwright.numerics.closed_form import best_step, loss, pseudo_residual
 
 __all__ = ["BoostedUnitsClassifier", "BoostedUnitsRegressor"]
 
@@ -38,7 +38,7 @@ class _BoostedUnits(Grown):
         parts, losses = [], [float(loss(F, y, self._squared))]
         take = max(2, round(self.subsample * n))
         for _ in range(self.n_steps):
-            r = residual(F, y, self._squared)
+            r = pseudo_residual(F, y, self._squared)
             rows = torch.randperm(n, generator=generator)[:take]
             A, a, B, b = fit_part(x[rows], r[rows], self.n_units, self.activation,
                                   self.weight_decay, self.iterations, generator)

@@ -12,7 +12,7 @@ from netwright.models.boosting._estimators import (
     GrownClassifier,
     GrownRegressor,
 )
-from netwright.numerics.closed_form import boosted_map, linear_readout, loss, residual
+from netwright.numerics.closed_form import boosted_map, linear_readout, loss, pseudo_residual
 
 __all__ = ["RandomFeatureBoostingClassifier", "RandomFeatureBoostingRegressor",
            "RandomFeatureNetwork"]
@@ -71,7 +71,7 @@ class _RandomFeatureBoosting(Grown):
                    y: Tensor) -> None:
         """Set the block's map of the features `f` to what brings the scores nearer to y."""
         W, scores = readout.weight, readout(phi)
-        r = residual(scores, y, self._squared)
+        r = pseudo_residual(scores, y, self._squared)
         if self.delta in ("diagonal", "scalar"):
             f = f[:, :self.width] + f[:, self.width:]
         mean = f.mean(0)

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, check_labels, targets
 from netwright.runtime.modes import same_buffers
-from netwright.runtime.random_state import same_random_state
+from netwright.runtime.random_state import random_state, same_random_state, set_random_state
 from netwright.stages import Stages, stages
 
 __all__ = ["PredictiveCoding"]
@@ -130,21 +131,21 @@ class _Batch:
     """
 
     def __init__(self, rule: PredictiveCoding, x: Any, y: Tensor) -> None:
-        self.rule, self.y, self.device = rule, y, y.device
+        self.rule, self.y = rule, y
         self.context = rule.stages.context(x)
         self.inputs: list[Any] = [x]
         self.outputs: list[Tensor] = []
-        states = [_random_state(self.device)]
+        states = [random_state()]
         for i, stage in enumerate(rule.stages):
             output = stage(self._input(i), self.context)
             self.outputs.append(output)
             # Sums of small steps need more digits than autocast's types hold.
             wide = torch.promote_types(output.dtype, torch.float32)
             self.inputs.append(output.detach().to(wide).requires_grad_())
-            states.append(_random_state(self.device))
+            states.append(random_state())
         self.inputs.pop()
         self.drawn = {i: before for i, (before, after) in enumerate(pairwise(states))
-                      if not all(map(torch.equal, before, after))}
+                      if not all(map(torch.equal, tree_leaves(before), tree_leaves(after)))}
         if rule.loss is cross_entropy:
             check_labels(y, self.outputs[-1].shape[-1])
         self.loss = rule.loss(self.outputs[-1], y)
@@ -225,7 +226,7 @@ class _Batch:
         """Run the stages again whose states or weights have moved."""
         for i in range(self.stale, len(self.outputs)):
             if i in self.drawn:
-                _set_random_state(self.drawn[i], self.device)
+                set_random_state(self.drawn[i])
             self.outputs[i] = self.rule.stages[i](self._input(i), self.context)
         if self.stale < len(self.outputs):
             self.loss = self.rule.loss(self.outputs[-1], self.y)
@@ -236,14 +237,3 @@ class _Batch:
             return self.inputs[0]
         # A view, since PyTorch's FLOP counter cannot hook a leaf that autograd.grad is asked for.
         return self.inputs[i].view_as(self.inputs[i]).to(self.outputs[i - 1].dtype)
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def _set_random_state(state: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)

@@ -21,7 +21,7 @@ from netwright.models.boosting.random_feature_boosting import (
     diagonal_sandwich,
     scalar_sandwich,
 )
-from netwright.numerics.closed_form import best_step, loss, residual, ridge_solution
+from netwright.numerics.closed_form import best_step, loss, pseudo_residual, ridge_solution
 
 SMALL = {"n_features": 16, "width": 8, "random_state": 0}
 DELTAS = ["gradient", "dense", "diagonal", "scalar"]
@@ -69,7 +69,7 @@ def test_the_residual_is_the_slope_and_the_step_the_best(squared):
     y = torch.eye(3).double()[torch.randint(3, (30,))]
     variable = scores.clone().requires_grad_()
     loss(variable, y, squared).backward()
-    torch.testing.assert_close(residual(scores, y, squared), -30 * variable.grad)
+    torch.testing.assert_close(pseudo_residual(scores, y, squared), -30 * variable.grad)
     step = best_step(scores, direction, y, squared)
     along = torch.linspace(step - 2, step + 2, 2001, dtype=torch.float64)
     values = [float(loss(scores + s * direction, y, squared)) for s in along]
