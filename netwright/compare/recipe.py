@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 
+from netwright import checks
 from netwright.catalogue.facets import KINDS, facets
 from netwright.catalogue.names import name_of
 from netwright.compare.reading import parsed, step_of_data
 from netwright.compare.steps import Step, step_of
-from netwright.errors import UnknownName
 from netwright.rules.rule import Rule
 
 __all__ = ["Recipe", "recipe"]
@@ -163,8 +163,7 @@ def _refuse_second(rule: Step) -> NoReturn:
 def _of_slots(given: Mapping[str, Any]) -> Recipe:
     found: list[tuple[str, Step]] = []
     for slot, held in given.items():
-        if slot not in SLOTS:
-            raise UnknownName("slot of a recipe", str(slot), SLOTS)
+        checks.one_of(SLOTS, slot_of_a_recipe=slot)
         for entry in held if isinstance(held, (list, tuple)) else [held]:
             steps = [step_of_data(entry)] if isinstance(entry, Mapping) else _steps(entry)
             found += [(slot, step) for step in steps]

@@ -40,8 +40,7 @@ class Batches:
         if drop_last and batch_size > len(y):
             raise ValueError(f"batch_size={batch_size} with drop_last=True leaves none of the "
                              f"{len(y)} samples; use a smaller batch_size or drop_last=False")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
+        checks.count(0, seed=seed)
         self.x, self.y, self.batch_size = x, y, batch_size
         self.shuffle, self.drop_last, self.seed, self.epoch = shuffle, drop_last, seed, 0
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.measure._batch import check_batch
 from netwright.measure.cost import cost
 from netwright.objectives.losses import cross_entropy
@@ -45,8 +46,7 @@ class Memory:
 
     def growth(self, of: str = "saved") -> dict[str, float]:
         """Return how many times the first depth's bytes the last depth's are, by rule."""
-        if of not in ("saved", "working"):
-            raise ValueError(f"of must be 'saved' or 'working', got {of!r}")
+        checks.one_of(["saved", "working"], kind_of_memory=of)
         return {name: _ratio(line) for name, line in getattr(self, of).items()}
 
     def table(self) -> str:

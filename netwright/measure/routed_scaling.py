@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy
 
+from netwright import checks
 from netwright.catalogue.facets import method
 
 __all__ = ["RoutedScaling", "effective_params", "fit_routed_scaling"]
@@ -126,8 +127,8 @@ def effective_params(n: float, experts: float, law: RoutedScaling) -> float:
     >>> round(effective_params(1e6, 1, law)), effective_params(1e6, 8, law) > 2e6
     (1000000, True)
     """
-    if not (0 < n < math.inf and 1 <= experts < math.inf):
-        raise ValueError(f"n must be positive and experts at least 1, got {n} and {experts}")
+    checks.above(0, n=n)
+    checks.at_least(1, experts=experts)
     u, dense = math.log(n), math.log(law.start)
     slope = law.a + law.c * dense
     if slope == 0:

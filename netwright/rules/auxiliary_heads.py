@@ -9,7 +9,6 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from netwright import checks
-from netwright.errors import UnknownName
 from netwright.rules.readout import mean_of_tokens
 from netwright.stages import Stage, Stages
 
@@ -100,8 +99,7 @@ def blocks_of(net: Stages, blocks: int | Sequence[str] | None) -> list[list[Stag
             raise ValueError("blocks must be a number or a list of the names of stages, got "
                              f"{blocks!r}; choose from {names}")
         for name in blocks:
-            if name not in names:
-                raise UnknownName("stage to begin a block at", name, names)
+            checks.one_of(names, stage_to_begin_a_block_at=name)
         starts = [names.index(name) for name in blocks]
         if starts != sorted(set(starts)):
             raise ValueError("blocks must name stages once each, in the order in which they run, "

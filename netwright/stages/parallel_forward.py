@@ -10,7 +10,6 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.numerics.fixed_point import check_iterations, settled
 from netwright.runtime.modes import evaluating
 from netwright.stages._sequential import SequentialStage
@@ -170,8 +169,7 @@ _Update = Callable[[Tensor, int], Tensor]
 
 
 def _check(method: str, blocks: int, tolerance: float, max_iterations: int | None) -> None:
-    if method not in METHODS:
-        raise UnknownName("method", method, METHODS)
+    checks.one_of(METHODS, method=method)
     checks.count(1, blocks=blocks)
     check_iterations(tolerance, max_iterations)
 

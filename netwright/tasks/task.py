@@ -221,8 +221,7 @@ def task(name: str) -> Task:
     >>> task("digits-mlp").metric_name
     'accuracy'
     """
-    if name not in TASKS:
-        raise UnknownName("task", name, TASKS)
+    checks.one_of(TASKS, task=name)
     return TASKS[name]
 
 

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from netwright import checks
 from netwright.rules.rule import Rule
 from netwright.training.history import Epoch
 
@@ -104,9 +105,7 @@ def made_scheduler(optimizer: Optimizer | None,
     Raises:
         ValueError: it is none, or another optimizer's, or looks at something else.
     """
-    if options.scheduler_unit not in ("epoch", "step"):
-        raise ValueError('scheduler_unit must be "epoch" or "step", got '
-                         f"{options.scheduler_unit!r}")
+    checks.one_of(["epoch", "step"], scheduler_unit=options.scheduler_unit)
     if given is None or optimizer is None:
         return None
     scheduler = given if isinstance(given, LRScheduler) else given(optimizer)

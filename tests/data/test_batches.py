@@ -86,7 +86,7 @@ def test_shares_of_all_processes_make_up_each_batch(
     ([[1.0]], Y, {}, r"x\[0\] must be a tensor, got list"),
     (X, Y, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
     (X, Y, {"batch_size": 11, "drop_last": True}, "leaves none of the 10 samples"),
-    (X, Y, {"seed": -1}, "seed must not be negative, got -1"),
+    (X, Y, {"seed": -1}, "seed must be at least 0, got -1"),
 ])
 def test_bad_data_is_refused(x: object, y: Tensor, options: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):

@@ -95,5 +95,5 @@ def test_errors():
         memory(deep, [4], BATCH, rules={})
     with pytest.raises(ValueError, match=r"batch must be the pair \(x, y\)"):
         memory(deep, [4], BATCH[0])
-    with pytest.raises(ValueError, match="of must be 'saved' or 'working', got 'peak'"):
+    with pytest.raises(ValueError, match="no kind of memory is called 'peak'; known are saved, w"):
         memory(deep, [2], BATCH).growth("peak")

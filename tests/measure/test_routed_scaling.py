@@ -84,7 +84,7 @@ def test_what_determines_no_law(given, words):
 
 
 def test_what_has_no_effective_size():
-    with pytest.raises(ValueError, match=r"experts at least 1, got 1000000\.0 and 0"):
+    with pytest.raises(ValueError, match="experts must be at least 1, got 0"):
         effective_params(1e6, 0, RoutedScaling(-0.1, -0.1, 0, 0, 1, math.inf, 0))
     with pytest.raises(ValueError, match="changes with the size"):
         effective_params(1e6, 2, RoutedScaling(0.0, -0.1, 0.0, 0, 1, math.inf, 0))

@@ -308,7 +308,7 @@ def test_on_epoch_is_told_and_may_stop_by_raising() -> None:
     ({"checkpoint": __file__}, "must be a folder, got the file"),
     ({"clip": 0}, "clip must be above 0, got 0"),
     ({"autocast": torch.float16}, "autocast must be torch.bfloat16 or None"),
-    ({"scheduler_unit": "batch"}, "scheduler_unit must be"),
+    ({"scheduler_unit": "batch"}, "no scheduler unit is called 'batch'; known are epoch, step"),
     ({"optimizer": lambda p: None}, "optimizer must be a torch.optim.Optimizer"),
     ({"optimizer": sgd([nn.Parameter(torch.ones(1))])}, "none of the rule's parameters"),
     ({"optimizer": torch.optim.LBFGS, "accumulate": 2}, "cannot be used with LBFGS"),

@@ -3,6 +3,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.blocks.experts.routing import Routing, check_choice, router_logits
 from netwright.catalogue.facets import method
 
@@ -64,8 +65,7 @@ class LossFreeRouter(nn.Module):
                  generator: Generator | None = None) -> None:
         super().__init__()
         check_choice(n_experts, k)
-        if scores not in ("sigmoid", "softmax"):
-            raise ValueError(f"scores must be 'sigmoid' or 'softmax', got {scores!r}")
+        checks.one_of(["sigmoid", "softmax"], kind_of_scores=scores)
         self.n_experts, self.k, self.bias_rate = n_experts, k, bias_rate
         self.scores, self.normalize = scores, normalize
         self.weight = nn.Parameter(torch.empty(n_experts, dim))

@@ -88,8 +88,7 @@ class TopKRouter(nn.Module):
                  generator: Generator | None = None) -> None:
         super().__init__()
         check_choice(n_experts, k)
-        if softmax not in ("chosen", "all"):
-            raise ValueError(f"softmax must be 'chosen' or 'all', got {softmax!r}")
+        checks.one_of(["chosen", "all"], softmax=softmax)
         self.n_experts, self.k, self.softmax = n_experts, k, softmax
         self.weight = nn.Parameter(torch.empty(n_experts, dim))
         nn.init.uniform_(self.weight, -dim ** -0.5, dim ** -0.5, generator=generator)

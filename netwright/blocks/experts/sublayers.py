@@ -7,7 +7,6 @@ from netwright import checks
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.feedforward.feed_forward import FeedForward
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 
 __all__ = ["SelfAttention", "Sublayer", "par_pattern", "sublayers"]
 
@@ -125,8 +124,7 @@ def sublayers(pattern: str, dim: int,
     if not pattern:
         raise ValueError('pattern must hold a letter for each sublayer, got none; try "sf" * 4')
     for letter in pattern:
-        if letter not in make:
-            raise UnknownName("kind of sublayer", letter, make)
+        checks.one_of(make, kind_of_sublayer=letter)
     return nn.Sequential(*(Sublayer(dim, make[letter](dim)) for letter in pattern))
 
 

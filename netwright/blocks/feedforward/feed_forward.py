@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 
 __all__ = ["GLU", "FeedForward"]
 
@@ -30,8 +29,7 @@ def activation_module(activation: Activation) -> nn.Module:
                          f"; give its class, or lambda: {type(activation).__name__}(...)")
     if not isinstance(activation, str):
         return activation()
-    if activation not in _ACTIVATIONS:
-        raise UnknownName("activation", activation, _ACTIVATIONS)
+    checks.one_of(_ACTIVATIONS, activation=activation)
     return _ACTIVATIONS[activation]()
 
 

@@ -6,7 +6,6 @@ from torch import Generator, Tensor, nn
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 
 __all__ = ["LehmerMultiplet"]
 
@@ -62,8 +61,7 @@ class LehmerMultiplet(nn.Module):
                  floor: float = 1e-6, generator: Generator | None = None) -> None:
         super().__init__()
         checks.count(1, inputs=inputs, units=units)
-        if mean not in ("lehmer", "gini"):
-            raise UnknownName("mean", mean, ("lehmer", "gini"))
+        checks.one_of(["lehmer", "gini"], mean=mean)
         checks.above(0, floor=floor, advice="try 1e-6")
         table = torch.tensor(exponents, dtype=torch.get_default_dtype())
         if not len(exponents) or table.shape[1:] != (() if mean == "lehmer" else (2,)):

@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.catalogue.facets import method
-from netwright.errors import NothingToReshape, UnknownName
+from netwright.errors import NothingToReshape
 
 __all__ = ["QuadraticFeedForward", "QuadraticLinear", "relinear_groups"]
 
@@ -53,8 +53,7 @@ class QuadraticLinear(nn.Module):
                  generator: Generator | None = None) -> None:
         super().__init__()
         checks.count(1, inputs=inputs, outputs=outputs)
-        if start not in ("linear", "random"):
-            raise UnknownName("start", start, ("linear", "random"))
+        checks.one_of(["linear", "random"], start=start)
         self.inputs, self.outputs = inputs, outputs
 
         def drawn(*shape: int) -> nn.Parameter:

@@ -7,7 +7,6 @@ from torch.nn.functional import linear
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 
 __all__ = ["StructuredLinear"]
 
@@ -71,8 +70,7 @@ class StructuredLinear(nn.Module):
                  bias: bool = True, feature_major: bool = False,
                  generator: Generator | None = None) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise UnknownName("kind", kind, KINDS)
+        checks.one_of(KINDS, kind=kind)
         checks.count(1, in_features=in_features, out_features=out_features)
         checks.between(0, 1, ends=(False, False), share=share)
         self.in_features, self.out_features, self.kind = in_features, out_features, kind

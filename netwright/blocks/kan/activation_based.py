@@ -9,7 +9,6 @@ from torch.nn.functional import conv1d, linear
 from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 
 __all__ = ["AFKANFeedForward", "AFKANLinear"]
 
@@ -82,10 +81,8 @@ class AFKANLinear(nn.Module):
                  generator: Generator | None = None) -> None:
         super().__init__()
         checks.count(1, inputs=inputs, outputs=outputs, grid=grid, order=order)
-        if combine not in _COMBINATIONS:
-            raise UnknownName("combination", combine, _COMBINATIONS)
-        if reduce not in _REDUCTIONS:
-            raise UnknownName("reduction", reduce, _REDUCTIONS)
+        checks.one_of(_COMBINATIONS, combination=combine)
+        checks.one_of(_REDUCTIONS, reduction=reduce)
         self.inputs, self.outputs, self.combine, self.reduce = inputs, outputs, combine, reduce
         self.normalize_functions = normalize_functions
         self.activation, count = activation_module(activation), grid + order

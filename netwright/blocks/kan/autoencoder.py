@@ -4,6 +4,7 @@ from typing import Literal
 
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.blocks.kan.selectable import SelectableKANLinear
 from netwright.catalogue.facets import method
 
@@ -56,8 +57,7 @@ class KANAutoencoder(nn.Module):
         if len(sizes) < 2 or min(sizes) < 1:
             raise ValueError("sizes must be those of the inputs, of any layers and of the code, "
                              f"each at least 1, got {tuple(sizes)}; try (64, 32, 8)")
-        if last not in ("sigmoid", "identity"):
-            raise ValueError(f"last must be 'sigmoid' or 'identity', got {last!r}")
+        checks.one_of(["sigmoid", "identity"], last_activation=last)
 
         def layer(before: int, after: int, first: bool = False) -> nn.Module:
             return SelectableKANLinear(before, after, ("silu", "bspline"), "sum", grid=grid,

@@ -9,7 +9,6 @@ from torch.nn.functional import gelu, relu, silu
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 
 __all__ = ["GroupRational", "RationalFeedForward"]
 
@@ -77,10 +76,8 @@ class GroupRational(nn.Module):
         if dim % groups:
             raise ValueError(f"groups must divide dim={dim}, got {groups}; "
                              f"try {math.gcd(dim, groups)}")
-        if fit not in _TARGETS:
-            raise UnknownName("activation", fit, _TARGETS)
-        if backward not in ("blocked", "autograd"):
-            raise UnknownName("backward", backward, ("blocked", "autograd"))
+        checks.one_of(_TARGETS, activation=fit)
+        checks.one_of(["blocked", "autograd"], backward=backward)
         self.dim, self.groups, self.backward, self.block = dim, groups, backward, block
         a, b = _fitted(fit, degree, denominator)
         self.numerator = nn.Parameter(a.repeat(1 if share_numerator else groups, 1))

@@ -10,7 +10,6 @@ from torch.nn.functional import linear
 from netwright import checks
 from netwright.blocks.kan.bases import BASES, counts, features
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 
 __all__ = ["KANFeedForward", "PrunedKANLinear", "SelectableKANLinear"]
 
@@ -81,8 +80,7 @@ class SelectableKANLinear(nn.Module):
         super().__init__()
         checks.count(1, inputs=inputs, outputs=outputs, grid=grid, order=order)
         for name in bases:
-            if name not in BASES:
-                raise UnknownName("basis", name, BASES)
+            checks.one_of(BASES, basis=name)
         if not bases or len(set(bases)) < len(bases):
             raise ValueError(f"bases must be different and at least one, got {tuple(bases)}")
         if not grid_range[0] < grid_range[1]:
@@ -126,8 +124,7 @@ class SelectableKANLinear(nn.Module):
 
     @select.setter
     def select(self, select: Select) -> None:
-        if select not in ("soft", "hard", "sum"):
-            raise UnknownName("select", select, ("soft", "hard", "sum"))
+        checks.one_of(["soft", "hard", "sum"], select=select)
         if "logits" in self._parameters and (self.logits is None) != (select == "sum"):
             raise ValueError(f"select={select!r} needs a layer that was made with it, this one was "
                              f"made with {self._select!r}")
@@ -304,8 +301,7 @@ class KANFeedForward(nn.Sequential):
         out = dim if out is None else out
         if hidden is None:
             for name in bases:
-                if name not in BASES:
-                    raise UnknownName("basis", name, BASES)
+                checks.one_of(BASES, basis=name)
             hidden = max(1, 4 * dim // max(1, sum(counts(bases, grid, order))))
         checks.count(1, dim=dim, hidden=hidden, out=out)
         super().__init__(*[SelectableKANLinear(

@@ -112,8 +112,7 @@ class SparseMLPBlock(nn.Module):
                  capacity: float | None = 1.2, balance: float = 0.01,
                  represent: Sequence[int] | None = None, router: str = "importance") -> None:
         super().__init__()
-        if router not in ("importance", "order"):
-            raise ValueError(f"router must be 'importance' or 'order', got {router!r}")
+        checks.one_of(["importance", "order"], router=router)
         if represent is None:
             if dim % 2:
                 raise ValueError(f"dim must be even to be halved, got {dim}; give represent, "

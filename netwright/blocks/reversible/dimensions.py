@@ -1,5 +1,7 @@
 from torch import nn
 
+from netwright import checks
+
 # convolution, batch normalisation and pooling to one number, by the number of an image's axes
 LAYERS: dict[int, tuple[type[nn.Module], type[nn.Module], type[nn.Module]]] = {
     1: (nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d),
@@ -10,7 +12,6 @@ LAYERS: dict[int, tuple[type[nn.Module], type[nn.Module], type[nn.Module]]] = {
 
 def layers(dims: int) -> tuple[type[nn.Module], type[nn.Module], type[nn.Module]]:
     """Return convolution, batch normalisation and adaptive pooling for `dims` axes."""
-    if dims not in LAYERS:
-        raise ValueError(f"dims must be 1, 2 or 3, the axes of an image beside its channels, got "
-                         f"{dims}")
+    checks.between(1, 3, whole=True, dims=dims,
+                   advice="they are the axes of an image beside its channels")
     return LAYERS[dims]

@@ -128,9 +128,7 @@ class InjectivePad(nn.Module):
 
     def __init__(self, channels: int, dim: int = 1, *, parts: int = 1) -> None:
         super().__init__()
-        if channels < 0:
-            raise ValueError(f"channels must be 0 or more, got {channels}: dropping some would "
-                             "lose what is in them")
+        checks.count(0, channels=channels, advice="dropping some would lose what is in them")
         if parts < 1 or channels % parts:
             raise ValueError(f"parts must be at least 1 and divide channels={channels}, got "
                              f"{parts}")

@@ -129,8 +129,7 @@ class ReversibleGIN(nn.Module):
                  classes: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         checks.count(1, depth=depth)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be a share from 0 to below 1, got {dropout}")
+        checks.between(0, 1, ends=(True, False), dropout=dropout)
         self.entry = nn.Identity() if features is None else nn.Linear(features, dim)
         self.blocks = ReversibleSequential(*[
             GroupedReversible(lambda width: _GIN(width, dropout), dim, groups)

@@ -58,8 +58,7 @@ class MBConv(nn.Sequential):
                  stride: int = 1, squeeze: float = 0.0, dims: int = 2,
                  norm: Callable[[int], nn.Module] | None = None,
                  activation: Callable[[], nn.Module] = nn.Hardswish) -> None:
-        if dims not in (1, 2, 3):
-            raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
+        checks.between(1, 3, whole=True, dims=dims)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         checks.count(1, inputs=inputs, outputs=outputs)

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.mbconv import BATCH_NORMS, MBConv
 from netwright.blocks.reversible.sequential import ReversibleSequential
@@ -165,11 +166,9 @@ class RevBiFPN(nn.Module):
         if len(channels) < 2 or min(channels) < 2:
             raise ValueError(f"channels must name at least two levels of at least two channels, "
                              f"got {list(channels)}")
-        if depth < 0 or blocks < 0 or fold < 1 or inputs < 1:
-            raise ValueError(f"depth and blocks must not be negative, fold and inputs at least 1, "
-                             f"got depth={depth}, blocks={blocks}, fold={fold}, inputs={inputs}")
-        if dims not in (1, 2, 3):
-            raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
+        checks.count(0, depth=depth, blocks=blocks)
+        checks.count(1, fold=fold, inputs=inputs)
+        checks.between(1, 3, whole=True, dims=dims)
         each = fold ** dims
         if channels[0] % each or channels[0] // each < inputs:
             raise ValueError(f"channels[0]={channels[0]} must be a multiple of fold^dims={each} "

@@ -263,8 +263,7 @@ class ColumnLevel(nn.Module):
     def __init__(self, channels: int, *, below: int | None = None, above: int | None = None,
                  blocks: int = 1, kernel_size: int = 3, dims: int = 2) -> None:
         super().__init__()
-        if dims not in (1, 2, 3):
-            raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
+        checks.between(1, 3, whole=True, dims=dims)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
@@ -326,8 +325,7 @@ class ColumnSupervision(nn.Module):
                  classification: float = 0.8) -> None:
         super().__init__()
         number = len(columns.columns) + 1
-        if not 1 <= heads <= number:
-            raise ValueError(f"heads must be 1 to {number}, the number of columns, got {heads}")
+        checks.between(1, number, whole=True, heads=heads, advice=f"there are {number} columns")
         self.stem, self.columns = stem or nn.Identity(), columns
         self.taps = [(i + 1) * number // heads - 1 for i in range(heads)]
         self.classifiers = nn.ModuleList([make_classifier() for _ in range(heads)])

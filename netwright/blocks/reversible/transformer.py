@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
@@ -62,8 +63,7 @@ class ReversibleTransformerBlock(ReversibleBlock):
         if feed_forward is not None and hidden is not None:
             raise ValueError("hidden is of the feed-forward made here, got it beside "
                              "feed_forward=, which has its own; leave one of the two out")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be a share from 0 to below 1, got {dropout}")
+        checks.between(0, 1, ends=(True, False), dropout=dropout)
         self.dim = -1
         self.attention = _Normed(dim, attention or _attention(dim, heads, causal, dropout), dropout)
         self.feed_forward = _Normed(dim, feed_forward or nn.Sequential(

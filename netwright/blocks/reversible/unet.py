@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.reversible.mbconv import CONVS, ReversibleMBConv
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
@@ -71,10 +72,9 @@ class ReversibleUNet(nn.Module):
         if len(widths) != len(depths) or not widths:
             raise ValueError(f"depths must name one number for each of the {len(widths)} widths, "
                              f"got {list(depths)}")
-        if min(depths) < 0:
-            raise ValueError(f"depths must not be negative, got {list(depths)}")
-        if dims not in (1, 2, 3):
-            raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
+        for depth in depths:
+            checks.count(0, depths=depth)
+        checks.between(1, 3, whole=True, dims=dims)
         self.inputs, self.dims = inputs, dims
         options: dict[str, Any] = {"expand": expand, "dims": dims, "kernel_size": kernel_size,
                                    "squeeze": squeeze, "norm": norm or _group_norm,

@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_map_only
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.generative.flows.flow import Flow, Transform
 from netwright.generative.flows.odeint import TurningField, odeint
 from netwright.reversing.engine import Regroup, Step, Stored
@@ -79,8 +78,7 @@ class FFJORD(Flow, Transform):
                  rtol: float = 1e-5, atol: float = 1e-5, backward: str | None = None,
                  base: Distribution | None = None) -> None:
         super().__init__([], size, base)
-        if trace not in ("hutchinson", "exact"):
-            raise UnknownName("trace", trace, ["hutchinson", "exact"])
+        checks.one_of(["hutchinson", "exact"], trace=trace)
         checks.above(0, time=time)
         self.net, self.solver, self.trace, self.time = net, solver, trace, time
         self.options = {"steps": steps or (20 if solver == "reversible_heun" else 1),

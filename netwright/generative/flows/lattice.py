@@ -232,8 +232,7 @@ class GaugeTransform(Transform):
     def __init__(self, direction: int, parity: int, net: nn.Module | None = None, *,
                  hidden: int = 8) -> None:
         super().__init__()
-        if direction not in (0, 1) or parity not in (0, 1):
-            raise ValueError(f"direction and parity must be 0 or 1, got {direction} and {parity}")
+        checks.between(0, 1, whole=True, direction=direction, parity=parity)
         self.direction, self.parity = direction, parity
         if net is None:
             last = nn.Conv2d(hidden, 2, 3, padding=1, padding_mode="circular")

@@ -151,8 +151,7 @@ def odeint(f: nn.Module, y0: State, ts: Tensor, *, solver: str = "reversible_heu
         return packed.unpack(ys)
     reversible = solver == "reversible_heun"
     backward = backward or ("reconstruct" if reversible else "adjoint")
-    if backward not in ("reconstruct", "store", "adjoint"):
-        raise UnknownName("way back", backward, ["reconstruct", "store", "adjoint"])
+    checks.one_of(["reconstruct", "store", "adjoint"], way_back=backward)
     if backward == ("adjoint" if reversible else "reconstruct"):
         raise ValueError(f"backward={backward!r} is none of the ways back from {solver!r}; "
                          + ("take 'reconstruct' or 'store', or one of torchdiffeq's solvers"

@@ -166,9 +166,7 @@ class ResidualTransform(Transform):
                  size: int | Sequence[int] | None = None, exact_terms: int = 2, p: float = 0.5,
                  terms: int = 10, iterations: int = 2000) -> None:
         super().__init__()
-        if log_det_by not in ("roulette", "series", "exact"):
-            raise ValueError("log_det_by must be 'roulette', 'series' or 'exact', "
-                             f"got {log_det_by!r}")
+        checks.one_of(["roulette", "series", "exact"], way_to_find_log_det=log_det_by)
         checks.between(0, 1, ends=(False, False), p=p)
         checks.count(0, exact_terms=exact_terms)
         checks.count(1, terms=terms, iterations=iterations)

@@ -4,9 +4,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from netwright import checks
 from netwright.anatomy.replacing import replace
 from netwright.catalogue.facets import method
-from netwright.errors import NothingToReshape, UnknownName
+from netwright.errors import NothingToReshape
 from netwright.reshape._naming import Built, restored
 from netwright.reshape.change import decided, reshape
 
@@ -41,8 +42,7 @@ def exchange_modules(model: nn.Module, blocks: Mapping[str, Callable[[], nn.Modu
                                "{'1': a function that makes a module}")
     known = dict(model.named_modules())
     for name in blocks:
-        if name not in known:
-            raise UnknownName("module", name, known)
+        checks.one_of(known, module=name)
     built = Built()
     made = {}
     for name, make in blocks.items():

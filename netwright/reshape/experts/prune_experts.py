@@ -10,7 +10,7 @@ from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.experts.routing import TopKRouter, router_logits
 from netwright.blocks.feedforward.feed_forward import FeedForward
 from netwright.catalogue.facets import method
-from netwright.errors import NothingToReshape, UnknownName
+from netwright.errors import NothingToReshape
 from netwright.reshape._calibration import batches_of
 from netwright.reshape.change import decided, reshape
 from netwright.reshape.experts._dense import rows_of
@@ -82,8 +82,7 @@ def prune_experts(model: nn.Module, calibration: Any, keep: int, *,
     (torch.Size([4, 16, 96]), True)
     """
     known = Method.__args__  # type: ignore[attr-defined]
-    if method not in known:
-        raise UnknownName("method", method, known)
+    checks.one_of(known, method=method)
     batches = batches_of(calibration)
     found = _mixtures(model)
     for mixture in found:

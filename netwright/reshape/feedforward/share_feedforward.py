@@ -16,7 +16,6 @@ from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
 from netwright.anatomy.replacing import replace
 from netwright.anatomy.residual import Place, Silent, trace
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.reshape._layers import layer_of, plain_layer
 from netwright.reshape.change import decided, reshape
 from netwright.runtime.random_state import same_random_state
@@ -83,8 +82,7 @@ def share_feedforward(model: nn.Module, hidden: int | Literal["budget"] | None =
     >>> wide.encoder.layers[0].linear1.out_features
     129
     """
-    if start not in STARTS:
-        raise UnknownName("start", start, STARTS)
+    checks.one_of(STARTS, start=start)
     found = feedforwards(model, example)
     dropped = _decoder(found) if drop_decoder else []
     shared = [layer for layer in found if layer not in _decoder(found)]

@@ -10,7 +10,7 @@ from netwright import checks
 from netwright.anatomy.replacing import plain_paths, replace, standing_in, without_fused_paths
 from netwright.anatomy.residual import Silent, Sublayer, Trace, trace
 from netwright.catalogue.facets import method
-from netwright.errors import NothingToReshape, UnknownName
+from netwright.errors import NothingToReshape
 from netwright.reshape._calibration import batches_of
 from netwright.reshape._layouts import plain_silent, silent_of
 from netwright.reshape.change import decided, reshape
@@ -131,8 +131,7 @@ def without_sublayers(model: nn.Module, example: Any, names: list[str]) -> nn.Mo
     found = _found(model, example)
     known = {sublayer.name: sublayer for sublayer in found.sublayers}
     for name in names:
-        if name not in known:
-            raise UnknownName("sublayer", name, known)
+        checks.one_of(known, sublayer=name)
     trial = deepcopy(model)
     removed = [known[name] for name in dict.fromkeys(names)]
     for sublayer in removed:
@@ -283,8 +282,7 @@ def _measure(distance: Distance) -> Callable[[Tensor, Tensor], Tensor]:
     if callable(distance):
         return lambda old, new: torch.atleast_1d(torch.as_tensor(distance(old, new)))
     known = {"angular": _angular, "euclidean": _euclidean, "jensen-shannon": _jensen_shannon}
-    if distance not in known:
-        raise UnknownName("distance", distance, known)
+    checks.one_of(known, distance=distance)
     return known[distance]
 
 

@@ -14,7 +14,7 @@ from netwright.anatomy.residual_blocks import Block, Passed, example_of, respond
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
-from netwright.errors import CannotReverse, NothingToReshape, UnknownName
+from netwright.errors import CannotReverse, NothingToReshape
 from netwright.reshape._layouts import layout_of, plain_layout, plain_silent, silent_of
 from netwright.reshape.change import decided, reshape
 from netwright.reversing.engine import Add, Update
@@ -96,8 +96,7 @@ def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
     >>> flat(x).shape
     torch.Size([1, 16, 96])
     """
-    if how not in ("coupling", "momentum"):
-        raise UnknownName("way to make a network reversible", how, ("coupling", "momentum"))
+    checks.one_of(["coupling", "momentum"], way_to_make_a_network_reversible=how)
     checks.between(0, 1, ends=(False, False), gamma=gamma,
                    advice="at 0 the network is the one given, which cannot be undone")
     x = example_of(model) if example is None else example

@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.numerics.closed_form import boosted_map, linear_readout, loss
 from netwright.rules.readout import mean_of_tokens
 from netwright.rules.residual_path import is_added
@@ -98,8 +97,7 @@ class RandomFeatureBoosting(Rule):
                  output_loss: Loss = "cross_entropy", keep: int = 0,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if output_loss not in get_args(Loss):
-            raise UnknownName("output loss", str(output_loss), get_args(Loss))
+        checks.one_of(get_args(Loss), output_loss=output_loss)
         checks.above(0, ridge=ridge, ridge_readout=ridge_readout, advice="try the default")
         checks.between(0, 1, ends=(False, True), shrinkage=shrinkage,
                        advice="1 takes the whole step")

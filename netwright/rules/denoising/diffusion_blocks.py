@@ -7,7 +7,6 @@ from torch import Generator, Tensor, nn
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.rules.denoising.label_denoiser import (
     FREQUENCIES,
     integrate,
@@ -102,8 +101,7 @@ class DiffusionBlocks(Rule):
         super().__init__(network, generator=generator)
         checks.count(1, blocks=blocks)
         checks.above(0, sigma_data=sigma_data, noise_std=noise_std, sigma_min=sigma_min)
-        if partition not in ("equal_mass", "uniform"):
-            raise UnknownName("partition", partition, ["equal_mass", "uniform"])
+        checks.one_of(["equal_mass", "uniform"], partition=partition)
         checks.at_least(0, overlap=overlap, advice="try 0.1")
         checks.above(sigma_min, sigma_max=sigma_max, advice=f"sigma_min={sigma_min}")
         checks.count(1, num_classes=num_classes, optional=True)
@@ -164,8 +162,7 @@ class DiffusionBlocks(Rule):
         that lie evenly in sigma^(1/7). `labels` (n,) are the classes to draw.
         """
         checks.count(1, n=n, steps=steps)
-        if solver not in ("heun", "euler"):
-            raise UnknownName("solver", solver, ["heun", "euler"])
+        checks.one_of(["heun", "euler"], solver=solver)
         if labels is not None and (self.num_classes is None or labels.shape != (n,)):
             raise ValueError(f"labels must be None or, for a rule with num_classes, ({n},), got "
                              f"{tuple(labels.shape)} with num_classes={self.num_classes}")

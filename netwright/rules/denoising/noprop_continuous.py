@@ -7,7 +7,6 @@ from torch.nn import Parameter, functional
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.denoising.label_denoiser import (
     LabelDenoiser,
@@ -102,10 +101,8 @@ class NoPropContinuous(Rule):
         super().__init__(network, generator=generator)
         checks.count(1, steps=steps, embedding_size=embedding_size, width=width, chains=chains)
         checks.above(0, eta=eta, offset=offset)
-        if solver not in ("heun", "euler"):
-            raise UnknownName("solver", solver, ["heun", "euler"])
-        if schedule not in ("learned", "cosine"):
-            raise UnknownName("schedule", schedule, ["learned", "cosine"])
+        checks.one_of(["heun", "euler"], solver=solver)
+        checks.one_of(["learned", "cosine"], schedule=schedule)
         features, like = feature_width(self.network, example)
         self.classes = num_classes or features
         weights = label_embedding(embedding, self.classes, embedding_size, generator).to(like)

@@ -4,8 +4,8 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.formal.circuits import PolynomialCircuit, evaluator
 from netwright.rules.rule import Rule, check_labels
 from netwright.runtime.modes import evaluating
@@ -67,8 +67,7 @@ class ReverseDerivativeAscent(Rule):
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
         self.circuits = _circuits(self.network)
-        if codes not in ("one-hot", "binary", None):
-            raise UnknownName("code of classes", codes, ["one-hot", "binary"])
+        checks.one_of(["one-hot", "binary"], code_of_classes=codes, optional=True)
         last = self.circuits[-1]
         self.register_buffer("codes", _codes(codes, num_classes, len(last.outputs),
                                              last.semiring.size))

@@ -10,7 +10,6 @@ from torch.overrides import TorchFunctionMode
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked, targets
 from netwright.runtime.modes import same_buffers
@@ -92,8 +91,7 @@ class DualPropagation(Rule):
                  generator: Generator | None = None) -> None:
         checks.between(0, 1, alpha=alpha, advice="at 0.5 both states are nudged alike")
         checks.above(0, beta=beta, advice="try the default, 1")
-        if means not in ("forward", "dyads"):
-            raise UnknownName("kind of means", means, ["forward", "dyads"])
+        checks.one_of(["forward", "dyads"], kind_of_means=means)
         super().__init__(network, generator=generator)
         self.loss, self.alpha, self.beta, self.means = loss, alpha, beta, means
 

@@ -75,8 +75,7 @@ class EquilibriumPropagation(Rule):
         checks.count(1, points=points, steps=steps, nudged_steps=nudged_steps,
                      advice="try the default")
         checks.above(0, radius=radius, advice="try the default, 0.5")
-        if not homeostasis >= 0:
-            raise ValueError(f"homeostasis must not be below 0, got {homeostasis}; try 1.0")
+        checks.at_least(0, homeostasis=homeostasis, advice="try 1.0")
         if homeostasis and symmetric:
             raise ValueError(f"homeostasis={homeostasis} pulls B to W's transpose, which it is "
                              "with symmetric=True; give symmetric=False, or homeostasis=0.0")

@@ -126,8 +126,7 @@ class BlackBoxPrompt(Rule):
         checks.count(2, dimension=dimension)
         checks.count(4, population=population)
         checks.above(0, step=step, advice="try 0.5")
-        if layers not in ("all", "first"):
-            raise ValueError(f"layers must be 'all' or 'first', got {layers!r}")
+        checks.one_of(["all", "first"], choice_of_layers=layers)
         if example is None:
             raise ValueError("example is needed, since prompts have the shape of what the layers "
                              "take; give an input as example=")

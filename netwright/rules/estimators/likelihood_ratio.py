@@ -84,8 +84,7 @@ class LikelihoodRatio(Rule):
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
         checks.above(0, noise=noise, advice="try 0.1")
-        if control not in ("baseline", "antithetic", None):
-            raise ValueError(f"control must be 'baseline', 'antithetic' or None, got {control!r}")
+        checks.one_of(["baseline", "antithetic"], control=control, optional=True)
         if copies < (1 if control is None else 2) or (control == "antithetic" and copies % 2):
             raise ValueError("copies must be at least 1, at least 2 with control='baseline', and "
                              f"even with control='antithetic', got copies={copies} with "

@@ -89,8 +89,7 @@ class ZerothOrder(Rule):
         super().__init__(network, generator=generator)
         checks.above(0, epsilon=epsilon, advice="try 0.001")
         checks.count(1, directions=directions)
-        if difference not in ("central", "forward"):
-            raise ValueError(f"difference must be 'central' or 'forward', got {difference!r}")
+        checks.one_of(["central", "forward"], difference=difference)
         if in_place != (rate is not None):
             raise ValueError("rate must be the learning rate where in_place is True and None "
                              f"where an optimizer steps, got rate={rate} with "

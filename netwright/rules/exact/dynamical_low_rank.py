@@ -12,7 +12,6 @@ from torch.nn.parameter import is_lazy
 from netwright import checks
 from netwright.anatomy.replacing import replace
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.runtime.modes import same_buffers
@@ -273,8 +272,7 @@ def _names(network: nn.Module, dense: Iterable[str]) -> list[str]:
     modules = dict(network.named_modules())
     dense = list(dense)
     for name in dense:
-        if name not in modules:
-            raise UnknownName("module", name, list(modules))
+        checks.one_of(modules, module=name)
     parameters = [id(p) for _, p in network.named_parameters(remove_duplicate=False)]
     found = [name for name, m in modules.items() if name and
              type(m) in (nn.Linear, *_CONVOLUTIONS) and not is_lazy(m.weight)

@@ -6,7 +6,6 @@ from torch import Generator, Tensor, nn
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.exact.links import Link, run_linked
 from netwright.rules.residual_path import is_added
@@ -80,8 +79,7 @@ class HighwayBackprop(Rule):
         self.stages, self.loss, self.iterations = stages(network, example), loss, iterations
         self.residual = None if residual is None else list(residual)
         for name in self.residual or ():
-            if name not in self.stages.names:
-                raise UnknownName("stage", name, self.stages.names)
+            checks.one_of(self.stages.names, stage=name)
         self.sequential_steps = 0
 
     def forward(self, x: Any, y: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch.nn import Parameter
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.rule import Rule, checked
 from netwright.stages import Stages, call, stages
@@ -92,8 +91,7 @@ class PipelinedBackprop(Rule):
         super().__init__(network, generator=generator)
         checks.between(0, 1, ends=(True, False), momentum=momentum, advice="give the optimizer's, "
                        "which scaled_to_batch finds for small batches")
-        if prediction not in ("velocity", "difference", None):
-            raise UnknownName("prediction", str(prediction), ["velocity", "difference"])
+        checks.one_of(["velocity", "difference"], prediction=prediction, optional=True)
         checks.at_least(0, horizon=horizon, advice="it is in times of the delay; try 1")
         self.stages, self.loss = stages(network, example), loss
         n = len(self.stages)

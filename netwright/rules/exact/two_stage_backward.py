@@ -8,7 +8,6 @@ from torch.nn import Parameter
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.exact.links import run_linked
 from netwright.rules.rule import Rule
@@ -212,8 +211,7 @@ def schedule(forward: Sequence[float], signals: Sequence[float], weights: Sequen
         raise ValueError("forward, signals and weights must have a time for each stage, got "
                          f"{len(forward)}, {len(signals)} and {len(weights)}")
     checks.count(1, micro_batches=micro_batches)
-    if order not in ("1f1b", "gpipe"):
-        raise UnknownName("order", order, ["1f1b", "gpipe"])
+    checks.one_of(["1f1b", "gpipe"], order=order)
     n, down = len(forward), list(signals)
     if not two_stage:
         down = [a + b for a, b in zip(signals, weights, strict=True)]

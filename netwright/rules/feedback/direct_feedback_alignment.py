@@ -93,9 +93,7 @@ class DirectFeedbackAlignment(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if feedback not in ("random", "sign_symmetric", "kolen_pollack"):
-            raise ValueError("feedback must be 'random', 'sign_symmetric' or 'kolen_pollack', "
-                             f"got {feedback!r}")
+        checks.one_of(["random", "sign_symmetric", "kolen_pollack"], feedback=feedback)
         if share and feedback != "random":
             raise ValueError(f"share=True keeps one fixed matrix, got feedback={feedback!r}; "
                              "use share=False")

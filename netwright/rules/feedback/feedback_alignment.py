@@ -8,6 +8,7 @@ from torch.autograd import Function
 from torch.nn import functional
 from torch.nn.parameter import Parameter, UninitializedParameter
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.matrices import Matrices, draw
@@ -66,9 +67,7 @@ class FeedbackAlignment(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if feedback not in ("random", "sign_symmetric", "kolen_pollack"):
-            raise ValueError("feedback must be 'random', 'sign_symmetric' or 'kolen_pollack', "
-                             f"got {feedback!r}")
+        checks.one_of(["random", "sign_symmetric", "kolen_pollack"], feedback=feedback)
         self.loss, self.signed = loss, feedback == "sign_symmetric"
         self.feedback = Matrices(learned=feedback == "kolen_pollack")
         layers, self.exact = find_layers(self.network)

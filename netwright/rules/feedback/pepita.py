@@ -8,7 +8,6 @@ from torch import Generator, Tensor, nn
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.inputs import (
     INSIDE,
@@ -108,10 +107,8 @@ class Pepita(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if feedback not in ("random", "mirror"):
-            raise UnknownName("feedback", feedback, ["random", "mirror"])
-        if presynaptic not in ("modulated", "clean", "own"):
-            raise UnknownName("presynaptic factor", presynaptic, ["modulated", "clean", "own"])
+        checks.one_of(["random", "mirror"], feedback=feedback)
+        checks.one_of(["modulated", "clean", "own"], presynaptic_factor=presynaptic)
         checks.above(0, scale=scale,
                      advice="without feedback nothing is learned, the paper's is 0.05")
         if example is None:

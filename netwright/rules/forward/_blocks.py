@@ -4,7 +4,6 @@ from typing import Any
 from torch import Tensor
 
 from netwright import checks
-from netwright.errors import UnknownName
 from netwright.stages import Stage, Stages
 
 
@@ -47,8 +46,7 @@ def in_blocks(net: Stages, blocks: int | Sequence[str], depth: int) -> Stages:
         starts = [i * depth // blocks for i in range(blocks)]
     else:
         for name in blocks:
-            if name not in names:
-                raise UnknownName("stage that can begin a block", str(name), names)
+            checks.one_of(names, stage_that_can_begin_a_block=name)
         starts = [names.index(name) for name in blocks]
         if starts != sorted(set(starts)):
             inorder = sorted(set(blocks), key=names.index)

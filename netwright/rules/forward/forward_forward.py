@@ -183,8 +183,7 @@ class ForwardForward(Rule):
                      optional=True)
         if skip is None:
             skip = 0 if self.by_class or collaborate else 1
-        if skip < 0:
-            raise ValueError(f"skip must be 0 or more hidden stages, got {skip}")
+        checks.count(0, skip=skip, advice="it is a number of hidden stages")
 
         self.links = negatives == "virtual_nodes"
         if self.links:
@@ -343,10 +342,8 @@ def _check(goodness: str, negatives: Any, predict_by: str, collaborate: bool | s
     if negatives not in ("label_overlay", "virtual_nodes") and not callable(negatives):
         raise UnknownName("way of making negatives", str(negatives),
                           ["label_overlay", "virtual_nodes"])
-    if goodness not in ("sum", "mean", "by_class"):
-        raise UnknownName("goodness", goodness, ["sum", "mean", "by_class"])
-    if predict_by not in ("goodness", "softmax"):
-        raise UnknownName("way of predicting", predict_by, ["goodness", "softmax"])
+    checks.one_of(["sum", "mean", "by_class"], goodness=goodness)
+    checks.one_of(["goodness", "softmax"], way_of_predicting=predict_by)
     if collaborate not in (True, False, "earlier"):
         raise UnknownName("way to collaborate", str(collaborate), ["True", "False", "earlier"])
     if goodness == "by_class":

@@ -7,7 +7,6 @@ from torch.nn.functional import normalize
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.models.gcn import gcn
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.forward._graphs import (
@@ -110,8 +109,7 @@ class SingleForward(Rule):
         check_network(self.network)
         if predict_by is None:
             predict_by = "last" if classifier else "sum"
-        if predict_by not in ("last", "sum"):
-            raise UnknownName("way of predicting", predict_by, ["last", "sum"])
+        checks.one_of(["last", "sum"], way_of_predicting=predict_by)
         if predict_by == "last" and not classifier:
             raise ValueError("predict_by must be 'sum' with classifier=False, since no stage gives "
                              "class scores then, got 'last'")

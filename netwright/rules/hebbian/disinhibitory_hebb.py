@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.rules.rule import Rule, check_labels, targets
 from netwright.stages import Stages
 
@@ -89,8 +88,7 @@ class DisinhibitoryHebb(Rule):
                  inhibition: float = 1.0, feedback: float = 1.0, steps: int = 30,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if inverse not in ("exact", "linear"):
-            raise UnknownName("inverse", inverse, ["exact", "linear"])
+        checks.one_of(["exact", "linear"], inverse=inverse)
         checks.above(0, gain=gain, inhibition=inhibition, feedback=feedback,
                      advice="try the default")
         checks.count(1, steps=steps, advice="try the default, 30")

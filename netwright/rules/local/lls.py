@@ -8,7 +8,6 @@ from torch.nn import Parameter, functional
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import count_classes, first_parameter, mean_of_tokens, widths
 from netwright.rules.rule import Rule, checked
@@ -86,10 +85,8 @@ class LLS(Rule):
                  pool: int = 2, loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if variant not in ("base", "M", "MxM"):
-            raise UnknownName("variant", variant, ["base", "M", "MxM"])
-        if basis not in ("cosine", "square"):
-            raise UnknownName("basis", basis, ["cosine", "square"])
+        checks.one_of(["base", "M", "MxM"], variant=variant)
+        checks.one_of(["cosine", "square"], basis=basis)
         checks.above(0, temperature=temperature, advice="try 0.5")
         checks.count(1, pool=pool, advice="it is a number of positions an axis; try 2")
         self.stages, self.loss = stages(network, example), loss

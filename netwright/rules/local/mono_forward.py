@@ -4,8 +4,8 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import UnknownName
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import Readout, count_classes, first_parameter, mean_of_tokens, widths
 from netwright.rules.rule import Rule, checked
@@ -64,8 +64,7 @@ class MonoForward(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        if predict_by not in ("last", "sum"):
-            raise UnknownName("way of predicting", predict_by, ["last", "sum"])
+        checks.one_of(["last", "sum"], way_of_predicting=predict_by)
         self.stages, self.loss, self.predict_by = stages(network, example), loss, predict_by
         (*hidden, last), channels_first = widths(self.stages, example)
         self.num_classes = count_classes(self.stages, num_classes, last)

@@ -384,7 +384,7 @@ def test_a_generator_draws_without_the_global_state():
     (lambda: MixtureOfExperts(DIM, glus(2), k=3),
      "k must be between 1 and 2, got 3; .*n_experts=2 twice"),
     (lambda: TopKRouter(DIM, 0), "n_experts must be at least 1"),
-    (lambda: TopKRouter(DIM, 2, softmax="some"), "softmax must be"),
+    (lambda: TopKRouter(DIM, 2, softmax="some"), "no softmax is called 'some'"),
     (lambda: MixtureOfExperts(DIM, []), "at least one module"),
     (lambda: MixtureOfExperts(DIM, lambda: GLU(DIM)), "n_experts must be at least 1"),
     (lambda: MixtureOfExperts(DIM, glus(3), n_experts=4), "number of experts, 3, got 4"),

@@ -199,7 +199,7 @@ def test_each_expert_takes_its_best_tokens():
 
 @pytest.mark.parametrize(("make", "words"), [
     (lambda: LossFreeRouter(DIM, N, 5), "k must be between 1 and 4, got 5; .*n_experts=4 twice"),
-    (lambda: LossFreeRouter(DIM, N, scores="tanh"), "scores must be"),
+    (lambda: LossFreeRouter(DIM, N, scores="tanh"), "no kind of scores is called 'tanh'"),
     (lambda: ExpertChoiceRouter(DIM, N, 4.5),
      "k must be above 0 and at most 4, got 4.5; n_experts=4"),
     (lambda: HashRouter(0, 5), "n_experts must be at least 1"),

@@ -123,7 +123,7 @@ def test_round_trips_lower_precision_empty_batches_and_mixers():
 
 @pytest.mark.parametrize(("make", "words"), [
     (lambda: SparseMLPBlock(4, 7), "dim must be even to be halved, got 7"),
-    (lambda: SparseMLPBlock(4, 6, router="best"), "router must be 'importance' or 'order'"),
+    (lambda: SparseMLPBlock(4, 6, router="best"), "no router is called 'best'"),
     (lambda: SparseMLPBlock(4, 6, 2, k=3), "k must be between 1 and 2, got 3; .*n_experts=2 twice"),
     (lambda: SparseMLPBlock(4, 6, represent=(0, 3)), r"represent\[0\] must be at least 1, got 0"),
     (lambda: SparseMLPBlock(4, 6, capacity=0), "capacity must be above 0, got 0"),

@@ -109,7 +109,7 @@ def test_arguments_for_the_blocks_beside_them_pass_by():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="factor must be at least 1, got 0"):
         InvertibleDownsample(0)
-    with pytest.raises(ValueError, match="channels must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match="channels must be at least 0, got -1"):
         InjectivePad(-1)
     with pytest.raises(CannotReverse, match="multiples of factor=2"):
         InvertibleDownsample(2)(torch.randn(1, 1, 3, 4))

@@ -222,9 +222,9 @@ def test_what_does_not_fit_is_refused():
         RevBiFPN([16])
     with pytest.raises(ValueError, match=r"channels\[0\]=10 must be a multiple"):
         RevBiFPN([10, 8], fold=2)
-    with pytest.raises(ValueError, match="depth and blocks must not be negative"):
+    with pytest.raises(ValueError, match="must be at least 0, got -1"):
         RevBiFPN(depth=-1)
-    with pytest.raises(ValueError, match="dims must be 1, 2 or 3"):
+    with pytest.raises(ValueError, match="dims must be between 1 and 3"):
         RevBiFPN(dims=4)
     with pytest.raises(ValueError, match=r"sizes that are multiples of 8\), got \(2, 2, 12, 16\)"):
         small()(torch.randn(2, 2, 12, 16))

@@ -309,7 +309,7 @@ class Steep(nn.Module):
 
 
 @pytest.mark.parametrize(("make", "says"), [
-    (lambda: ResidualTransform(dense(), "guess"), "log_det_by must be"),
+    (lambda: ResidualTransform(dense(), "guess"), "no way to find log det is called"),
     (lambda: ResidualTransform(dense(), p=1.0), "p must be above 0 and below 1, got 1.0"),
     (lambda: ResidualTransform(dense(), exact_terms=-1), "exact_terms must be"),
     (lambda: ResidualTransform(dense(), lipschitz=1.0),

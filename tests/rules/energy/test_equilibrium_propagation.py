@@ -256,7 +256,7 @@ def test_digits_are_learned_and_controls_are_not(symmetric: bool, seed: int) -> 
     ({"points": 0}, "points must be at least 1, got 0"),
     ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"nudged_steps": 0}, "nudged_steps must be at least 1, got 0"),
-    ({"homeostasis": -1.0, "symmetric": False}, "homeostasis must not be below 0, got -1.0"),
+    ({"homeostasis": -1.0, "symmetric": False}, "homeostasis must be at least 0, got -1.0"),
     ({"homeostasis": 1.0}, "homeostasis=1.0 pulls B .* give symmetric=False"),
 ])
 def test_settings_that_cannot_work(options: dict[str, float], match: str) -> None:

@@ -264,7 +264,7 @@ def test_digits_are_learned_in_the_hidden_stages_too():
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"noise": 0.0}, "noise must be above 0, got 0.0"),
-    ({"control": "quasi"}, "control must be 'baseline', 'antithetic' or None, got 'quasi'"),
+    ({"control": "quasi"}, "no control is called 'quasi'; known are antithetic, baseline"),
     ({"copies": 0, "control": None}, "copies must be at least 1.* got copies=0"),
     ({"copies": 1}, "got copies=1 with control='baseline'"),
     ({"copies": 3, "control": "antithetic"}, "even with control='antithetic', got copies=3"),

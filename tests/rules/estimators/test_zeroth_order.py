@@ -318,7 +318,7 @@ def test_digits_are_learned_in_the_hidden_stages_too():
 @pytest.mark.parametrize(("options", "words"), [
     ({"epsilon": 0.0}, "epsilon must be above 0, got 0.0"),
     ({"directions": 0}, "directions must be at least 1, got 0"),
-    ({"difference": "backward"}, "difference must be 'central' or 'forward', got 'backward'"),
+    ({"difference": "backward"}, "no difference is called 'backward'; did you mean forward"),
     ({"in_place": True}, "rate must be .* got rate=None with in_place=True"),
     ({"rate": 0.1}, "rate must be .* got rate=0.1 with in_place=False"),
 ])

@@ -352,5 +352,5 @@ def test_weights_that_are_not_there_yet_are_refused() -> None:
 
 
 def test_an_unknown_feedback_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"feedback must be 'random', .* got 'gaussian'"):
+    with pytest.raises(ValueError, match=r"no feedback is called 'gaussian'; known are .* random"):
         FeedbackAlignment(nn.Linear(4, 3), feedback="gaussian")  # type: ignore[arg-type]
