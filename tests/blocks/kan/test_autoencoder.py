@@ -76,7 +76,7 @@ def test_what_it_cannot_build_is_named():
     for sizes in ((4,), (4, 0)):
         with pytest.raises(ValueError, match="sizes must be those of the inputs"):
             KANAutoencoder(sizes)
-    with pytest.raises(ValueError, match="no last activation is called 'tanh'; known are identity, s"):
+    with pytest.raises(ValueError, match="no last activation is called 'tanh'; known are"):
         KANAutoencoder((4, 2), last="tanh")
     with pytest.raises(ValueError, match=r"x must be \(\*, 4\)"):
         KANAutoencoder((4, 2))(torch.zeros(3, 5))

@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused():
         RevBiFPN([16])
     with pytest.raises(ValueError, match=r"channels\[0\]=10 must be a multiple"):
         RevBiFPN([10, 8], fold=2)
-    with pytest.raises(ValueError, match="must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="depth must be at least 0, got -1"):
         RevBiFPN(depth=-1)
     with pytest.raises(ValueError, match="dims must be between 1 and 3"):
         RevBiFPN(dims=4)
