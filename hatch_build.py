@@ -1,4 +1,4 @@
-"""Writes the stubs of the lazy faces before the package is built or installed."""
+"""Writes what a built or installed package has beyond the checkout's own files."""
 
 import sys
 from pathlib import Path
@@ -7,13 +7,16 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class Stubs(BuildHookInterface):
-    """Runs `tools/stubs.py`; a face needs no PyTorch, so that an isolated build will do."""
+class Generated(BuildHookInterface):
+    """Writes the stubs of the lazy faces and what was measured, in short; PyTorch is not needed."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Write the stubs, and have them packed although they are no part of the checkout."""
+        """Write the files, and have them packed although they are no part of the checkout."""
         root = Path(self.root)
-        sys.path.insert(0, str(root / "tools"))
+        sys.path[:0] = [str(root), str(root / "tools")]
         from stubs import write
+
+        from netwright.catalogue.measurements import ship
         write(root / "netwright")
-        build_data["artifacts"].append("netwright/**/*.pyi")
+        ship(root)
+        build_data["artifacts"] += ["netwright/**/*.pyi", "netwright/catalogue/evidence.json"]

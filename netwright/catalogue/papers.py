@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from netwright.catalogue.facets import methods
+from netwright.catalogue.measurements import measurements
 from netwright.errors import UnknownName
 
 __all__ = ["FAMILIES", "Paper", "find", "paper", "papers", "resolve"]
@@ -84,17 +85,6 @@ def verdicts(id: str) -> dict[str, str]:
     {'dual_propagation': 'shown'}
     """
     return {name: said["verdict"] for name, said in measurements().items() if said["paper"] == id}
-
-
-@cache
-def measurements() -> dict[str, Any]:
-    """Return the summaries of what was measured of the papers' claims, by the experiments' names.
-
-    >>> measurements()["dual_propagation"]["paper"]
-    '001-164'
-    """
-    found: dict[str, Any] = json.loads(_text("evidence.json"))
-    return found
 
 
 def _text(file: str) -> str:

@@ -48,11 +48,12 @@ def evidence_list(as_json: Json = False) -> None:
 
 def _found() -> tuple[dict[str, Any], dict[str, Any]]:
     """Return results and their ages; without the experiments, the summaries that are shipped."""
-    from netwright import evidence, papers
+    from netwright import evidence
+    from netwright.catalogue.measurements import measurements
     from netwright.evidence.folder import available
     if available():
         return evidence.recorded(), evidence.ages()
-    return papers.measurements(), {}
+    return measurements(), {}
 
 
 @evidence_app.command("run")

@@ -4,17 +4,12 @@ import os
 from os import PathLike as _PathLike
 from pathlib import Path
 
+from netwright.runtime.checkout import checkout
+
 __all__: list[str] = []
 
 PathLike = str | _PathLike[str]
 VARIABLE = "NETWRIGHT_EVIDENCE"
-
-
-def checkout() -> Path | None:
-    """Return the folder `evidence` beside the package, None where the package is installed."""
-    root = Path(__file__).resolve().parents[2]
-    found = root / "evidence"
-    return found if (root / "pyproject.toml").is_file() and found.is_dir() else None
 
 
 def available() -> bool:
@@ -29,7 +24,8 @@ def folder(where: PathLike | None = None) -> Path:
         FileNotFoundError: there is no such folder.
     """
     named = where or os.environ.get(VARIABLE)
-    found = Path(named).resolve() if named else checkout()
+    root = checkout()
+    found = Path(named).resolve() if named else root and root / "evidence"
     if found is None:
         raise FileNotFoundError(
             "experiments are in the folder evidence of netwright's checkout, and this netwright is "

@@ -1,4 +1,4 @@
-"""What was measured: one file for each experiment, and a summary of them all in the catalogue."""
+"""What was measured: one file for each experiment."""
 
 import json
 import os
@@ -10,9 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from netwright.catalogue.measurements import measurements
 from netwright.evidence.code import fingerprints
 from netwright.evidence.experiments import experiment, experiments
-from netwright.evidence.folder import PathLike, checkout, folder
+from netwright.evidence.folder import PathLike, folder
 from netwright.evidence.outcome import Scale
 from netwright.runtime.machine import machine
 from netwright.runtime.version import __version__
@@ -20,8 +21,6 @@ from netwright.runtime.version import __version__
 __all__ = ["ages", "recorded", "run"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
-SUMMARIES = PACKAGE / "catalogue" / "evidence.json"
-SAID = ("paper", "claim", "verdict", "date", "version", "fingerprint")
 
 Age = Literal["of this code", "older than its code", "not known", "not run"]
 
@@ -51,8 +50,7 @@ def run(name: str, scale: Scale = "desk", results: PathLike | None = None) -> di
     home.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1)
     _write(home / f"{name}.json", text + "\n")
-    if home == committed():
-        write_summaries()
+    measurements.cache_clear()
     return json.loads(text)
 
 
@@ -72,27 +70,6 @@ def ages() -> dict[str, Age]:
     results, known = recorded(), experiments()
     now = fingerprints(found.module for found in known.values())
     return {name: _age(results.get(name), now[found.module]) for name, found in known.items()}
-
-
-def write_summaries() -> None:
-    """Write the summaries of the checkout's results to the package's catalogue."""
-    _write(SUMMARIES, summarised(recorded(committed())))
-
-
-def summarised(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the summaries of results as JSON, a line for each, so that lines can be merged."""
-    lines = [f"{json.dumps(name)}: " + json.dumps({
-        **{key: result.get(key) for key in SAID}, "summary": {
-            figure: {key: float(f"{value:.5g}") for key, value in spread.items()}
-            for figure, spread in result["summary"].items()}})
-        for name, result in sorted(results.items())]
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def committed() -> Path | None:
-    """Return the folder of the results that are committed, None where the package is installed."""
-    home = checkout()
-    return None if home is None else home / "results"
 
 
 def results_folder(results: PathLike | None = None) -> Path:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import netwright
-from netwright import papers
+from netwright.catalogue import measurements as measured
 from netwright.errors import UnknownName
 from netwright.evidence import (
     Curve,
@@ -17,7 +17,6 @@ from netwright.evidence import (
     recorded,
     run,
 )
-from netwright.evidence import results as kept
 from netwright.evidence.claims import judged
 from netwright.evidence.experiments import _known
 from netwright.evidence.folder import VARIABLE
@@ -162,9 +161,13 @@ def test_the_committed_verdicts_follow_from_the_figures():
         assert (results[name]["verdict"], results[name]["claims"]) == (verdict, claims)
 
 
-def test_the_shipped_summaries_are_those_of_the_results():
-    assert kept.SUMMARIES.read_text(encoding="utf-8") == kept.summarised(recorded()), (
-        "run python -c 'from netwright.evidence.results import write_summaries as w; w()'")
-    one = papers.measurements()["mono_forward"]
-    assert set(one) == {*kept.SAID, "summary"}
-    assert kept.SUMMARIES.is_relative_to(Path(netwright.__file__).parent)
+def test_an_installed_package_says_in_short_what_the_checkout_measured(tmp_path, monkeypatch):
+    here = measured.measurements()
+    assert set(here) == set(recorded())
+    assert set(here["mono_forward"]) == {*measured.SAID, "summary"}
+    (tmp_path / "netwright" / "catalogue").mkdir(parents=True)
+    (tmp_path / "evidence").symlink_to(Path(netwright.__file__).parents[1] / "evidence")
+    measured.ship(tmp_path)
+    monkeypatch.setattr(measured, "SHIPPED", tmp_path / "netwright/catalogue/evidence.json")
+    monkeypatch.setattr(measured, "checkout", lambda: None)
+    assert measured.measurements.__wrapped__() == here
