@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
+from importlib import import_module
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
@@ -193,12 +194,11 @@ def named(name: str) -> Reshape:
     """
     if name in _OWN:
         return _OWN[name]
-    from netwright import reshape as ours
     known = where("netwright.reshape")
-    found = getattr(ours, name) if name in known else None
+    found = _at(known[name], name) if name in known else None
     if not hasattr(found, "carry_out"):
         raise UnknownName("reshape (one of your own must be imported before)", name,
-                          [*_OWN, *(n for n in known if hasattr(getattr(ours, n), "carry_out"))])
+                          [*_OWN, *(n for n in known if hasattr(_at(known[n], n), "carry_out"))])
     return cast(Reshape, found)
 
 
@@ -219,6 +219,10 @@ def _check(models: list[Any]) -> None:
 def _is_data(value: Any) -> bool:
     return any(isinstance(leaf, (Generator, nn.Module))
                or (isinstance(leaf, Tensor) and leaf.numel() != 1) for leaf in tree_leaves(value))
+
+
+def _at(module: str, name: str) -> Any:
+    return getattr(import_module(module), name)
 
 
 def _origin(model: Any) -> dict[str, Any]:
