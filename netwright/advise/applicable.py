@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from itertools import pairwise
 from textwrap import shorten
 from typing import Any
@@ -15,8 +16,9 @@ from netwright.blocks.feedforward import RePaFeedForward, SelfGuided, Structured
 from netwright.blocks.mixing import MLPMixer
 from netwright.catalogue.facets import Method
 from netwright.catalogue.find import find
-from netwright.errors import CannotStage
+from netwright.errors import CannotStage, NothingToReshape
 from netwright.formal.circuits import PolynomialCircuit
+from netwright.runtime.random_state import same_random_state
 from netwright.stages import Stages, stages
 
 __all__ = ["Applicable", "Candidate", "applicable"]
@@ -106,9 +108,26 @@ def _judged(entry: Method, seen: "_Seen") -> Candidate:
         inside = [INSIDE[need](seen) for need in said.needs if need in INSIDE]
         changed = CHANGED if said.kind == "reshape" else PLACES
         where = [changed.get(said.place, PLACES[said.place])(seen)] if said.place else []
-    except Missing as missing:
+        _ask(entry.value, seen)
+    except (Missing, NothingToReshape) as missing:
         return Candidate(entry, False, str(missing), asks)
     return Candidate(entry, True, (where or inside or ["the whole network"])[0], asks)
+
+
+def _ask(change: Any, seen: "_Seen") -> None:
+    """Let a reshape that decides without data say whether it finds anything to change."""
+    if not hasattr(change, "decide"):
+        return
+    _, *others = signature(change).parameters.values()
+    names = {p.name for p in others}
+    if "calibration" in names or any(p.default is p.empty for p in others if p.name != "example"):
+        return
+    try:
+        with same_random_state():
+            change.decide(seen.model, **({"example": seen.example} if "example" in names else {}))
+    except ValueError as error:
+        if isinstance(error, NothingToReshape):
+            raise  # any other: it has found its places, and has a reason of its own to refuse them
 
 
 @dataclass
