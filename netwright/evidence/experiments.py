@@ -5,8 +5,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,8 +104,10 @@ def _package(home: Path) -> ModuleType:
     for name, found in list(_known.items()):
         if found.module.split(".")[0] == PACKAGE:
             del _known[name]
-    spec = ModuleSpec(PACKAGE, None, is_package=True)
-    spec.submodule_search_locations = [str(home)]
+    # With a file, whether there is one or not: `inspect` stumbles over a module that has none.
+    spec = spec_from_file_location(PACKAGE, home / "__init__.py",
+                                   submodule_search_locations=[str(home)])
+    assert spec is not None
     sys.modules[PACKAGE] = module_from_spec(spec)
     vars(sys.modules[PACKAGE])["_state"] = state
     importlib.invalidate_caches()

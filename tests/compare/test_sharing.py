@@ -92,6 +92,7 @@ def storage(tmp_path):
         yield opened
 
 
+@pytest.mark.check
 def test_a_killed_run_goes_on_where_it_stopped(slow, storage, tmp_path):
     url = tmp_path / "a.db"
     process = start(slow, url)
@@ -133,6 +134,7 @@ def test_several_processes_share_the_runs(slow, storage, tmp_path, capfd):
     assert "slow · DirectFeedbackAlignment: done" in shown
 
 
+@pytest.mark.check
 def test_a_rule_that_kills_its_process_is_given_up(slow, tmp_path):
     module = tasks(slow)[0]
     deadly = sys.modules[module.network.__module__].Deadly

@@ -1,3 +1,4 @@
+import inspect
 import json
 from pathlib import Path
 
@@ -171,3 +172,8 @@ def test_an_installed_package_says_in_short_what_the_checkout_measured(tmp_path,
     monkeypatch.setattr(measured, "SHIPPED", tmp_path / "netwright/catalogue/evidence.json")
     monkeypatch.setattr(measured, "checkout", lambda: None)
     assert measured.measurements.__wrapped__() == here
+
+
+def test_stacks_can_be_looked_at_after_experiments_were_found():
+    experiments()
+    assert any(frame.filename == __file__ for frame in inspect.stack())

@@ -254,7 +254,8 @@ def test_errors_say_what_to_give():
     bad(lambda: BlackBoxPrompt(network, x, population=3), "population must be at least 4, got 3")
     bad(lambda: BlackBoxPrompt(network, x, after=-1), "after must be at least 0, got -1")
     bad(lambda: BlackBoxPrompt(network, x, step=0.0), "step must be above 0, got 0.0")
-    bad(lambda: BlackBoxPrompt(network, x, layers="last"), "layers must be 'all' or 'first'")
+    bad(lambda: BlackBoxPrompt(network, x, layers="last"),
+        "no choice of layers is called 'last'; known are all, first")
     bad(lambda: BlackBoxPrompt(nn.Sequential(nn.Embedding(30, 4), nn.Flatten(0, 1)), x),
         "network must have a stage that takes floats")
     rule = BlackBoxPrompt(network, x, **SMALL)
