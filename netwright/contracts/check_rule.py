@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.functional import gaussian_nll_loss
 from torch.optim import SGD
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -469,3 +470,41 @@ def the_networks_own_names_are_kept(make: Make) -> None:
            sorted({*names} ^ {*case.names}), "keep what is added on the rule")
     expect(call(case.network, case.x).shape == shape, "a network that runs as before",
            tuple(call(case.network, case.x).shape), "leave the network's own pass as it is")
+
+
+class TwoHeads(nn.Module):
+    """A mean and a log-variance for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.mean, self.spread = (nn.Linear(FEATURES, 8), nn.Linear(8, 1),
+                                             nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.body(x))
+        return self.mean(h), self.spread(h)
+
+
+def likelihood(output: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+    return gaussian_nll_loss(output[0].flatten(), y.to(output[0].dtype), output[1].flatten().exp())
+
+
+@check
+def a_loss_of_ones_own_teaches_all_that_the_network_returns(make: Make) -> None:
+    method, arguments, *_ = make.args  # type: ignore[attr-defined]
+    if not offered(method, loss=None):
+        return
+    try:
+        case = Case(method, {**arguments, "loss": likelihood}, TwoHeads, ordinary_batch)
+        before = case.weights()
+        loss = case()
+    except (ValueError, TypeError, AttributeError) as error:
+        expect("network" in str(error) or "stage" in str(error),
+               "a call, or an error that says what the network must return", repr(error),
+               "see netwright.rules.rule.output_for and chain_of")
+        return
+    expect_finite(loss)
+    taught = {name for name, g in case.gradients().items() if g.any()}
+    moved = {name for name, w in case.weights().items() if not torch.equal(w, before[name])}
+    expect(any("spread" in name for name in taught | moved),
+           "an update of the second head", "none", "give the loss all of output_for(…)")

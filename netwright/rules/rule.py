@@ -5,10 +5,12 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from netwright.errors import CannotStage
 from netwright.objectives.losses import cross_entropy
-from netwright.runtime.modes import evaluating
-from netwright.signals import mapped
-from netwright.stages import Stages, call
+from netwright.rules.batches import labels_apart
+from netwright.runtime.modes import evaluating, rehearsing
+from netwright.signals import all_of, apply, mapped, tensor_of
+from netwright.stages import Stages, stages
 
 __all__ = ["Rule"]
 
@@ -48,14 +50,21 @@ class Rule(nn.Module):
         self.network: nn.Module = network.model if isinstance(network, Stages) else network
         self.generator = generator
 
-    def __call__(self, x: Any, *rest: Any, **options: Any) -> Any:
-        """Return `forward`'s loss, with gradients on and `x` cut off from whatever made it."""
+    def __call__(self, x: Any, y: Any = None, *rest: Any, **options: Any) -> Any:
+        """Return `forward`'s loss, with gradients on and `x` cut off from whatever made it.
+
+        `y` may be left out where `x` is a mapping that holds "labels", as a Hugging Face batch.
+        """
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.enable_grad():
-                return self(x, *rest, **options)
+                return self(x, y, *rest, **options)
         if options:
             options = {name: _cut_off(value) for name, value in options.items()}
-        return super().__call__(_cut_off(x), *[_cut_off(value) for value in rest], **options)
+        x, y = labels_apart(self.network, _cut_off(x), _cut_off(y))
+        rest = tuple(_cut_off(value) for value in rest)
+        if y is None and not rest:
+            return super().__call__(x, **options)
+        return super().__call__(x, y, *rest, **options)
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the batch's update to `.grad` of the parameters; return the detached loss."""
@@ -66,9 +75,13 @@ class Rule(nn.Module):
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
-        """Return the network's output for `x`, in eval mode, without a graph."""
+        """Return the network's output for `x`, in eval mode, without a graph.
+
+        Where the rule has a loss of one's own, it is what that loss is given.
+        """
         with evaluating(self):
-            return call(self.network, x)
+            output: Tensor = output_for(getattr(self, "loss", cross_entropy), self.network, x)
+            return output
 
 
 def _cut_off(value: Any) -> Any:
@@ -82,6 +95,54 @@ def _cut_off(value: Any) -> Any:
 def _detached(t: Tensor) -> Tensor:
     t = t.detach() if t.requires_grad else t
     return t.clone() if t.is_inference() else t
+
+
+def output_for(loss: Callable[..., Tensor], network: nn.Module, x: Any) -> Any:
+    """Return what `loss` is given of the network's output for `x`.
+
+    A loss of one's own gets all of an output that is several tensors, so that it can teach each.
+    """
+    return meant_for(loss, network(x) if isinstance(x, Tensor) else apply(network, x))
+
+
+def meant_for(loss: Callable[..., Tensor], output: Any) -> Any:
+    """Return what `loss` is given of what a network has returned."""
+    if isinstance(output, Tensor):
+        return output
+    return tensor_of(output) if loss is cross_entropy else all_of(output)
+
+
+def chain_of(rule: Rule, network: nn.Module | Stages, example: Any,
+             loss: Callable[..., Tensor] = cross_entropy) -> Stages:
+    """Return the stages by which `rule` teaches the network.
+
+    Raises:
+        CannotStage: no chain was found, or the network returns several tensors, of which a `loss`
+            of one's own would see the first alone.
+    """
+    if example is not None:
+        example, _ = labels_apart(rule.network, example, None)
+    if example is not None and loss is not cross_entropy:
+        _check_single(rule.network, example, loss)
+    return network if isinstance(network, Stages) else stages(rule.network, example)
+
+
+def _check_single(network: nn.Module, example: Any, loss: Callable[..., Tensor]) -> None:
+    """Raise CannotStage where `loss` should be given several tensors."""
+    try:
+        with evaluating(network), rehearsing(network):
+            output = output_for(loss, network, example)
+    except Exception:  # what is wrong with the example is said by `stages`
+        return
+    if not isinstance(output, Tensor):
+        raise CannotStage(f"network must return one tensor for the loss that was given, got "
+                          f"{type(output).__name__} of several, of which a chain of stages ends in "
+                          "the first alone; use Backprop, which hands on all of it")
+
+
+def precise(t: Tensor) -> Tensor:
+    """Return `t` in float32 at least, where it holds floating-point numbers."""
+    return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
 
 
 def checked(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Generator, Tensor, nn
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, check_labels, targets
+from netwright.rules.rule import Rule, chain_of, check_labels, targets
 from netwright.runtime.modes import same_buffers
 from netwright.runtime.random_state import random_state, same_random_state, set_random_state
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["InferenceLearning"]
 
@@ -76,13 +76,13 @@ class InferenceLearning(Rule):
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, rate: float = 0.1,
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy, steps: int | None = None,
                  state_rate: float = 0.5, generator: Generator | None = None) -> None:
-        chain = stages(network, example)
+        super().__init__(network, generator=generator)
+        chain = chain_of(self, network, example, loss)
         steps = max(25, len(chain)) if steps is None else steps
         checks.count(len(chain), steps=steps, advice="an error travels one stage a step and would "
                      f"not reach the first of {len(chain)} stages: raise steps or cut the network "
                      "into fewer stages")
         checks.above(0, rate=rate, state_rate=state_rate, advice="try the default")
-        super().__init__(network, generator=generator)
         self.stages, self.loss, self.steps = chain, loss, steps
         self.rate, self.state_rate = rate, state_rate
 

@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, check_labels, targets
+from netwright.rules.rule import Rule, chain_of, check_labels, targets
 from netwright.runtime.modes import same_buffers
 from netwright.runtime.random_state import random_state, same_random_state, set_random_state
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["PredictiveCoding"]
 
@@ -80,7 +80,8 @@ class PredictiveCoding(Rule):
                  steps: int | None = None, state_rate: float = 0.05, nudge: float = 1.0,
                  incremental: bool = False, weight_rate: float = 0.001,
                  generator: Generator | None = None) -> None:
-        chain = stages(network, example)
+        super().__init__(network, generator=generator)
+        chain = chain_of(self, network, example, loss)
         least = len(chain) if incremental else len(chain) - 1
         steps = max(least, 2 * len(chain) - 4) if steps is None else steps
         checks.count(least, steps=steps, advice="an error travels one stage a step and would not "
@@ -88,7 +89,6 @@ class PredictiveCoding(Rule):
                      "into fewer stages")
         checks.above(0, state_rate=state_rate, nudge=nudge, weight_rate=weight_rate,
                      advice="try the default")
-        super().__init__(network, generator=generator)
         self.stages, self.loss, self.steps, self.state_rate = chain, loss, steps, state_rate
         self.nudge, self.incremental, self.weight_rate = nudge, incremental, weight_rate
 

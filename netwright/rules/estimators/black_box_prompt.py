@@ -10,9 +10,9 @@ from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.estimators._evolution import Evolution
-from netwright.rules.rule import Rule, checked
+from netwright.rules.rule import Rule, chain_of, checked
 from netwright.runtime.modes import evaluating, rehearsing
-from netwright.stages import Stages, call, stages
+from netwright.stages import Stages, call
 
 __all__ = ["BlackBoxPrompt"]
 
@@ -132,7 +132,7 @@ class BlackBoxPrompt(Rule):
                              "take; give an input as example=")
         self.tokens = tokens if token_numbers(example) is not None else 0
         self.after, self.loss = after, loss
-        chain = stages(network, example)
+        chain = chain_of(self, network, example, loss)
         seen = self._signals(chain.names, example)
         made = [Prompt(name, seen[name], self.tokens, dimension=dimension, population=population,
                        step=step, generator=generator) for name in chain.names if name in seen]

@@ -9,10 +9,10 @@ from torch.nn import functional
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, chain_of, check_labels
 from netwright.runtime.modes import rehearsing, same_buffers
 from netwright.runtime.random_state import same_random_state
-from netwright.stages import Stage, Stages, stages
+from netwright.stages import Stage, Stages
 
 __all__ = ["LikelihoodRatio"]
 
@@ -90,7 +90,7 @@ class LikelihoodRatio(Rule):
                              f"even with control='antithetic', got copies={copies} with "
                              f"control={control!r}; try 16")
         self.noise, self.copies, self.control, self.loss = noise, copies, control, loss
-        self.stages = stages(network, example)
+        self.stages = chain_of(self, network, example, loss)
         self._mixes: bool | None = None
 
     def forward(self, x: Any, y: Tensor) -> Tensor:

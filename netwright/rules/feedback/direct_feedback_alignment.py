@@ -8,9 +8,9 @@ from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.matrices import Matrices, draw
-from netwright.rules.rule import Rule, check_labels, targets
+from netwright.rules.rule import Rule, chain_of, check_labels, targets
 from netwright.runtime.modes import evaluating
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["DirectFeedbackAlignment"]
 
@@ -105,7 +105,7 @@ class DirectFeedbackAlignment(Rule):
         if example is None:
             raise ValueError("example must be an input of the network, got None; the feedback "
                              "matrices take their sizes from it")
-        self.stages, self.loss, self.share = stages(network, example), loss, share
+        self.stages, self.loss, self.share = chain_of(self, network, example, loss), loss, share
         self.ternary, self.noise = ternary, noise
         self.feedback = Matrices(learned=feedback == "kolen_pollack")
         with evaluating(self.network), torch.no_grad():

@@ -12,8 +12,8 @@ from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.matrices import Matrices, draw
-from netwright.rules.rule import Rule, check_labels
-from netwright.stages import Stages, call
+from netwright.rules.rule import Rule, check_labels, output_for
+from netwright.stages import Stages
 
 __all__ = ["FeedbackAlignment"]
 
@@ -91,7 +91,7 @@ def send_back(network: nn.Module, layers: list[tuple[nn.Module, Callable[..., Te
     try:  # around the backward pass too: checkpoints run forward there
         for module, forward in layers:
             module.__dict__["forward"] = forward
-        logits = call(network, x)
+        logits = output_for(loss, network, x)
         if loss is cross_entropy:
             check_labels(y, logits.shape[-1])
         value = loss(logits, y)

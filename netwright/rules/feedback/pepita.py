@@ -23,10 +23,10 @@ from netwright.rules.feedback.inputs import (
     with_part,
 )
 from netwright.rules.feedback.matrices import Matrices, draw
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, chain_of, check_labels
 from netwright.runtime.modes import evaluating, rehearsing, same_buffers
 from netwright.runtime.random_state import random_state, set_random_state
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 from netwright.stages.stage import Context
 
 __all__ = ["Pepita"]
@@ -114,7 +114,8 @@ class Pepita(Rule):
         if example is None:
             raise ValueError("example must be an input of the network, got None; the feedback "
                              "matrix takes its size from it")
-        self.stages, self.loss, self.presynaptic = stages(network, example), loss, presynaptic
+        self.stages = chain_of(self, network, example, loss)
+        self.loss, self.presynaptic = loss, presynaptic
         self.feedback = Matrices(learned=feedback == "mirror")
         self._ends = list(dict.fromkeys(end for stage in self.stages for end in ends_of(stage)))
         with evaluating(self.network), rehearsing(self.network):

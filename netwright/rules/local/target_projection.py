@@ -11,8 +11,8 @@ from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.inputs import MIXING
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.readout import first_parameter, mean_of_tokens, widths
-from netwright.rules.rule import Rule, check_labels, checked
-from netwright.stages import Stage, Stages, stages
+from netwright.rules.rule import Rule, chain_of, check_labels, checked
+from netwright.stages import Stage, Stages
 
 __all__ = ["TargetProjection"]
 
@@ -86,7 +86,8 @@ class TargetProjection(Rule):
         if example is None:
             raise ValueError("example must be an input of the network, got None; the projections "
                              "take their sizes from it")
-        self.stages, self.loss, self.distance = stages(network, example), loss, distance
+        self.stages = chain_of(self, network, example, loss)
+        self.loss, self.distance = loss, distance
         shapes = [row["shape"] for row in self.stages.table(example)]
         _, channels_first = widths(self.stages, None)
         self._tokens = [len(shape) == 3 and not first
