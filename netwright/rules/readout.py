@@ -106,6 +106,17 @@ def padding_mask(x: Any, h: Tensor) -> Tensor | None:
     return mask if fits else None
 
 
+def without_padding(x: Any, signal: Tensor) -> Tensor:
+    """Return `signal` with zeros for the tokens that `x` calls padding, which shall teach nothing.
+
+    >>> x = {"attention_mask": torch.tensor([[1, 0]])}
+    >>> without_padding(x, torch.ones(1, 2, 3)).sum(2)
+    tensor([[3., 0.]])
+    """
+    mask = padding_mask(x, signal)
+    return signal if mask is None else signal.masked_fill((mask == 0).unsqueeze(-1), 0)
+
+
 def widths(net: Stages, example: Any) -> tuple[list[int | None], list[bool]]:
     """Return the features of each stage's output, None where unknown, and who is channels first.
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
+from netwright.rules.readout import without_padding
 from netwright.rules.rule import Rule, chain_of, check_labels, targets
 from netwright.runtime.modes import same_buffers
 from netwright.runtime.random_state import random_state, same_random_state, set_random_state
@@ -216,8 +217,8 @@ class _Batch:
     def _errors(self, start: int) -> tuple[dict[int, Tensor], list[Tensor], list[Tensor | None]]:
         """Return the stages' errors, and what is to be differentiated with which weights."""
         last = len(self.outputs) - 1
-        errors = {i: self.inputs[i + 1].detach() - self.outputs[i].detach()
-                  for i in range(start, last)}
+        errors = {i: without_padding(self.inputs[0], self.inputs[i + 1].detach()
+                                     - self.outputs[i].detach()) for i in range(start, last)}
         learnt = [i for i in errors if self.outputs[i].requires_grad]
         signals = [(errors[i] / -self.scale).to(self.outputs[i].dtype) for i in learnt]
         return errors, [*(self.outputs[i] for i in learnt), self.loss], [*signals, None]

@@ -133,7 +133,9 @@ class BlackBoxPrompt(Rule):
         self.tokens = tokens if token_numbers(example) is not None else 0
         self.after, self.loss = after, loss
         chain = chain_of(self, network, example, loss)
-        seen = self._signals(chain.names, example)
+        modules = dict(self.network.named_modules())
+        # a module that runs twice has one prompt, under its own name
+        seen = self._signals([name for name in chain.names if name in modules], example)
         made = [Prompt(name, seen[name], self.tokens, dimension=dimension, population=population,
                        step=step, generator=generator) for name in chain.names if name in seen]
         made = [prompt for prompt in made if self._reaches(prompt, example)]

@@ -9,6 +9,7 @@ from torch.nn import functional
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
+from netwright.rules.readout import without_padding
 from netwright.rules.rule import Rule, chain_of, check_labels
 from netwright.runtime.modes import rehearsing, same_buffers
 from netwright.runtime.random_state import same_random_state
@@ -136,7 +137,7 @@ class LikelihoodRatio(Rule):
                 h = h + scale * e
                 if signal is not None and out.requires_grad:
                     shape = (-1, *[1] * (e.ndim - 1))
-                    out.backward(e * signal.to(e.dtype).view(shape))
+                    out.backward(without_padding(x, e * signal.to(e.dtype).view(shape)))
         return h
 
     def _losses(self, output: Tensor, y: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from netwright.rules.forward._forward_mode import (
     run_with,
 )
 from netwright.rules.forward._guesses import one_by_one, owned
-from netwright.rules.readout import count_classes, first_parameter
+from netwright.rules.readout import count_classes, first_parameter, without_padding
 from netwright.rules.rule import Rule, chain_of, check_labels, output_for
 from netwright.stages import Stages
 
@@ -240,7 +240,7 @@ class ForwardGradient(Rule):
         learning = {i: h.detach() for i, h in enumerate(hidden) if h.requires_grad}
         signals = self._signals(slopes, list(learning.values()), error, guesses)
         for i, signal in zip(learning, signals, strict=True):
-            hidden[i].backward(signal)
+            hidden[i].backward(without_padding(x, signal))
         if logits.requires_grad:
             logits.backward(error)
         _add(gradients.items())
