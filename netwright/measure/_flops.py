@@ -177,7 +177,7 @@ def _factor_and_solve(a: dict[str, Any], out: Any) -> float:
 
 
 def _lu(matrix: str) -> Formula:
-    """m n^2 - n^3 / 3 with n the shorter side, each of them an addition and a multiplication."""
+    """Factors of m by n: m n^2 - n^3 / 3, with n the shorter side."""
     def formula(a: dict[str, Any], out: Any) -> float:
         *batch, rows, columns = a[matrix].shape
         long, short = max(rows, columns), min(rows, columns)

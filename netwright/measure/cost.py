@@ -30,12 +30,13 @@ class Cost:
     `parameters` counts every number in every parameter once, the frozen ones too. `flops` are
     those of sums of products (matrix products, convolutions, attention, recurrent layers,
     factorisations and solves), a multiplication and an addition being two; `uncounted` names the
-    operations that sum products, or may, and that no formula counts. `step_time` is the median over the repeats. `saved_bytes` is the most that waited for a
-    backward pass at any one time: activations and inputs, not parameters and buffers.
-    `peak_bytes` is the most that was alive at any one time: parameters, buffers, the batch,
-    gradients and all that the step made; `peak_by_kind` says what it consisted of.
-    `working_bytes` is the most that the step held at any one time besides its gradients and
-    besides what was there before it, which is what depth and batch size act on.
+    operations that sum products, or may, and that no formula counts. `step_time` is the median
+    over the repeats. `saved_bytes` is the most that waited for a backward pass at any one time:
+    activations and inputs, not parameters and buffers. `peak_bytes` is the most that was alive at
+    any one time: parameters, buffers, the batch, gradients and all that the step made;
+    `peak_by_kind` says what it consisted of. `working_bytes` is the most that the step held at any
+    one time besides its gradients and besides what was there before it, which is what depth and
+    batch size act on.
     """
 
     parameters: int

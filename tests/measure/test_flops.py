@@ -110,8 +110,8 @@ def test_a_bilinear_layer_sums_over_one_side_and_then_over_the_other():
     assert forward(pair, torch.randn(3, 4)).flops == 2 * 3 * 5 * 4 * 6 + 2 * 3 * 5 * 6
 
 
-@pytest.mark.parametrize("kind, gates", [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
-@pytest.mark.parametrize("layers, both", [(1, False), (2, True)])
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize(("layers", "both"), [(1, False), (2, True)])
 def test_recurrent_layers_multiply_inputs_and_states(kind, gates, layers, both):
     layer = kind(12, 24, layers, bidirectional=both)
     found = forward(layer, torch.randn(10, 2, 12))
@@ -147,7 +147,7 @@ def test_an_encoder_layer_costs_the_same_on_its_fused_path(mode):
         assert found.flops >= 2 * encoder(2, 16, 32, 64)
 
 
-@pytest.mark.parametrize("queries, heads", [(6, 4), (9, 4), (6, 2)])
+@pytest.mark.parametrize(("queries", "heads"), [(6, 4), (9, 4), (6, 2)])
 def test_attention_on_a_processor_counts_its_two_products(queries, heads):
     keys = torch.randn(2, heads, 6, 8)
 
