@@ -353,8 +353,9 @@ def test_modules_without_weights_that_stretch_are_refused_by_what_was_measured(m
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("module", [nn.ReLU(True), nn.LeakyReLU(0.1), nn.Tanh(), nn.ELU(), nn.CELU(3.0),
-                                    nn.Softplus(), nn.Hardtanh(), nn.Softmax(-1), nn.Tanhshrink()],
+@pytest.mark.parametrize("module", [nn.ReLU(True), nn.LeakyReLU(0.1), nn.Tanh(), nn.ELU(),
+                                    nn.CELU(3.0), nn.Softplus(), nn.Hardtanh(), nn.Softmax(-1),
+                                    nn.Tanhshrink()],
                          ids=lambda m: str(m))
 def test_modules_that_never_stretch_are_taken_and_the_inverse_holds(module):
     torch.manual_seed(0)
