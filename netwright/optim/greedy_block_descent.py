@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -162,11 +162,13 @@ class GreedyBlockDescent(Optimizer):
         self.param_groups[0]["turn"] += 1
         return f
 
-    def _gradients(self, f: Tensor, **how: bool) -> list[Tensor]:
+    def _gradients(self, f: Tensor, *, retain_graph: bool | None = None,
+                   create_graph: bool = False) -> list[Tensor]:
         """Return df/dp of each parameter, zeros where it has none."""
         learning = [p for p in self._parameters if p.requires_grad]
-        found = iter(torch.autograd.grad(f, learning, allow_unused=True, **how)
-                     if learning and f.requires_grad else [None] * len(learning))
+        found: Iterator[Tensor | None] = iter(torch.autograd.grad(
+            f, learning, retain_graph=retain_graph, create_graph=create_graph,
+            allow_unused=True) if learning and f.requires_grad else [None] * len(learning))
         every = [next(found) if p.requires_grad else None for p in self._parameters]
         return [torch.zeros_like(p) if g is None else g
                 for p, g in zip(self._parameters, every, strict=True)]

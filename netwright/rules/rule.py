@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from netwright.errors import CannotStage
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.batches import labels_apart
+from netwright.rules.processes import Processes, is_parallel, refuse_parts
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.signals import all_of, apply, mapped, tensor_of
 from netwright.stages import Stages, stages
@@ -28,7 +29,11 @@ class Rule(nn.Module):
     behind in the state than `.grad`: what the next update will need. `resized` has the names in
     the state of weights whose shapes change as it trains. `needs_labels` is False where a batch
     is x alone, and `same_in_shares` where processes that share a batch out do not train as one
-    with all of it would, whatever is averaged.
+    with all of it would, whatever is averaged. `runs_whole` says that all it does is one run of
+    the network and one backward pass, so that what is wrapped around the network sees them.
+
+    In a loop of one's own, several processes train `Rule(DistributedDataParallel(network), ...)`:
+    each call ends with `.grad` averaged over them, that of the rule's own parameters too.
 
     Args:
         network: what is trained: a module or its `Stages`.
@@ -44,11 +49,31 @@ class Rule(nn.Module):
     needs_labels = True
     same_in_shares = True
     resized: Collection[str] = ()
+    runs_whole = False
 
     def __init__(self, network: nn.Module | Stages, *, generator: Generator | None = None) -> None:
         super().__init__()
-        self.network: nn.Module = network.model if isinstance(network, Stages) else network
+        model: Any = network.model if isinstance(network, Stages) else network
+        self._processes: Processes | None = None
+        if not self.runs_whole:
+            refuse_parts(self, model)
+            if is_parallel(model):
+                self._processes, model = Processes(self, model), model.module
+        self.network: nn.Module = model
         self.generator = generator
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+            raise ValueError("fully_shard must be given the network, not the rule, whose backward "
+                             "passes it would not see; write Backprop(fully_shard(network))")
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """What DistributedDataParallel asks for when it is put around a module."""
+        raise ValueError("DistributedDataParallel must be put around the network, not around the "
+                         "rule, whose backward passes it would not see; write "
+                         f"{type(self).__name__}(DistributedDataParallel(network), ...)")
 
     def __call__(self, x: Any, y: Any = None, *rest: Any, **options: Any) -> Any:
         """Return `forward`'s loss, with gradients on and `x` cut off from whatever made it.
@@ -61,10 +86,13 @@ class Rule(nn.Module):
         if options:
             options = {name: _cut_off(value) for name, value in options.items()}
         x, y = labels_apart(self.network, _cut_off(x), _cut_off(y))
-        rest = tuple(_cut_off(value) for value in rest)
-        if y is None and not rest:
-            return super().__call__(x, **options)
-        return super().__call__(x, y, *rest, **options)
+        given = () if y is None and not rest else (y, *map(_cut_off, rest))
+        if self._processes is None:
+            return super().__call__(x, *given, **options)
+        self._processes.before(self)
+        loss = super().__call__(x, *given, **options)
+        self._processes.after(self)
+        return loss
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the batch's update to `.grad` of the parameters; return the detached loss."""

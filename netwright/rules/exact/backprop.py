@@ -35,6 +35,8 @@ class Backprop(Rule):
     torch.Size([8, 4])
     """
 
+    runs_whole = True
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:

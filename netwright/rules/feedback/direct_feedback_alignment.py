@@ -133,7 +133,9 @@ class DirectFeedbackAlignment(Rule):
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the update of direct feedback alignment to `.grad`; return the detached loss."""
-        weights = [layer.weight for layer in self._last]
+        below = self.stages[len(self.stages) - 2].parameters()
+        # a frozen stage reads no feedback, and its B stays with it
+        weights = [layer.weight for layer in self._last if any(p.requires_grad for p in below)]
         with counted_apart(weights):
             loss = self._update(x, y)
             for weight in weights:

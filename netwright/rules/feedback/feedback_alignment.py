@@ -95,10 +95,11 @@ class FeedbackAlignment(Rule):
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the update of feedback alignment to `.grad`; return the detached loss."""
         weights = {name: module.weight for name, module in self._followed.items()}
+        self.feedback.used.clear()
         with counted_apart([*weights.values()]):
             loss = send_back(self.network, self._layers, self.loss, x, y)
             for name, weight in weights.items():
-                if weight.grad is not None:
+                if name in self.feedback.used and weight.grad is not None:
                     accumulate(self.feedback[name], weight.grad)
         return loss
 
@@ -213,6 +214,7 @@ def carrier(module: Any, feedback: Any, name: str) -> Tensor:
     A weight that is made anew in each pass, as by `weight_norm`, has no `.grad`.
     """
     matrix: Tensor = feedback[name]
+    feedback.used.add(name)
     return matrix.detach() if isinstance(module.weight, Parameter) else matrix
 
 

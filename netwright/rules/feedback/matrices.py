@@ -22,6 +22,7 @@ class Matrices(nn.Module):
     def __init__(self, *, learned: bool) -> None:
         super().__init__()
         self.learned = learned
+        self.used: set[str] = set()  # the names of those that carried an error in the last call
         self._held: Any = self._parameters if learned else self._buffers  # read at every step
 
     def add(self, name: str, matrix: Tensor) -> None:
@@ -63,7 +64,7 @@ def size_of(weight: Tensor, otherwise: float) -> float:
 
 
 @contextmanager
-def counted_apart(weights: Sequence[Parameter]) -> Iterator[None]:
+def counted_apart(weights: Sequence[Tensor]) -> Iterator[None]:
     """Let `weights` have no `.grad` but the body's while it lasts; add what was there behind it."""
     before = [weight.grad for weight in weights]
     try:

@@ -91,10 +91,11 @@ class ProductFeedback(Rule):
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the update of product feedback alignment to `.grad`; return the detached loss."""
         weights = {name: module.weight for name, module in self._followed.items()}
+        self.feedback.used.clear()
         with counted_apart([*weights.values()]):
             loss = send_back(self.network, self._layers, self.loss, x, y)
             for name, weight in weights.items():
-                if weight.grad is not None:
+                if name in self.feedback.used and weight.grad is not None:
                     self.feedback.learn(name, weight.grad)
         return loss
 
@@ -106,6 +107,7 @@ class Products(nn.Module):
         super().__init__()
         self.fixed, self.learned = Matrices(learned=False), Matrices(learned=True)
         self.axes: dict[str, int] = {}
+        self.used: set[str] = set()
 
     def add(self, name: str, weight: Any, axis: int, expansion: int,
             generator: Generator | None) -> None:
@@ -157,6 +159,7 @@ def _linear(module: Any, feedback: Products, name: str, signed: bool, x: Tensor)
     if not x.requires_grad:  # the first layer sends nothing back
         return type(module).forward(module, x)
     weight, C, R = module.weight, feedback.fixed[name], carrier(module, feedback.learned, name)
+    feedback.used.add(name)
     if feedback.axes[name]:
         weight, R = weight.T, R.T
     return _Linear.apply(x, weight, module.bias, C, R)

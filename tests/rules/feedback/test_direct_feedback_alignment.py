@@ -223,14 +223,46 @@ def test_a_shared_matrix_gives_each_stage_its_first_columns(gradients: Gradients
     assert_same(gradients(shared, x, CLASSES), gradients(apart, x, CLASSES))
 
 
-def test_feedback_has_the_variance_of_its_paper_and_repeats_with_its_generator() -> None:
+def test_feedback_has_the_size_of_the_last_weights_and_repeats_with_its_generator() -> None:
     network, x = nn.Sequential(nn.Linear(4, 4000), nn.ReLU(), nn.Linear(4000, 4)), torch.ones(1, 4)
     own, again = (DirectFeedbackAlignment(network, x, generator=torch.Generator().manual_seed(1))
                   for _ in range(2))
     assert torch.equal(own.feedback["0"], again.feedback["0"])
-    assert own.feedback["0"].std().item() == pytest.approx(4 ** -0.5, rel=0.03)
+    size = network[2].weight.square().mean().sqrt().item()
+    assert own.feedback["0"].std().item() == pytest.approx(size, rel=0.03)
     shared = DirectFeedbackAlignment(network, x, share=True)
-    assert shared.feedback["4"].std().item() == pytest.approx(4000 ** -0.5, rel=0.03)
+    assert shared.feedback["4"].std().item() == pytest.approx(size, rel=0.03)
+    nn.init.zeros_(network[2].weight)
+    without = DirectFeedbackAlignment(network, x)
+    assert without.feedback["0"].std().item() == pytest.approx(4 ** -0.5, rel=0.03)
+
+
+def test_a_tied_last_layer_is_followed_in_all_that_its_weight_learns() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(7, 6)
+            self.hidden = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+            self.head = nn.Sequential(nn.Linear(6, 7, bias=False))
+            self.head[0].weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.head(self.hidden(self.embedding(x)))
+            return scores
+
+    network, x = Tied().double(), torch.arange(8).view(2, 4) % 7
+    net = stages(network, x, cuts=["embedding", "hidden", "head"])
+    rule = DirectFeedbackAlignment(net, x, feedback="kolen_pollack")
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, weight_decay=0.5)
+    W, B = network.embedding.weight, rule.feedback["hidden"]
+    before = (W - B).detach()
+    for step in range(10):
+        if step % 3 == 0:  # gradients of some calls are added up
+            optimizer.zero_grad()
+        rule(x, (x + 1) % 7)
+    assert_same({"": W.grad}, {"": B.grad})
+    optimizer.step()
+    torch.testing.assert_close((W - B).detach(), before * (1 - 0.1 * 0.5))
 
 
 def test_the_learned_feedback_of_the_last_hidden_stage_turns_to_the_weights(
