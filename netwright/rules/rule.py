@@ -1,17 +1,20 @@
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from netwright.errors import CannotStage
+from netwright.errors import CannotStage, FewStages
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.batches import labels_apart
 from netwright.rules.processes import Processes, is_parallel, refuse_parts
+from netwright.rules.scaling import note_call
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.signals import all_of, apply, mapped, tensor_of
-from netwright.stages import Stages, stages
+from netwright.stages import Stage, Stages, stages
 
 __all__ = ["Rule"]
 
@@ -87,6 +90,8 @@ class Rule(nn.Module):
             options = {name: _cut_off(value) for name, value in options.items()}
         x, y = labels_apart(self.network, _cut_off(x), _cut_off(y))
         given = () if y is None and not rest else (y, *map(_cut_off, rest))
+        if not self.updates_weights:
+            note_call(self)
         if self._processes is None:
             return super().__call__(x, *given, **options)
         self._processes.before(self)
@@ -141,8 +146,10 @@ def meant_for(loss: Callable[..., Tensor], output: Any) -> Any:
 
 
 def chain_of(rule: Rule, network: nn.Module | Stages, example: Any,
-             loss: Callable[..., Tensor] = cross_entropy) -> Stages:
+             loss: Callable[..., Tensor] = cross_entropy, *, apart: bool = True) -> Stages:
     """Return the stages by which `rule` teaches the network.
+
+    Where it teaches them `apart`, it warns of FewStages: within a stage it is backpropagation.
 
     Raises:
         CannotStage: no chain was found, or the network returns several tensors, of which a `loss`
@@ -152,7 +159,31 @@ def chain_of(rule: Rule, network: nn.Module | Stages, example: Any,
         example, _ = labels_apart(rule.network, example, None)
     if example is not None and loss is not cross_entropy:
         _check_single(rule.network, example, loss)
-    return network if isinstance(network, Stages) else stages(rule.network, example)
+    net = network if isinstance(network, Stages) else stages(rule.network, example)
+    if apart and len(net) < 3:
+        _warn_of_few(type(rule), net)
+    return net
+
+
+def _warn_of_few(rule: type[Rule], net: Stages) -> None:
+    """Warn of a chain that leaves little to teach apart.
+
+    Two stages of one layer each are what many rules' papers begin with; a local rule's loss is the
+    network's own in one of them.
+    """
+    layers = [len(matrix_layers(stage)) for stage in net]
+    if len(net) == 1 or max(layers) > 1 or rule.__module__.startswith("netwright.rules.local."):
+        warnings.warn(
+            f"network reads as {len(net)} stages ({', '.join(net.names)}) of {layers} layers, and "
+            f"within a stage {rule.__name__} is backpropagation; give nw.stages(network, example, "
+            "cuts=[...]) with more of its modules to cut at", FewStages, stacklevel=4)
+
+
+def matrix_layers(stage: Stage) -> list[nn.Module]:
+    """Return the modules in `stage` that hold a matrix of weights, each once."""
+    every = dict.fromkeys(m for module in stage.modules for m in module.modules())
+    return [m for m in every if any(is_lazy(p) or p.ndim > 1
+                                    for p in m.parameters(recurse=False))]
 
 
 def _check_single(network: nn.Module, example: Any, loss: Callable[..., Tensor]) -> None:

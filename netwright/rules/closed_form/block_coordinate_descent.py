@@ -112,7 +112,7 @@ class BlockCoordinateDescent(Rule):
         _check(splitting, output_loss, gamma, rho, alpha, sweeps, keep)
         self.splitting, self.output_loss = splitting, output_loss
         self.gamma, self.rho, self.alpha, self.sweeps = gamma, rho, alpha, sweeps
-        self.stages = chain_of(self, network, example)
+        self.stages = chain_of(self, network, example, apart=False)
         self._layers = [_layer(stage, self.stages) for stage in self.stages]
         weights = [id(layer.linear.weight) for layer in self._layers]
         if len(set(weights)) < len(weights):

@@ -104,7 +104,7 @@ class RandomFeatureBoosting(Rule):
         checks.count(0, keep=keep)
         self.ridge, self.ridge_readout, self.shrinkage = ridge, ridge_readout, shrinkage
         self.output_loss, self.squared, self.keep = output_loss, output_loss == "squared", keep
-        self.stages = chain_of(self, network, example)
+        self.stages = chain_of(self, network, example, apart=False)
         if keep:
             self._make_room(_single(example))
 

@@ -132,7 +132,7 @@ class BlackBoxPrompt(Rule):
                              "take; give an input as example=")
         self.tokens = tokens if token_numbers(example) is not None else 0
         self.after, self.loss = after, loss
-        chain = chain_of(self, network, example, loss)
+        chain = chain_of(self, network, example, loss, apart=False)
         modules = dict(self.network.named_modules())
         # a module that runs twice has one prompt, under its own name
         seen = self._signals([name for name in chain.names if name in modules], example)

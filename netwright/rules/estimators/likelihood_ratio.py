@@ -91,7 +91,7 @@ class LikelihoodRatio(Rule):
                              f"even with control='antithetic', got copies={copies} with "
                              f"control={control!r}; try 16")
         self.noise, self.copies, self.control, self.loss = noise, copies, control, loss
-        self.stages = chain_of(self, network, example, loss)
+        self.stages = chain_of(self, network, example, loss, apart=False)
         self._mixes: bool | None = None
 
     def forward(self, x: Any, y: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class ZerothOrder(Rule):
         self.epsilon, self.directions, self.difference = epsilon, directions, difference
         self.updates_weights, self.rate, self.loss = in_place, rate, loss
         try:
-            self.stages: Stages | None = chain_of(self, network, example, loss)
+            self.stages: Stages | None = chain_of(self, network, example, loss, apart=False)
         except CannotStage:
             self.stages = None  # it is shifted as a whole
 

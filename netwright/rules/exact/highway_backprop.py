@@ -76,7 +76,7 @@ class HighwayBackprop(Rule):
         checks.count(0, iterations=iterations,
                      advice="0 is the residual path alone, and the number of stages gives the "
                             "exact gradient")
-        self.stages = chain_of(self, network, example, loss)
+        self.stages = chain_of(self, network, example, loss, apart=False)
         self.loss, self.iterations = loss, iterations
         self.residual = None if residual is None else list(residual)
         for name in self.residual or ():

@@ -93,7 +93,7 @@ class PipelinedBackprop(Rule):
                        "which scaled_to_batch finds for small batches")
         checks.one_of(["velocity", "difference"], prediction=prediction, optional=True)
         checks.at_least(0, horizon=horizon, advice="it is in times of the delay; try 1")
-        self.stages, self.loss = chain_of(self, network, example, loss), loss
+        self.stages, self.loss = chain_of(self, network, example, loss, apart=False), loss
         n = len(self.stages)
         self.delays = [2 * (n - 1 - s) for s in range(n)] if delays is None else list(delays)
         if len(self.delays) != n or min(self.delays) < 0:

@@ -58,7 +58,7 @@ class TwoStageBackward(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        self.stages, self.loss = chain_of(self, network, example, loss), loss
+        self.stages, self.loss = chain_of(self, network, example, loss, apart=False), loss
         self._delayed: list[Delayed] = []
 
     def forward(self, x: Any, y: Tensor, *, delay: bool = False) -> Tensor:

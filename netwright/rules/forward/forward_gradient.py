@@ -123,7 +123,7 @@ class ForwardGradient(Rule):
         self.perturb, self.directions, self.distribution = perturb, directions, distribution
         self.guess, self.chunk, self.loss = guess, chunk, loss
         chained = perturb == "activities" or guess == "local_loss"
-        self.stages = chain_of(self, network, example, loss) if chained else None
+        self.stages = chain_of(self, network, example, loss, apart=False) if chained else None
         self.heads = nn.ModuleList()
         if self.stages is not None and guess == "local_loss":
             found, last = signals(self.stages, example)
