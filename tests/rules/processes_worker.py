@@ -67,7 +67,7 @@ def outcomes() -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
     for name, (rule, arguments) in WAYS.items():
         try:
             found[name] = trained(build(rule, arguments), *batch(rule))
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             said[name] = str(error)
     found["MonoForward, accumulated"] = trained(build("rules.MonoForward", {}),
                                                 *batch("rules.MonoForward"), accumulate=True)

@@ -69,7 +69,7 @@ def test_two_processes_train_as_one_does_with_both_shares(two: list[dict[str, An
 def test_what_is_not_trained_says_what_to_write(two: list[dict[str, Any]]) -> None:
     assert {*two[0]["found"]} | {*two[0]["said"]} >= {*worker.WAYS}
     for name, said in two[0]["said"].items():
-        assert "changes the weights itself" in said, name
+        assert "changes the weights itself" in said or "is not needed" in said, name
     said = two[0]["refusals"]
     assert "write MonoForward(DistributedDataParallel(network), ...)" in said["DDP of a rule"]
     assert "write Backprop(fully_shard(network))" in said["shards of a rule"]
