@@ -85,8 +85,8 @@ def refusals() -> dict[str, str]:
              "shards of a rule": lambda: fully_shard(MonoForward(ordinary_network())),
              "rule of shards": lambda: MonoForward(sharded()),
              "sizes unknown": lambda: MonoForward(DistributedDataParallel(nn.Sequential(
-                 nn.Linear(20, 8), nn.Tanh(), nn.Unflatten(1, (8, 1)), nn.Flatten(),
-                 nn.Linear(8, 3))), num_classes=3)(X.float(), Y)}
+                 nn.Linear(20, 8), nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 1, 1), nn.Flatten(),
+                 nn.Linear(8, 3))))(X.float(), Y)}
     said = {}
     for name, case in cases.items():
         try:
