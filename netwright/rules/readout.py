@@ -100,8 +100,15 @@ def mean_of_tokens(a: Tensor, x: Any) -> Tensor:
 
 
 def padding_mask(x: Any, h: Tensor) -> Tensor | None:
-    """Return the `attention_mask` of the mapping `x` where it is one entry a token of `h`."""
-    mask = x.get("attention_mask") if isinstance(x, Mapping) else None
+    """Return the `attention_mask` of the mapping `x` where it is one entry a token of `h`.
+
+    Where `x` has a decoder's input too, and `h` is of its length, it is the decoder's mask.
+    """
+    if not isinstance(x, Mapping):
+        return None
+    decoded = x.get("decoder_input_ids")
+    of_decoder = isinstance(decoded, Tensor) and decoded.shape[:2] == h.shape[:2]
+    mask = x.get("decoder_attention_mask" if of_decoder else "attention_mask")
     fits = isinstance(mask, Tensor) and h.ndim == 3 and mask.shape == h.shape[:2]
     return mask if fits else None
 

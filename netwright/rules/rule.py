@@ -1,3 +1,4 @@
+import inspect
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -89,7 +90,7 @@ class Rule(nn.Module):
         if options:
             options = {name: _cut_off(value) for name, value in options.items()}
         x, y = labels_apart(self.network, _cut_off(x), _cut_off(y))
-        given = () if y is None and not rest else (y, *map(_cut_off, rest))
+        given = (y, *map(_cut_off, rest)) if y is not None or rest or self._must_be_told() else ()
         if not self.updates_weights:
             note_call(self)
         if self._processes is None:
@@ -98,6 +99,21 @@ class Rule(nn.Module):
         loss = super().__call__(x, *given, **options)
         self._processes.after(self)
         return loss
+
+    def _must_be_told(self) -> bool:
+        """Whether `forward` takes a y that may be None but not left out.
+
+        Raises:
+            ValueError: it takes no None either.
+        """
+        _, *others = inspect.signature(self.forward).parameters.values()
+        y = others[0] if others else None
+        if y is None or y.default is not y.empty or y.kind is y.VAR_POSITIONAL:
+            return False
+        if "None" not in str(y.annotation):
+            raise ValueError('y must hold the targets, got None and no "labels" in x; give '
+                             f'{type(self).__name__}(...)(x, y), or x as a mapping with "labels"')
+        return True
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the batch's update to `.grad` of the parameters; return the detached loss."""

@@ -117,3 +117,9 @@ def test_a_loss_of_ones_own_is_given_all_heads_or_the_rule_refuses_them() -> Non
     assert rule.predict(x).keys() == {"classes", "value"}
     with pytest.raises(ValueError, match=r"network must return one tensor .* Backprop"):
         DirectFeedbackAlignment(network, x, loss=loss)
+
+
+def test_a_batch_without_labels_says_what_is_missing() -> None:
+    rule = Backprop(nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r'y must hold the targets, got None and no "labels" in x'):
+        rule(torch.randn(2, 4), None)
