@@ -435,3 +435,49 @@ def test_what_the_rule_cannot_do_is_refused() -> None:
         DirectFeedbackAlignment(
             nn.Sequential(nn.Conv1d(1, 2, 3), nn.Conv1d(2, 2, 3), nn.Flatten(), nn.Linear(8, 3)),
             torch.ones(1, 1, 8), feedback="sign_symmetric")
+
+
+class Twice(nn.Module):
+    """A chain of stages of which two are one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.within, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.within(torch.tanh(self.into(x))))
+        scores: Tensor = self.out(torch.tanh(self.within(h)))
+        return scores
+
+
+@torch.no_grad()
+def test_a_layer_that_runs_twice_has_the_signs_of_each_place(gradients: Gradients) -> None:
+    network, x = Twice().double(), torch.randn(4, 4).double()
+    rule = DirectFeedbackAlignment(network, x, feedback="sign_symmetric")
+    assert rule.stages.names == ["into", "within", "within (2)", "out"]
+    for matrix in rule.feedback.buffers():
+        matrix.fill_(1)
+    found = gradients(rule, x, CLASSES)
+    a = torch.tanh(network.into(x))
+    b = torch.tanh(network.within(a))
+    c = torch.tanh(network.within(b))
+    e = (network.out(c).softmax(1) - functional.one_hot(CLASSES, 3)) / 4
+    V, W = network.out.weight, network.within.weight
+    first = e @ (V @ W @ W).sign() * (1 - a ** 2)
+    second, third = e @ (V @ W).sign() * (1 - b ** 2), e @ V.sign() * (1 - c ** 2)
+    torch.testing.assert_close(found["into.weight"], first.T @ x)
+    torch.testing.assert_close(found["within.weight"], second.T @ a + third.T @ b)
+
+
+def test_a_layer_that_runs_twice_has_a_learned_matrix_for_each_place() -> None:
+    network, x = Twice().double(), torch.randn(4, 4).double()
+    rule = DirectFeedbackAlignment(network, x, feedback="kolen_pollack")
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, weight_decay=0.5)
+    before = (network.out.weight - rule.feedback["within (2)"]).detach()
+    for _ in range(10):
+        optimizer.zero_grad()
+        rule(torch.randn(4, 4).double(), CLASSES)
+        optimizer.step()
+    assert not torch.equal(rule.feedback["within"], rule.feedback["within (2)"])
+    torch.testing.assert_close((network.out.weight - rule.feedback["within (2)"]).detach(),
+                               before * (1 - 0.1 * 0.5) ** 10)
