@@ -59,6 +59,7 @@ class Rule(nn.Module):
         super().__init__()
         model: Any = network.model if isinstance(network, Stages) else network
         self._processes: Processes | None = None
+        self._begun = False
         if not self.runs_whole:
             refuse_parts(self, model)
             if is_parallel(model):
@@ -91,6 +92,10 @@ class Rule(nn.Module):
             options = {name: _cut_off(value) for name, value in options.items()}
         x, y = labels_apart(self.network, _cut_off(x), _cut_off(y))
         given = (y, *map(_cut_off, rest)) if y is not None or rest or self._must_be_told() else ()
+        if not self._begun:  # the network may have been cut up since it was given
+            if not self.runs_whole:
+                refuse_parts(self, self.network)
+            self._begun = True
         if not self.updates_weights:
             note_call(self)
         if self._processes is None:

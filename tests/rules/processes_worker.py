@@ -81,9 +81,17 @@ def refusals() -> dict[str, str]:
         fully_shard(network)
         return network
 
+    def after_the_rule() -> Tensor:
+        network = ordinary_network()
+        rule = MonoForward(network)
+        fully_shard(network)
+        loss: Tensor = rule(X.float(), Y)
+        return loss
+
     cases = {"DDP of a rule": lambda: DistributedDataParallel(MonoForward(ordinary_network())),
              "shards of a rule": lambda: fully_shard(MonoForward(ordinary_network())),
              "rule of shards": lambda: MonoForward(sharded()),
+             "rule, then shards": after_the_rule,
              "sizes unknown": lambda: MonoForward(DistributedDataParallel(nn.Sequential(
                  nn.Linear(20, 8), nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 1, 1), nn.Flatten(),
                  nn.Linear(8, 3))))(X.float(), Y)}

@@ -74,6 +74,7 @@ def test_what_is_not_trained_says_what_to_write(two: list[dict[str, Any]]) -> No
     assert "write MonoForward(DistributedDataParallel(network), ...)" in said["DDP of a rule"]
     assert "write Backprop(fully_shard(network))" in said["shards of a rule"]
     assert "write MonoForward(DistributedDataParallel(network), ...)" in said["rule of shards"]
+    assert "MonoForward(DistributedDataParallel(network), ...)" in said["rule, then shards"]
     assert "give example=" in said["sizes unknown"]
 
 
