@@ -59,7 +59,9 @@ def size_of(weight: Tensor, otherwise: float) -> float:
     >>> size_of(torch.full((3, 2), -0.5), 1.0)
     0.5
     """
-    size = float(weight.detach().double().square().mean().sqrt()) if weight.numel() else 0.0
+    if weight.is_meta or not weight.numel():
+        return otherwise
+    size = float(weight.detach().abs().double().square().mean().sqrt())
     return size if 0 < size < math.inf else otherwise
 
 

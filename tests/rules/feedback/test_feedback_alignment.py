@@ -406,3 +406,8 @@ def test_weights_that_are_not_there_yet_are_refused() -> None:
 def test_an_unknown_feedback_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no feedback is called 'gaussian'; known are .* random"):
         FeedbackAlignment(nn.Linear(4, 3), feedback="gaussian")  # type: ignore[arg-type]
+
+
+def test_weights_without_values_yet_have_feedback_of_the_same_shape() -> None:
+    network = nn.Sequential(nn.Linear(4, 8, device="meta"), nn.Linear(8, 3, device="meta"))
+    assert FeedbackAlignment(network).feedback["1"].shape == (3, 8)
