@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from netwright.runtime.attributes import Attributes
-from netwright.runtime.random_state import random_state, same_random_state, set_random_state
+from netwright.runtime.random_state import same_random_state
 
 
 @contextmanager
@@ -90,59 +90,3 @@ def rehearsing(network: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
-
-
-_again = [0]
-
-
-def running_again() -> bool:
-    """Return whether modules are run to find again what an earlier pass made of the same.
-
-    So they are inside a backward pass, by activation checkpointing or reversible stacks, and in
-    the second run of a rule that runs a pass twice. What counts or moves once a pass does not
-    then.
-    """
-    return _again[0] > 0 or torch._C._current_graph_task_id() != -1
-
-
-@contextmanager
-def marked_again() -> Iterator[None]:
-    """Say that what the body runs has been run before."""
-    _again[0] += 1
-    try:
-        yield
-    finally:
-        _again[0] -= 1
-
-
-class Pass:
-    """What a pass of `network` finds, noted before it, so that it can be run again the same.
-
-    Held are the random states and, of the network's modules, buffers and attributes.
-
-    >>> network = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-    >>> this, x = Pass(network), torch.ones(1, 2)
-    >>> first = network(x)
-    >>> with this.again():
-    ...     torch.equal(network(x), first)
-    True
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network, self.random = network, random_state()
-        self.attributes = Attributes(network.modules())
-        self.buffers = [(module, name, buffer, buffer.detach().clone())
-                        for module in network.modules() for name, buffer in module._buffers.items()
-                        if buffer is not None]
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Let the body run the pass again, and then have everything as it is now."""
-        with (same_random_state(), same_attributes(self.network), same_buffers(self.network),
-              marked_again()):
-            set_random_state(self.random)
-            self.attributes.put_back()
-            for module, name, buffer, value in self.buffers:
-                module._buffers[name] = buffer
-                buffer.data.copy_(value)
-            yield
