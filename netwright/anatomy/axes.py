@@ -58,7 +58,7 @@ class Axes:
     groups: tuple[UnitGroup, ...]
     frozen: tuple[Frozen, ...]
     unknown: Mapping[str, str]
-    sizes: Mapping[tuple[str, str], bool] = field(default_factory=dict)
+    sizes: Mapping[tuple[str, str, str], bool] = field(default_factory=dict)
 
     def group(self, name: str | UnitGroup) -> UnitGroup:
         """Return the group of that name.
@@ -156,15 +156,13 @@ class Axes:
                  for name, these in ids.items()}
         model = self._copy(network)
         remove(model, {g.name: g for g in self.groups}, asked, self.sizes)
-        if network is None and not all(self.group(name).removable for name in asked):
-            try:
-                run_of(model, self.example)
-            except Exception as error:
-                raise NothingToReshape(
-                    f"ids removes units of {', '.join(asked)}, and the result does not run: "
-                    f"{error}; leave as many in all groups of one layer, or remove others"
-                ) from error
         _configure(model, self, asked)
+        try:
+            run_of(model, self.example)
+        except Exception as error:  # whatever a network's own code says to a new size
+            raise NothingToReshape(
+                f"ids removes units of {', '.join(asked)}, and the result does not run: {error}; "
+                "remove another number, or as many of all groups of the layer") from error
         return model
 
     def scale(self, group: str | UnitGroup, factor: float | Ids, *,
@@ -231,20 +229,28 @@ def axes(network: nn.Module, example: Any, *, verify: bool = True) -> Axes:
         raise NothingToReshape("network was compiled by torch.compile, which hides its parts; give "
                                "the module that was compiled, and compile the result")
     followed = follow(record(network, example))
-    scales = Scales(followed)
-    groups = _named(_plain(network, scales, each) for each in grouped(followed)
-                    if each.frozen is None)
-    sizes: dict[tuple[str, str], bool] = {}
+    groups = unit_groups(followed)
+    sizes: dict[tuple[str, str, str], bool] = {}
     if verify and groups:
         groups, sizes = verified(network, example, groups)
     return Axes(network, example, tuple(_stated(network, group) for group in groups),
                 tuple(_frozen(followed)), dict(followed.unknown), sizes)
 
 
+def unit_groups(followed: Followed) -> list[UnitGroup]:
+    """Return the groups of units that were followed through a run, as they are without a trial."""
+    scales = Scales(followed)
+    return _named(_plain(followed.run.network, scales, each) for each in grouped(followed)
+                  if each.frozen is None)
+
+
 def _plain(network: nn.Module, scales: Scales, found: Found) -> UnitGroup:
     """Return a group as plain data."""
     roles = {**dict.fromkeys(found.read, "reads"), **dict.fromkeys(found.made, "makes")}
     makers = [(spot.tensor, spot.axis) for i, spot in enumerate(found.spots) if i in found.made]
+    if not found.pooled:  # behind a batch norm it is the norm's own weight that makes them larger
+        makers += [(spot.tensor, spot.axis) for i, spot in enumerate(found.spots)
+                   if i not in found.read]
     powers = scales.exponents(found.unit, makers)
     members = tuple(Member(spot.tensor, spot.axis, spot.indices, roles.get(i, ""), spot.groups,
                            powers.get((spot.tensor, spot.axis), 0.0))
@@ -292,8 +298,8 @@ def _stated(network: nn.Module, group: UnitGroup) -> UnitGroup:
     words = _WORDS.get(group.kind, ())
     held = dict(vars(config)) if hasattr(config, "to_dict") else {}
     stated = tuple(name for name, value in held.items()
-                   if type(value) is int and any(word in name for word in words)
-                   and _states(group, value))
+                   if any(word in name for word in words)
+                   and (_states(group, value) if type(value) is int else name == "n_inner"))
     return replace(group, config=stated)
 
 
@@ -313,9 +319,10 @@ def _configure(network: Any, found: Axes, ids: Mapping[str, np.ndarray]) -> None
     """Set the fields of the configuration whose size is the same wherever it is stated."""
     for name in dict.fromkeys(name for group in found.groups for name in group.config):
         value = getattr(network.config, name)
-        left = {value // g.per_block * (g.per_block - len(ids.get(g.name, ())) // g.blocks)
-                for g in found.groups if name in g.config}
-        if len(left) == 1:
+        stating = [group for group in found.groups if name in group.config]
+        left = {(value or g.per_block) // g.per_block
+                * (g.per_block - len(ids.get(g.name, ())) // g.blocks) for g in stating}
+        if len(left) == 1 and any(group.name in ids for group in stating):
             setattr(network.config, name, left.pop())
 
 

@@ -6,7 +6,7 @@ as it is, and so does whatever a rule cannot tell.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -62,8 +62,14 @@ class Followed:
     writes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def of(self, number: int) -> Labels:
-        """Return the labels of a tensor; all axes of one that nothing is known of are fixed."""
-        return self.labels.get(number) or Labels(self.run.shapes[number])
+        """Return the labels of a tensor as they are by now.
+
+        All axes of one that nothing is known of are fixed, and so is an axis whose units have all
+        become one.
+        """
+        labels = self.labels.get(number) or Labels(self.run.shapes[number])
+        factors = (self.units.simple(factor) for factor in labels.factors)
+        return replace(labels, factors=tuple(f for f in factors if axes(f)))
 
     def give(self, operation: Operation, labels: Labels, which: int = 0) -> None:
         """Set the labels of what an operation gives."""
@@ -128,12 +134,30 @@ def _step(followed: Followed, operation: Operation, time: int) -> None:
     elif rule is not _joined and any(0 in followed.run.shapes[n] for n in operation.taken):
         followed.stop(operation)
     else:
-        rule(followed, operation, arguments(operation))
+        _conserving(followed, operation, rule)
     for number in operation.gave:
         followed.times[number] = time
         if operation.function._schema.is_mutable and number in followed.run.places:
             storage = followed.run.places[number][0]
             followed.writes.setdefault(storage, []).append((time, number))
+
+
+def _conserving(followed: Followed, operation: Operation, rule: Rule) -> None:
+    """Apply a rule, and freeze units that went in and neither came out nor were read in it."""
+    units = followed.units
+    notes: tuple[list[Any], ...] = (followed.read, followed.pooled, units.frozen, units.inside)
+    before = [len(note) for note in notes]
+    taken = [f for number in operation.taken for f in followed.of(number).factors]
+    rule(followed, operation, arguments(operation))
+    if not taken or rule in _DROPPING:
+        return
+    new = [entry for note, start in zip(notes, before, strict=True) for entry in note[start:]]
+    kept = [f for number in operation.gave for f in followed.of(number).factors]
+    kept += [entry if isinstance(entry, np.ndarray) else entry[0] for entry in new]
+    kept += [outer for _, outer in units.inside[before[3]:]]
+    went, came = (np.unique(units.find(np.concatenate([f.ravel() for f in factors])))
+                  if factors else np.zeros(0, np.int64) for factors in (taken, kept))
+    units.freeze(np.setdiff1d(went, came), operation.name)
 
 
 def arguments(operation: Operation) -> dict[str, Any]:
@@ -717,11 +741,20 @@ def _convolution(followed: Followed, operation: Operation, a: dict[str, Any]) ->
     split = reshaped(followed.units, flat, (labels.shape[0], groups, labels.shape[1] // groups),
                      operation.name)
     kernels = _kernels(followed, operation, _number(a["weight"]), weight, groups)
-    inputs = 1 if a["transposed"] else 2
-    followed.columns += [f for f in kernels.factors if inputs in axes(f)]
-    followed.made += [f for f in kernels.factors if inputs not in axes(f)]
-    letters = "bgi,gio->bgo" if a["transposed"] else "bgi,goi->bgo"
-    found = contracted(followed, operation, split, kernels, letters)
+    inputs, outputs = (1, 2) if a["transposed"] else (2, 1)
+    columns = [f for f in kernels.factors if inputs in axes(f)]
+    rows = [f.reshape(1, f.shape[0], f.shape[outputs]) for f in kernels.factors
+            if inputs not in axes(f)]
+    followed.columns += columns
+    followed.made += rows
+    labelled = axes_of(kernels)
+    read = Labels(tuple(1 if i == outputs else n for i, n in enumerate(kernels.shape)),
+                  tuple(columns), kernels.same | {outputs} | ({0} & labelled))
+    found = contracted(followed, operation, split, read,
+                       "bgi,gio->bgo" if a["transposed"] else "bgi,goi->bgo")
+    whole = (shape[0], groups, shape[1] // groups)
+    made = Labels((1, *whole[1:]), tuple(rows), frozenset({0}))
+    found = followed.units.together([found, made], whole, operation.name)
     found = reshaped(followed.units, found, shape[:2], operation.name)
     if isinstance(a["bias"], Value):
         found = followed.units.together([found, followed.of(_number(a["bias"]))], shape[:2],
@@ -749,8 +782,9 @@ def _kernels(followed: Followed, operation: Operation, number: int, weight: Labe
     if len([key for key in followed.grouped if key[0] == number]) > 1:
         followed.stop(operation, [followed.grouped[key] for key in followed.grouped
                                   if key[0] == number])
+    followed.read += weight.factors  # those of a group's own channels stand for the second axis
     return Labels(found.shape, (*(f for f in found.factors if axes(f) != (2,)),
-                                followed.grouped[number, groups]))
+                                followed.grouped[number, groups]), found.same)
 
 
 def _attention(followed: Followed, operation: Operation, a: dict[str, Any]) -> None:
@@ -820,6 +854,14 @@ def _layer_norm(followed: Followed, operation: Operation, a: dict[str, Any]) -> 
               if isinstance(v, Value)]
     followed.give(operation, followed.units.together([normed, *learnt], labels.shape,
                                                      operation.name))
+
+
+def _weight_norm(followed: Followed, operation: Operation, a: dict[str, Any]) -> None:
+    labels = followed.of(_number(a["v"]))
+    ndim = len(labels.shape)
+    normed = _pooled(followed, labels, set(range(ndim)) - {_axis(a["dim"], ndim)}, drop=False)
+    followed.give(operation, followed.units.together(
+        [normed, followed.of(_number(a["g"]))], labels.shape, operation.name))
 
 
 def _batch_norm(followed: Followed, operation: Operation, a: dict[str, Any]) -> None:
@@ -909,7 +951,7 @@ RULES: dict[str, Rule] = {
                      "count_nonzero", "nansum"), _reduced),
     **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax"), _softmax),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), _layer_norm),
-    "native_group_norm": _group_norm,
+    "native_group_norm": _group_norm, "_weight_norm_interface": _weight_norm,
     **dict.fromkeys((f"{kind}{size}d{more}" for size in "123" for kind, more in (
         ("max_pool", "_with_indices"), ("max_pool", ""), ("avg_pool", ""),
         ("adaptive_avg_pool", ""), ("_adaptive_avg_pool", ""), ("adaptive_max_pool", ""),
@@ -919,3 +961,6 @@ RULES: dict[str, Rule] = {
         ("replication_pad", ""))), _spatial),
     "glu": _gated,
 }
+# Rules that leave units out on purpose: what is cut off, overwritten, or a pattern for its shape.
+_DROPPING = (_slice, _select, _split, _index, _index_select, _uniform, _drawn, _overwritten,
+             _copied)

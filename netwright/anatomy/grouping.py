@@ -40,10 +40,17 @@ class Found:
 
 @dataclass(eq=False, repr=False)
 class _Graph:
-    """The units as they are after all: where each stands, what is in it and what it is in."""
+    """The units as they are after all: where each stands, what is in it and what it is in.
+
+    `nearest` says which of its members was put in which place, where `outer` has the block that
+    this became a part of: places of one block are not the same place. `pattern` is a number that
+    is the same for units whose members were united in the same way.
+    """
 
     places: dict[int, list[tuple[int, int]]]
     outer: dict[int, set[int]]
+    nearest: dict[int, set[tuple[int, int, int, int]]]
+    pattern: dict[int, int]
     inner: dict[int, set[int]]
     frozen: dict[int, str]
     parts: set[int]
@@ -65,8 +72,10 @@ def grouped(followed: Followed) -> list[Found]:
         if held is None or not any(graph.places.get(u) for u in held):
             continue
         frozen = next((graph.frozen[u] for u in held if u in graph.frozen), None)
-        kind = tuple(tuple(sorted(_counts(graph, u).items())) for u in held)
-        outside = tuple(frozenset(graph.outer[u] - set(held)) for u in held)
+        kind = tuple((graph.pattern.get(u, 0), *sorted(_counts(graph, u).items())) for u in held)
+        inside = set(held)
+        outside = tuple(frozenset(entry[:3] for entry in graph.nearest[u]
+                                  if entry[3] not in inside) for u in held)
         buckets[kind, frozen][outside].append(held)
     found = []
     for (_, frozen), cells in buckets.items():
@@ -95,6 +104,7 @@ def _nested(followed: Followed) -> _Graph:
                     same.append((unit, other))
                 elif other not in members:
                     graph.outer[unit].add(other)
+                    graph.nearest[unit].add((-1, 0, other, other))
                     graph.inner[other].add(unit)
         if not same:
             return graph
@@ -112,11 +122,14 @@ def _graph(followed: Followed) -> _Graph:
         for index, root in enumerate(roots):
             places[root].append((which, index))
     outer: dict[int, set[int]] = {root: set() for root in np.unique(every).tolist()}
+    nearest: dict[int, set[tuple[int, int, int, int]]] = {root: set() for root in outer}
     inner: dict[int, set[int]] = defaultdict(set)
+    stands, rank = _ranks(followed, every)
     for one, two in units.inside:
-        pairs = np.unique(np.stack([every[one], every[two]]), axis=1)
-        for child, parent in pairs[:, pairs[0] != pairs[1]].T.tolist():
+        rows = np.unique(np.stack([every[one], stands[one], rank[one], two, every[two]]), axis=1)
+        for child, where, which, place, parent in rows[:, rows[0] != rows[4]].T.tolist():
             outer[child].add(parent)
+            nearest[child].add((where, which, place, parent))
             inner[parent].add(child)
     frozen: dict[int, str] = {}
     for stuck, reason in units.frozen:
@@ -128,7 +141,40 @@ def _graph(followed: Followed) -> _Graph:
                  ("pooled", followed.pooled), ("attended", followed.attended),
                  ("heads", followed.heads))}
     parts = {int(root) for part in units.parts for root in every[part]}
-    return _Graph(places, outer, inner, frozen, parts, marks)
+    patterns = _patterns(followed, every, stands, rank)
+    return _Graph(places, outer, nearest, patterns, inner, frozen, parts, marks)
+
+
+def _ranks(followed: Followed, every: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each unit, as it came to be, on which axis it stands, and its rank there.
+
+    The rank counts those that became one and stand on the same axis.
+    """
+    stands, index = np.full(len(every), -1), np.zeros(len(every), np.int64)
+    for which, place in enumerate(followed.places):
+        stands[place.start:place.start + place.size] = which
+        index[place.start:place.start + place.size] = np.arange(place.size)
+    order = np.lexsort((index, stands, every))
+    new = np.ones(len(every), bool)
+    new[1:] = (every[order][1:] != every[order][:-1]) | (stands[order][1:] != stands[order][:-1])
+    starts = np.maximum.accumulate(np.where(new, np.arange(len(every)), 0))
+    rank = np.zeros(len(every), np.int64)
+    rank[order] = np.arange(len(every)) - starts
+    rank[stands < 0] = 0
+    return stands, rank
+
+
+def _patterns(followed: Followed, every: np.ndarray, stands: np.ndarray,
+              rank: np.ndarray) -> dict[int, int]:
+    """Return a number for each unit that tells how its members were united: which with which."""
+    total = np.zeros(len(every), np.uint64)
+    for event, (one, two) in enumerate(followed.units.united):
+        mixed = np.full(len(one), event + 1, np.uint64)
+        for part in (stands[one], rank[one], stands[two], rank[two]):
+            mixed = (mixed ^ (part + 2).astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+        np.add.at(total, every[one], mixed)
+    return {root: value for root, value in enumerate(total.tolist()) if value}
 
 
 def _within(graph: _Graph, unit: int) -> list[int] | None:
@@ -163,7 +209,8 @@ def _blocks(graph: _Graph, cells: dict[tuple, list[list[int]]]) -> list[list[lis
     """
     groups: dict[tuple, list[list[list[int]]]] = defaultdict(list)
     for outside, members in cells.items():
-        cut = tuple(frozenset(outer & graph.parts) for outer in outside)
+        cut = tuple(frozenset(entry for entry in outer if entry[2] in graph.parts)
+                    for outer in outside)
         groups[len(members), cut].append(members)
     return list(groups.values())
 

@@ -41,6 +41,7 @@ class Units:
 
     count: int = 0
     above: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    united: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     inside: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     frozen: list[tuple[np.ndarray, str]] = field(default_factory=list)
     parts: list[np.ndarray] = field(default_factory=list)  # units that stand for a part of an axis
@@ -70,6 +71,7 @@ class Units:
         """Make units one, index by index."""
         one, two = (side.ravel() for side in np.broadcast_arrays(one, two))
         self.touched += [one, two]
+        self.united.append((one, two))
         while True:
             one, two = self.find(one), self.find(two)
             apart = one != two
@@ -99,7 +101,7 @@ class Units:
         """Tell units that stand in one part of an axis, which the code cut out, from the others."""
         outer = self.new(1)
         self.parts.append(outer)
-        self.put(np.unique(self.find(units)), outer)
+        self.put(np.unique(units), outer)
 
     def simple(self, factor: Factor) -> Factor:
         """Return a factor with size 1 along each axis on which its units do not depend."""
@@ -189,11 +191,12 @@ class Units:
     def _places(self, factor: Factor, rest: list[int]) -> Factor:
         """Return a unit for each place along `rest` that holds what is in the factor there."""
         shape = tuple(size if axis in rest else 1 for axis, size in enumerate(factor.shape))
-        rows = np.moveaxis(self.find(factor), rest, range(len(rest)))
+        rows = np.moveaxis(factor, rest, range(len(rest)))
         rows = rows.reshape(int(np.prod([factor.shape[axis] for axis in rest])), -1)
-        if rows.shape[1] == 1 or (rows == rows[:, :1]).all():
+        found = self.find(rows)
+        if (found == found[:, :1]).all():
             return rows[:, 0].reshape(shape)
-        _, which = np.unique(rows, axis=0, return_inverse=True)
+        _, which = np.unique(found, axis=0, return_inverse=True)
         which = which.reshape(-1)
         places = self.new(int(which.max()) + 1)[which]
         self.put(rows, places[:, None])

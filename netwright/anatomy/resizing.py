@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from netwright.anatomy.layers import is_transposed
+from netwright.anatomy.layers import common, is_transposed
 
 # Where on which tensor: its name, the axis, and the groups of a grouped convolution's second axis.
 Where = tuple[str, int, int]
@@ -139,6 +139,7 @@ def _tell_others(network: nn.Module, before: dict[str, tuple[int, ...]],
                  resizing: Resizing) -> set[tuple[str, str]]:
     """Set sizes that other modules keep as whole numbers; return those that cannot be told."""
     unsure: set[tuple[str, str]] = set()
+    near = [common(sorted(c[3])) for c in resizing.counts]
     for name, module in network.named_modules():
         inside = [t for t in before if t.startswith(f"{name}." if name else "")]
         moved, stayed = _seen(inside, before, after)
@@ -151,6 +152,8 @@ def _tell_others(network: nn.Module, before: dict[str, tuple[int, ...]],
             if choice is None:
                 continue
             size, sure = choice
+            if not sure and not any(_within(name, part) for part in near):
+                continue
             if not sure:
                 unsure.add(key)
             if resizing.changed.get(key, sure):
@@ -160,6 +163,8 @@ def _tell_others(network: nn.Module, before: dict[str, tuple[int, ...]],
 
 def _whole(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the whole numbers that a module which is not PyTorch's keeps, and shapes of one."""
+    if is_transposed(module):
+        return
     if type(module).__module__.startswith("torch.nn") and not isinstance(
             module, (nn.LayerNorm, nn.RMSNorm)):
         return
@@ -169,6 +174,10 @@ def _whole(module: nn.Module) -> Iterator[tuple[str, Any]]:
     shape = getattr(module, "normalized_shape", None)
     if isinstance(shape, tuple) and len(shape) == 1:
         yield "normalized_shape", shape
+
+
+def _within(name: str, outer: str) -> bool:
+    return not outer or name == outer or name.startswith(f"{outer}.")
 
 
 def _seen(inside: list[str], before: dict[str, tuple[int, ...]],
@@ -196,8 +205,8 @@ def _choice(attribute: str, value: Any, moved: dict[int, set[int]], stayed: set[
     for kind, old, new, _ in counts:
         if old == new or "group" in attribute:
             continue
-        if kind == "head" and headed and not wide and value % old == 0:
-            return value // old * new, True
+        if kind == "head" and headed:
+            return (value // old * new, True) if not wide and value % old == 0 else None
         if kind == "head dimension" and headed and wide and value == old:
             return new, True
     news = moved.get(value, set())
@@ -207,6 +216,8 @@ def _choice(attribute: str, value: Any, moved: dict[int, set[int]], stayed: set[
         if value == old and old != new and "group" not in attribute:
             return new, False
     for old, news in moved.items():  # one of several parts that stand side by side in a weight
-        if len(news) == 1 and old % value == 0 and next(iter(news)) * value % old == 0:
-            return next(iter(news)) * value // old, False
+        parts = old // value
+        if len(news) == 1 and parts in (2, 3, 4) and old % value == 0:
+            (new,) = news
+            return (new // parts, False) if new % parts == 0 else None
     return None

@@ -12,7 +12,7 @@ from netwright.anatomy.run import Operation, Value
 
 # A tensor, and the axes on which the unit stands.
 Key = tuple[int, tuple[int, ...]]
-_HOMOGENEOUS = ("relu", "leaky_relu", "neg", "abs", "clone", "_prelu_kernel", "prelu")
+_HOMOGENEOUS = ("t", "relu", "leaky_relu", "neg", "abs", "clone", "_prelu_kernel", "prelu")
 _POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "square": 2.0}
 _MOVING = ("alias", "detach", "_to_copy", "lift", "contiguous", "max_pool", "avg_pool", "upsample",
            "sum", "mean", "amax", "amin", "cat", "stack", "view", "reshape", "permute",

@@ -13,7 +13,7 @@ from netwright.anatomy.resizing import Resizing, Where, resize, tensors_of
 __all__ = ["Member", "UnitGroup"]
 
 Ids = Sequence[int] | Tensor | np.ndarray
-Sizes = Mapping[tuple[str, str], bool]
+Sizes = Mapping[tuple[str, str, str], bool]  # a kind of unit, a class, an attribute of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,9 @@ def remove(network: nn.Module, groups: Mapping[str, UnitGroup], ids: Mapping[str
         standing = frozenset(member.tensor for member in group.members)
         left = group.per_block - len(these) // group.blocks
         counts.append((group.kind, group.per_block, left, standing))
-    return resize(network, Resizing(orders, counts, sizes))
+    kinds = {groups[name].kind for name in ids}
+    changed = {key[1:]: is_size for key, is_size in sizes.items() if key[0] in kinds}
+    return resize(network, Resizing(orders, counts, changed))
 
 
 @torch.no_grad()

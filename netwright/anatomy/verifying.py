@@ -19,7 +19,7 @@ from netwright.runtime.modes import evaluating, rehearsing
 from netwright.signals import apply, copied, mapped, tensors
 
 _TOLERANCE = 1e-4  # some networks compute their norms in single precision whatever they are in
-_MOST = 4  # attributes of which it is tried whether they are the size that changes
+_MOST = 3  # attributes of which it is tried whether they are the size that changes
 
 
 def run_of(network: nn.Module, example: Any) -> list[Tensor]:
@@ -30,7 +30,7 @@ def run_of(network: nn.Module, example: Any) -> list[Tensor]:
 
 
 def verified(network: nn.Module, example: Any, groups: Sequence[UnitGroup]
-             ) -> tuple[list[UnitGroup], dict[tuple[str, str], bool]]:
+             ) -> tuple[list[UnitGroup], dict[tuple[str, str, str], bool]]:
     """Return the groups with what they can do as it was found by trying, and what are sizes."""
     trial = _Trial(network, example)
     groups = trial.permuted(list(groups))
@@ -92,9 +92,9 @@ class _Trial:
                 else replace(group, scalable=False) for group in groups]
 
     def removed(self, groups: list[UnitGroup]
-                ) -> tuple[list[UnitGroup], dict[tuple[str, str], bool]]:
+                ) -> tuple[list[UnitGroup], dict[tuple[str, str, str], bool]]:
         """Return the groups, those that cannot be made smaller marked, and what are sizes."""
-        sizes: dict[tuple[str, str], bool] = {}
+        sizes: dict[tuple[str, str, str], bool] = {}
         reasons: dict[str, str] = {}
         kinds: dict[str, str] = {}
         candidates = [group for group in groups if group.removable]
@@ -113,27 +113,31 @@ class _Trial:
         return [replace(group, removable=False, reason=group.reason or reasons[group.name])
                 if reasons.get(group.name) else group for group in groups], sizes
 
-    def _removable(self, groups: list[UnitGroup], sizes: dict[tuple[str, str], bool]) -> str:
+    def _removable(self, groups: list[UnitGroup], sizes: dict[tuple[str, str, str], bool]) -> str:
         """Return "" where units can be removed, having found which attributes are sizes."""
         first = self._tried(groups, sizes)
         if not first:
             return ""
-        unsure = sorted(self._unsure(groups, sizes) - set(sizes))[:_MOST]
-        for choice in list(product((True, False), repeat=len(unsure)))[:-1]:
+        keys = {(groups[0].kind, *key) for key in self._unsure(groups, sizes)}
+        unsure = sorted(keys - set(sizes))[:_MOST]
+        for choice in sorted(product((False, True), repeat=len(unsure)), key=sum)[1:]:
             tried = {**sizes, **dict(zip(unsure, choice, strict=True))}
             if not self._tried(groups, tried):
                 sizes.update({key: changed for key, changed in tried.items() if changed})
                 return ""
+        half = max(group.per_block for group in groups) // 2
+        if half > 1 and not self._tried(groups, sizes, half):
+            return ""
         return first
 
     def _unsure(self, groups: list[UnitGroup], sizes: Sizes) -> set[tuple[str, str]]:
         network = deepcopy(self.network)
         return remove(network, {g.name: g for g in groups}, _firsts(groups), sizes)
 
-    def _tried(self, groups: list[UnitGroup], sizes: Sizes) -> str:
-        """Return what is wrong with a copy without a unit of each block, "" where nothing is."""
+    def _tried(self, groups: list[UnitGroup], sizes: Sizes, less: int = 1) -> str:
+        """Return what is wrong with a copy without units of each block, "" where nothing is."""
         smaller, silent = deepcopy(self.network), deepcopy(self.network)
-        ids = _firsts(groups)
+        ids = _firsts(groups, less)
         try:
             remove(smaller, {group.name: group for group in groups}, ids, sizes)
             output = run_of(smaller, self.example)
@@ -151,9 +155,11 @@ class _Trial:
         return ""
 
 
-def _firsts(groups: Sequence[UnitGroup]) -> Mapping[str, np.ndarray]:
-    """Return the first unit of each block of each group."""
-    return {group.name: np.arange(group.blocks) * group.per_block for group in groups}
+def _firsts(groups: Sequence[UnitGroup], count: int = 1) -> Mapping[str, np.ndarray]:
+    """Return the first units of each block of each group, all but one at most."""
+    return {group.name: (np.arange(group.blocks)[:, None] * group.per_block
+                         + np.arange(min(count, group.per_block - 1))).ravel()
+            for group in groups}
 
 
 def _moved(network: nn.Module, example: Any, generator: Generator) -> tuple[nn.Module, Any]:
