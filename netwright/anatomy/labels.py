@@ -107,7 +107,7 @@ class Units:
         """Return a factor with size 1 along each axis on which its units do not depend."""
         for axis in axes(factor):
             first = factor.take([0], axis)
-            if np.array_equal(*np.broadcast_arrays(self.find(factor), self.find(first))):
+            if (self.find(factor) == self.find(first)).all():
                 factor = first
         return factor
 

@@ -1,5 +1,6 @@
 """Gives the tensors of a network other indices along some axes, and tells its modules the sizes."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -84,12 +85,15 @@ def _groups(network: nn.Module, name: str, shape: tuple[int, ...],
 def _tell_layers(network: nn.Module, before: dict[str, tuple[int, ...]],
                  after: dict[str, tuple[int, ...]], groups: dict[str, int]) -> None:
     """Set the sizes that PyTorch's own layers keep beside their weights."""
-    names = {name.rpartition(".")[0] for name in before if before[name] != after[name]}
+    changed = {name.rpartition(".")[0] for name in before if before[name] != after[name]}
+    names = {re.sub(r"(^|\.)parametrizations\..*", "", name) for name in changed}
     for module_name in sorted(names):
         layer: Any = network.get_submodule(module_name)
         own = {name.rpartition(".")[2]: after[name] for name in after
                if name.rpartition(".")[0] == module_name}
-        weight = own.get("weight") or next(iter(own.values()))
+        computed = getattr(layer, "weight", None)  # such as a parametrized one
+        weight = (own.get("weight") or (tuple(computed.shape) if isinstance(computed, Tensor)
+                                        else next(iter(own.values()), ())))
         count = groups.get(f"{module_name}.weight".lstrip("."), 0)
         for attribute, size in _sizes(layer, weight, own, count).items():
             setattr(layer, attribute, size)

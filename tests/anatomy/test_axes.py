@@ -344,7 +344,7 @@ def test_shared_layers_and_parametrized_ones() -> None:
                            nn.Linear(8, 3)).double()
     x = torch.randn(5, 4).double()
     found = axes(normed, x)
-    assert [(g.kind, g.count) for g in found.groups] == [("hidden", 8)]
+    assert [(g.kind, g.count, g.permutable) for g in found.groups] == [("hidden", 8, True)]
     assert close(output(found.permute(found.groups[0], order_of(found.groups[0])), x),
                  output(normed, x), 1e-12)
 
