@@ -191,6 +191,9 @@ class _Bare(ast.NodeTransformer):
     def visit_ClassDef(self, node: ast.ClassDef | ast.FunctionDef) -> ast.AST:
         node.decorator_list = [made for made in node.decorator_list if not (
             isinstance(made, ast.Call) and ast.unparse(made.func) == "method")]
+        for made in node.decorator_list:
+            if isinstance(made, ast.Call) and ast.unparse(made.func) == "evidence":
+                made.keywords = [given for given in made.keywords if given.arg != "shortfall"]
         return self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:

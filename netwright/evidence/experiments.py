@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
+from netwright import checks
 from netwright.errors import UnknownName
 from netwright.evidence.claims import Claim, judged
 from netwright.evidence.folder import PathLike, folder
-from netwright.evidence.outcome import Outcome, Scale, Verdict
+from netwright.evidence.outcome import Outcome, Scale, Shortfall, Verdict
 
 __all__ = ["Experiment", "evidence", "experiment", "experiments"]
 
@@ -31,6 +32,7 @@ class Experiment:
     module: str
     shown: tuple[Claim, ...] = ()
     partly: Claim | None = None
+    shortfall: tuple[Shortfall, str] | None = None
 
     def judged(self, outcome: Outcome) -> tuple[Verdict, list[dict[str, Any]]]:
         """Return the verdict on what was found, and each declared claim with what came of it.
@@ -51,18 +53,26 @@ _known: dict[str, Experiment] = {}
 
 
 def evidence(*, paper: str, claim: str, shown: Sequence[Claim] = (),
-             partly: Claim | None = None) -> Callable[
-        [Callable[[Scale], Outcome]], Callable[[Scale], Outcome]]:
+             partly: Claim | None = None, shortfall: tuple[Shortfall, str] | None = None,
+             ) -> Callable[[Callable[[Scale], Outcome]], Callable[[Scale], Outcome]]:
     """Name a function as the experiment for `claim` of `paper`, an id of the catalogue.
 
     The function takes a scale, `"desk"` (minutes on two cores) or `"full"`, and returns an
     `Outcome`. Its own name is the name of the evidence. `shown` says beforehand what must hold of
     its figures: all of it where the claim is shown, some of it, or `partly`, where it is partly
     shown.
+
+    `shortfall` says, once a result is known, why it does not show all of the claim, and what was
+    tried: `("scale", text)` where a desk is too small, with the scale that is needed and the trend
+    that can be seen; `("claim", text)` where the claim did not hold in honest attempts;
+    `("open", text)` where it is not known which. It has no part in the result or its fingerprint.
     """
+    if shortfall is not None:
+        checks.one_of(get_args(Shortfall), shortfall=shortfall[0])
+
     def name_it(run: Callable[[Scale], Outcome]) -> Callable[[Scale], Outcome]:
         _known[run.__name__] = Experiment(run.__name__, paper, claim, run, run.__module__,
-                                          tuple(shown), partly)
+                                          tuple(shown), partly, shortfall)
         return run
     return name_it
 

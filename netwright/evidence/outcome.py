@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Curve", "Outcome", "Scale", "Verdict"]
+__all__ = ["Curve", "Outcome", "Scale", "Shortfall", "Verdict"]
 
 Scale = Literal["desk", "full"]
 Verdict = Literal["shown", "partly shown", "not shown"]
+Shortfall = Literal["scale", "claim", "open"]
 
 
 @dataclass(frozen=True)

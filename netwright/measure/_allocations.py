@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
-from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from netwright.measure._flops import flops, operation
 
 Storage = torch.UntypedStorage
 
@@ -50,17 +51,19 @@ class Allocations(TorchDispatchMode):
     book is read afterwards, when it is known which storages have become gradients.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
+        self.uncounted: set[str] = set()  # operations that sum products and have no formula
         self.events: list[tuple[int, int]] = []  # (number of the storage, change of live bytes)
         self._number: dict[int, int] = {}  # by the address of the storage while it lives
         self._watches: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        formula = flop_counter.flop_registry.get(func._overloadpacket)
-        if formula is None and func is not torch.ops.prim.device.default:
+        if isinstance(func, torch._ops.OpOverload) and func is not torch.ops.prim.device.default:
             with self:  # an operation made of others, as inference mode passes them on
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -72,8 +75,10 @@ class Allocations(TorchDispatchMode):
         for storage in storages(tree_leaves(out)):
             if storage._cdata not in self._number:
                 self._watch(storage, storage.nbytes())
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
+        found = flops(func, args, kwargs, out)
+        if found is None:
+            self.uncounted.add(operation(func))
+        self.flops += found or 0
         return out
 
     def numbers(self, tensors: Iterable[Any]) -> set[int]:

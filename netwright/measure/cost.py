@@ -28,13 +28,15 @@ class Cost:
     """What one step costs. Times are in seconds, sizes in bytes.
 
     `parameters` counts every number in every parameter once, the frozen ones too. `flops` are
-    those of matrix products, convolutions and attention, a multiplication and an addition being
-    two. `step_time` is the median over the repeats. `saved_bytes` is the most that waited for a
-    backward pass at any one time: activations and inputs, not parameters and buffers.
-    `peak_bytes` is the most that was alive at any one time: parameters, buffers, the batch,
-    gradients and all that the step made; `peak_by_kind` says what it consisted of.
-    `working_bytes` is the most that the step held at any one time besides its gradients and
-    besides what was there before it, which is what depth and batch size act on.
+    those of sums of products (matrix products, convolutions, attention, recurrent layers,
+    factorisations and solves), a multiplication and an addition being two; `uncounted` names the
+    operations that sum products, or may, and that no formula counts. `step_time` is the median
+    over the repeats. `saved_bytes` is the most that waited for a backward pass at any one time:
+    activations and inputs, not parameters and buffers. `peak_bytes` is the most that was alive at
+    any one time: parameters, buffers, the batch, gradients and all that the step made;
+    `peak_by_kind` says what it consisted of. `working_bytes` is the most that the step held at any
+    one time besides its gradients and besides what was there before it, which is what depth and
+    batch size act on.
     """
 
     parameters: int
@@ -44,6 +46,7 @@ class Cost:
     peak_bytes: int
     working_bytes: int
     peak_by_kind: Mapping[str, int]
+    uncounted: tuple[str, ...] = ()
 
 
 @method("measure", variants={"two repeats": {"repeats": 2, "warmup": 1}})
@@ -60,9 +63,10 @@ def cost(rule_or_model: nn.Module | Stages, batch: tuple[Any, Any], *,
     On a CPU every figure but the time is the same on every run: bytes are those of the tensors
     that PyTorch's dispatcher sees, so that scratch memory inside an operation does not count.
     On CUDA `peak_bytes` is the allocator's own, with what the dispatcher did not see as
-    `unseen`. FLOPs are PyTorch's own formulas, applied to every operation that runs, those of
-    forward-mode derivatives and of `torch.func` among them; elementwise and scatter operations
-    have none.
+    `unseen`. FLOPs are counted for every operation that runs, those of forward-mode derivatives
+    and of `torch.func` among them; elementwise, reducing and scattering operations have none.
+    What sums products and cannot be counted (a Fourier transform, an eigenvalue problem, an
+    operation of another library) is named in `uncounted`.
 
     Args:
         rule_or_model: whose step is measured.
@@ -103,7 +107,7 @@ def cost(rule_or_model: nn.Module | Stages, batch: tuple[Any, Any], *,
         with untouched(module):
             _memory(module, step)  # the first pass sets up what stays, and holds tensors longer
         with untouched(module):
-            peak, working, gradients, flops = _memory(module, step)
+            peak, working, gradients, seen = _memory(module, step)
         saved = Saved([*module.parameters(), *module.buffers()])
         with untouched(module), saved.counting():
             step()
@@ -115,9 +119,10 @@ def cost(rule_or_model: nn.Module | Stages, batch: tuple[Any, Any], *,
             with untouched(module):
                 allocated = sum(kept.values()) + _allocated(step)
             by_kind["unseen"], total = allocated - total, allocated
-    return Cost(parameters=sum(p.numel() for p in module.parameters()), flops=flops,
+    return Cost(parameters=sum(p.numel() for p in module.parameters()), flops=seen.flops,
                 step_time=statistics.median(seconds), saved_bytes=saved.peak, peak_bytes=total,
-                working_bytes=working, peak_by_kind=by_kind)
+                working_bytes=working, peak_by_kind=by_kind,
+                uncounted=tuple(sorted(seen.uncounted)))
 
 
 def _step(module: nn.Module, x: Any, y: Any,
@@ -138,11 +143,10 @@ def _step(module: nn.Module, x: Any, y: Any,
     return predict if y is None else differentiate
 
 
-def _memory(module: nn.Module, step: Callable[[], None]) -> tuple[int, int, int, int]:
-    """Return the peak of what the step makes, its working part, its gradients, and the FLOPs."""
+def _memory(module: nn.Module, step: Callable[[], None]) -> tuple[int, int, int, Allocations]:
+    """Return the peak of what the step makes, its working part, its gradients, and the book."""
     allocations = Allocations()
     torch.clear_autocast_cache()
-    gc.collect()
     collecting = gc.isenabled()
     gc.disable()  # or the collector's timing would decide when a cycle's tensors die
     try:
@@ -154,7 +158,7 @@ def _memory(module: nn.Module, step: Callable[[], None]) -> tuple[int, int, int,
     events = list(allocations.events)
     left = allocations.numbers(p.grad for p in module.parameters())
     peak, gradients, working = peaks(events, left)
-    return peak, working, gradients, allocations.flops
+    return peak, working, gradients, allocations
 
 
 def _seconds(module: nn.Module, step: Callable[[], None]) -> float:

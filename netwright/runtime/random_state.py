@@ -69,16 +69,16 @@ def drawing_from(generator: Generator | None) -> Iterator[None]:
         yield
 
 
-def every_random_state(generators: Sequence[Generator] = ()) -> dict[str, Any]:
+def every_random_state(generators: Sequence[Any] = ()) -> dict[str, Any]:
     """Return the random states of PyTorch, Python and numpy, and those of `generators`."""
     _, keys, *rest = numpy.random.get_state(legacy=True)
     return {"torch": torch.get_rng_state(), "python": random.getstate(),
             "numpy": [torch.from_numpy(numpy.asarray(keys, "int64")), *rest],
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-            "generators": [generator.get_state() for generator in generators]}
+            "generators": [generator_state(generator) for generator in generators]}
 
 
-def set_every_random_state(state: Mapping[str, Any], generators: Sequence[Generator] = ()) -> None:
+def set_every_random_state(state: Mapping[str, Any], generators: Sequence[Any] = ()) -> None:
     """Put back what `every_random_state` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
@@ -87,4 +87,91 @@ def set_every_random_state(state: Mapping[str, Any], generators: Sequence[Genera
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
     for generator, value in zip(generators, state["generators"], strict=True):
-        generator.set_state(value)
+        set_generator_state(generator, value)
+
+
+def is_generator(value: Any) -> bool:
+    """Return whether a value is a generator of PyTorch, numpy or Python that can be put back."""
+    return isinstance(value, (Generator, numpy.random.Generator, numpy.random.BitGenerator,
+                              numpy.random.RandomState, random.Random)
+                      ) and not isinstance(value, random.SystemRandom)
+
+
+def generator_state(generator: Any) -> Any:
+    """Return a generator's state as tensors, numbers and strings.
+
+    >>> dice = random.Random(0)
+    >>> state, first = generator_state(dice), dice.random()
+    >>> set_generator_state(dice, state)
+    >>> dice.random() == first
+    True
+    """
+    if isinstance(generator, Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return _without_arrays(generator.get_state(legacy=False) if isinstance(
+        generator, numpy.random.RandomState) else _bits(generator).state)
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Put a generator where `generator_state` found it."""
+    if isinstance(generator, Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, numpy.random.RandomState):
+        generator.set_state(_with_arrays(state))
+    else:
+        _bits(generator).state = _with_arrays(state)
+
+
+@contextmanager
+def from_one_start(generators: Sequence[Any] = ()) -> Iterator[None]:
+    """Let the body draw the same whenever it runs, and then put every random state back.
+
+    >>> draws = []
+    >>> for _ in range(2):
+    ...     with from_one_start():
+    ...         draws.append(torch.rand(()).item() + random.random())
+    >>> draws[0] == draws[1]
+    True
+    """
+    before = every_random_state(generators)
+    torch.manual_seed(0)
+    random.seed(0)
+    numpy.random.seed(0)
+    for generator in generators:
+        _start(generator)
+    try:
+        yield
+    finally:
+        set_every_random_state(before, generators)
+
+
+def _start(generator: Any) -> None:
+    if isinstance(generator, Generator):
+        generator.manual_seed(0)
+    elif isinstance(generator, (random.Random, numpy.random.RandomState)):
+        generator.seed(0)
+    else:
+        bits: Any = _bits(generator)
+        bits.state = type(bits)(0).state
+
+
+def _bits(generator: Any) -> Any:
+    return getattr(generator, "bit_generator", generator)
+
+
+def _without_arrays(state: Any) -> Any:
+    if isinstance(state, numpy.ndarray):
+        return [int(number) for number in state]
+    return ({key: _without_arrays(value) for key, value in state.items()}
+            if isinstance(state, dict) else state)
+
+
+def _with_arrays(state: Any) -> Any:
+    if isinstance(state, list):
+        return numpy.array(state, "uint64")
+    return ({key: _with_arrays(value) for key, value in state.items()}
+            if isinstance(state, dict) else state)

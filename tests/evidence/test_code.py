@@ -19,6 +19,11 @@ SIZE = 3
 def experiment(scale):
     """Say what it does."""
     return helper(MonoForward, digits(), nw.models.mlp, SIZE)
+
+
+@evidence(paper="003-024", claim="One.")
+def another(scale):
+    """Say what it does."""
 '''
 NEAR = '''
 def helper(rule, *rest: int) -> int:
@@ -50,6 +55,8 @@ def digest():
 
 @pytest.mark.parametrize(("file", "old", "new", "changes"), [
     ("one.py", "SIZE = 3", "SIZE = 4", True),
+    ("one.py", 'claim="One."', 'claim="One.", shortfall=("scale", "Why.")', False),
+    ("one.py", 'claim="One."', 'claim="One.", shown=[1]', True),
     ("near.py", "len(rest)", "len(rest) + 1", True),
     ("near.py", "    return inner(rest)", "    return rest and inner(rest)", True),
     ("near.py", "if not rest", "if len(rest) < 1", False),  # a check lets through or raises

@@ -96,7 +96,7 @@ def shown_in_full(name: str, uri: str) -> list[str]:
     parts = [f"### {_capital(name.replace('_', ' '))} {{ #evidence-{name} }}", "",
              f"**Claim.** {result['claim']}", "",
              f"**Verdict: {verdict_of(name)}.** {result['note']}", "",
-             *_claims(result.get("claims", [])),
+             *_claims(result.get("claims", [])), *_shortfall(name),
              f"![What was measured for {name}]({link(uri, f'pictures/{name}.svg')})", "",
              "??? abstract \"Every figure, and how it was measured\"", "",
              "    | measured | mean | deviation | seeds |", "    |---|---:|---:|---:|"]
@@ -117,6 +117,18 @@ def _claims(claims: Iterable[Mapping[str, Any]]) -> list[str]:
     lines = [f"- {'holds' if claim['holds'] else 'does not hold'}: {claim['claim']}"
              for claim in claims]
     return ["Asked before the run:", "", *lines, ""] if lines else []
+
+
+WHY = {"scale": "What a desk is too small for", "claim": "Tried, and not found",
+       "open": "Not yet explained"}
+
+
+def _shortfall(name: str) -> list[str]:
+    """Return why a result does not show all of its claim, and what was tried."""
+    found = evidence.experiments()[name].shortfall
+    if found is None or verdict_of(name) == "shown":
+        return []
+    return [f"**{WHY[found[0]]}.** {found[1]}", ""]
 
 
 def _code(name: str) -> str:

@@ -60,13 +60,20 @@ class SelfGuided(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the blend."""
+        share = self._counted(x)
+        y: Tensor = self.layer(x)
+        if share is not None:
+            y = torch.lerp(y, linear(x, self.weight, self.layer.bias), share.to(y.dtype))
+        return y
+
+    @torch.compiler.disable  # a compiler would make a program for each value of the count
+    def _counted(self, x: Tensor) -> Tensor | None:
+        """Count this pass and return a_t, None once it is 0."""
         # Inside a backward pass the layer is being recomputed, and a_t must stay what it was.
         if self.training and torch._C._current_graph_task_id() == -1:
             self.passes += 1
-        y: Tensor = self.layer(x)
-        if ratio := self.ratio:
-            y = torch.lerp(y, linear(x, self.weight, self.layer.bias), ratio)
-        return y
+        ratio = self.ratio
+        return x.new_tensor(ratio) if ratio else None
 
     def get_extra_state(self) -> Tensor:
         """Return what the `state_dict` holds of the count."""

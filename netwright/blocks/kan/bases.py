@@ -63,7 +63,8 @@ def _powers(w: Tensor, terms: list[tuple[float, float]], exponent: int) -> Tenso
 
 
 def _angles(z: Tensor, grid: int) -> tuple[Tensor, Tensor]:
-    k = math.pi * torch.arange(1, grid + 1, dtype=z.dtype, device=z.device).unsqueeze(-1)
+    # Without a factor pi, so that the grid is no period and f(-1) need not be f(1).
+    k = torch.arange(1, grid + 1, dtype=z.dtype, device=z.device).unsqueeze(-1)
     return k * z.unsqueeze(-2), k
 
 

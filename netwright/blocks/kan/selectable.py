@@ -31,7 +31,8 @@ class SelectableKANLinear(nn.Module):
     y_j = sum_b s_jb sum_i sum_k w_jbki f_bk(x_i) + bias_j;  s_j = softmax(logits_j / temperature).
 
     f_b are the functions of basis b: B-splines, Chebyshev polynomials of tanh(x), a Fourier
-    series, Gaussians (rbf), Mexican hats (wavelet), or SiLU. The paper trains in three phases:
+    series cos(k z), sin(k z) with z from -1 to 1 on the grid, Gaussians (rbf), Mexican hats
+    (wavelet), or SiLU. The paper trains in three phases:
     everything (`select="soft"`), then each output with the basis it has chosen (`select="hard"`,
     the one with the largest logit, whose gradient is the softmax's), then without the others
     (`pruned()`). `select` can be changed at any time. `"sum"` has no choice and adds all bases;

@@ -1,10 +1,13 @@
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.distributions import Transform as DistributionTransform
 
 from netwright.catalogue.facets import method
 from netwright.reversing.engine import Step, Update, chained, forth, run, undo
@@ -87,7 +90,8 @@ class Flow(nn.Module):
     Args:
         transforms: From data to base, each a `Transform`.
         size: The size of a sample.
-        base: A distribution of samples of that size, the standard normal one by default.
+        base: A distribution of samples of that size, the standard normal one by default. It follows
+            the flow to another dtype or device, as a copy.
         stored: Whether activations are kept.
         exact: Whether the rounding error of each reconstruction is kept, about one byte for each
             number of a sample and transform: where transforms squeeze much, as many splines do,
@@ -160,9 +164,15 @@ class Flow(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, condition: Any = None, *,
                generator: torch.Generator | None = None) -> Tensor:
-        """Return `n` samples; a condition must have `n` rows."""
+        """Return `n` samples; a condition must have `n` rows.
+
+        A base of one's own draws from PyTorch's default generators, which a given `generator`
+        seeds for the time of the draw.
+        """
         if self.base is not None:
-            return self.inverse(self.base.sample(torch.Size([n])), condition)
+            with _seeded(generator):
+                z = self.base.sample(torch.Size([n]))
+            return self.inverse(z, condition)
         like = next(self.parameters(), torch.zeros(()))
         z = torch.randn(n, *self.size, generator=generator, dtype=like.dtype, device=like.device)
         return self.inverse(z, condition)
@@ -173,10 +183,41 @@ class Flow(nn.Module):
             return found.flatten(1).sum(1) if found.ndim > 1 else found
         return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Flow":
+        super()._apply(fn, recurse)
+        self.base = _carried(self.base, fn)
+        return self
+
     def _check(self, x: Tensor) -> None:
         if x.shape[1:] != self.size:
             raise ValueError(f"x must be (batch, {', '.join(map(str, self.size))}), since the "
                              f"flow's size is {tuple(self.size)}, got {tuple(x.shape)}")
+
+
+@contextmanager
+def _seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """Let what draws from the default generators draw what `generator` decides."""
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2 ** 62, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _carried(part: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """Return a distribution with `fn` of every tensor that it, or one inside it, holds."""
+    if isinstance(part, Tensor):
+        return fn(part.detach()).requires_grad_(part.requires_grad)
+    if isinstance(part, list | tuple) and not isinstance(part, torch.Size):
+        return type(part)(_carried(item, fn) for item in part)
+    if not isinstance(part, Distribution | DistributionTransform):
+        return part
+    moved = copy(part)
+    for name, value in vars(part).items():
+        setattr(moved, name, _carried(value, fn))
+    return moved
 
 
 class _Stretch(Transform):

@@ -3,6 +3,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from netwright.reversing.engine import Step, Update
 __all__ = ["LipSwish", "ResidualTransform", "spectral_norm"]
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-STEEP = (nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish)
+STEEPEST = 1 + 1e-4  # what rounding adds to a slope of 1
 
 
 @method("block", papers=["001-072"], place="activation")
@@ -60,15 +61,16 @@ def spectral_norm(net: nn.Module, lipschitz: float = 0.98, *,
     and iterated on until sigma grows by less than `tolerance` of itself, from where it was before.
 
     A convolution is the linear map of a whole image of the size it sees in a sample of `size`;
-    that is what v is then. In a chain with activations of slope up to 1 the net's Lipschitz
-    constant is at most `lipschitz` to the number of layers.
+    that is what v is then. What has no weights (activations, norms, pools) is run on inputs of
+    many scales and may nowhere stretch by more than 1. In a chain with activations of slope up to
+    1 the net's Lipschitz constant is at most `lipschitz` to the number of layers.
 
     Shapes: the copy takes and returns what `net` does.
 
     Raises:
         ValueError: `lipschitz` is not between 0 and 1; a module is neither linear nor a
-            convolution and has weights; an activation is steeper than 1; there are convolutions
-            and no `size`.
+            convolution and has weights; an activation or another module without weights
+            stretches by more than 1; there are convolutions and no `size`.
 
     Paper: Chen, Behrmann, Duvenaud, Jacobsen, 2019, Residual Flows for Invertible Generative
     Modeling.
@@ -83,9 +85,6 @@ def spectral_norm(net: nn.Module, lipschitz: float = 0.98, *,
     for name, module in net.named_modules():
         if isinstance(module, LAYERS):
             found.append(name)
-        elif isinstance(module, STEEP):
-            raise ValueError(f"net may have no activation steeper than 1, got {name or 'net'}, "
-                             f"{type(module).__name__}; use LipSwish")
         elif not isinstance(module, LipSwish) and [*module.parameters(recurse=False)]:
             raise ValueError("net may have weights in linear and convolutional layers only, got "
                              f"{name or 'net'}, {type(module).__name__}, whose Lipschitz constant "
@@ -93,6 +92,9 @@ def spectral_norm(net: nn.Module, lipschitz: float = 0.98, *,
     if size is None and not all(isinstance(net.get_submodule(name), nn.Linear) for name in found):
         raise ValueError("size must be that of a sample where net has convolutions, got None; "
                          "their norms depend on it")
+    with torch.random.fork_rng():
+        _check_stretch(net, net.get_submodule(found[0]).in_features if found and size is None
+                       else size)
     seen = _sizes(net, found, size)
     for name in found:
         layer: Any = net.get_submodule(name)
@@ -358,6 +360,54 @@ class _Bounded(nn.Module):
             return torch.autograd.grad(self._map(weight.detach(), v), v, u)[0]
 
 
+def _arguments(net: nn.Module) -> int:
+    return sum(given.default is given.empty and given.kind is not given.VAR_KEYWORD
+               for given in signature(net.forward).parameters.values())
+
+
+def _check_stretch(net: nn.Module, size: Any) -> None:
+    """Refuse modules without weights that stretch by more than 1, whatever they are."""
+    size = (64,) if size is None else (size,) if isinstance(size, int) else tuple(size)
+    names = [name for name, module in net.named_modules()
+             if name and not [*module.children()] and not [*module.parameters()]]
+    # A net with a condition is not run, since nobody knows what that is.
+    shapes = _seen(net, names, size) if _arguments(net) == 1 else dict.fromkeys(names, size)
+    for name, shape in shapes.items():
+        module = net.get_submodule(name)
+        stretch = _stretch(deepcopy(module).double().train(), shape)
+        if stretch > STEEPEST:
+            raise ValueError("net may have no activation, norm or other module that stretches by "
+                             f"more than 1, got {name}, {type(module).__name__}, which "
+                             f"stretches by {stretch:.3g}; use LipSwish or Tanh, and no norm")
+
+
+def _stretch(module: nn.Module, shape: Sequence[int]) -> float:
+    """Return the most by which a small change of an input was seen to grow, at six scales."""
+    return max(_stretch_at(module, shape, 10.0 ** power) for power in range(-3, 3))
+
+
+def _stretch_at(module: nn.Module, shape: Sequence[int], scale: float) -> float:
+    """Return the largest singular value of the Jacobians at inputs of `scale`, iterated on."""
+    draw = Generator().manual_seed(0)
+    count = max(4, 2 ** 13 // math.prod(shape))
+    start = normalize(torch.randn(count, math.prod(shape), generator=draw, dtype=torch.float64))
+    start = start.view(count, *shape)
+    x = scale * torch.randn(start.shape, generator=draw, dtype=start.dtype)
+    v, most = start, 0.0
+    with torch.enable_grad():
+        for _ in range(20):
+            at = x.clone().requires_grad_()
+            made = module(at * 1)  # a copy, for what works in place
+            u = torch.zeros_like(made, requires_grad=True)
+            (back,) = torch.autograd.grad(made, at, u, create_graph=True)
+            (along,) = torch.autograd.grad(back, u, v, retain_graph=True)  # J v
+            most = max(most, float(along.flatten(1).norm(dim=1).amax()))
+            (v,) = torch.autograd.grad(made, at, along.detach())
+            length = v.flatten(1).norm(dim=1).view(-1, *[1] * len(shape))
+            v = torch.where(length > 1e-100, v / length, start)
+    return most
+
+
 def _plain(x: Tensor) -> torch.autocast:
     """Leave autocast: what is solved for cannot be more exact than g is."""
     return torch.autocast(x.device.type, enabled=False)
@@ -385,17 +435,25 @@ def _sizes(net: nn.Module, names: Sequence[str],
     """Return what size each named layer's input has, given a sample of `size`."""
     if size is None:
         return {}
+    return {name: shape[-1:] if isinstance(net.get_submodule(name), nn.Linear) else shape
+            for name, shape in _seen(net, names, size).items()}
+
+
+def _seen(net: nn.Module, names: Sequence[str],
+          size: int | Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Return the size of a sample of each named module's input, given one of `size`."""
     seen: dict[str, tuple[int, ...]] = {}
 
     def note(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
-        seen[name] = (x.shape[-1],) if isinstance(module, nn.Linear) else tuple(x.shape[1:])
+        seen[name] = tuple(args[0].shape[1:])
 
     hooks = [net.get_submodule(name).register_forward_pre_hook(partial(note, name))
              for name in names]
     like = next(net.parameters(), torch.zeros(()))
-    with torch.no_grad():
-        net(like.new_zeros(1, *([size] if isinstance(size, int) else size)))
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            net(like.new_zeros(2, *([size] if isinstance(size, int) else size)))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return seen

@@ -4,6 +4,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
@@ -247,3 +248,16 @@ def test_what_is_not_there_is_named():
     for change in (premerge, unguide, lambda plain: guide(plain, steps=1)):
         with pytest.raises(NothingToReshape, match="Linear"):
             change(nn.Linear(4, 4))
+
+
+def test_a_compiler_makes_two_programs_of_a_fading_layer():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = SelfGuided(StructuredLinear(8, 16), steps=5)
+    plain, counter = deepcopy(layer), CompileCounter()
+    compiled = torch.compile(layer, backend=counter)
+    for _ in range(8):
+        x = torch.randn(4, 8)
+        assert torch.equal(compiled(x), plain(x))
+    assert layer.passes == 8
+    assert counter.frame_count == 2

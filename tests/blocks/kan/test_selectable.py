@@ -33,7 +33,7 @@ def functions(name, z, x, grid, order):
     if name == "chebyshev":
         return [math.cos(k * math.acos(math.tanh(z))) for k in range(grid + order)]
     if name == "fourier":
-        return [f(math.pi * k * z) for f in (math.cos, math.sin) for k in range(1, grid + 1)]
+        return [f(k * z) for f in (math.cos, math.sin) for k in range(1, grid + 1)]
     if name == "silu":
         return [x / (1 + math.exp(-x))]
     steps = [(z + 1) * grid / 2 - k for k in range(grid + 1)]
@@ -169,11 +169,11 @@ def fit(bases, target, seed, select="sum"):
 
 def test_it_learns_what_one_basis_cannot():
     def wave(x):
-        return (5 * math.pi * x).sin()
+        return (5 * x).sin()
 
     alone, chosen = ([fit(bases, wave, seed, select) for seed in range(2)] for bases, select in
-                     ((("rbf",), "sum"), (("rbf", "fourier"), "soft")))
-    # Measured over six seeds: above 0.46 and below 1e-4 after 150 steps.
+                     ((("silu",), "sum"), (("silu", "fourier"), "soft")))
+    # Measured over three seeds: above 0.50 and below 0.013.
     assert min(alone) > 10 * max(chosen)
 
 
@@ -257,3 +257,8 @@ def test_what_it_cannot_do_is_named():
     with pytest.raises(ValueError, match="grid must be at least 1"):
         one.refit(torch.rand(4, 2), grid=0)
     assert one.grid == 5
+
+
+def test_a_fourier_series_may_differ_at_the_ends_of_its_grid():
+    # Measured over three seeds: below 0.014; of a series whose period is the grid, 0.058.
+    assert fit(("fourier",), torch.exp, 0) < 0.03

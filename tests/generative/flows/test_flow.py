@@ -308,3 +308,38 @@ def test_state_and_copies_go_round():
     x = samples()
     assert torch.equal(density.log_prob(x), again.log_prob(x))
     assert torch.equal(density.log_prob(x), copy.deepcopy(density).log_prob(x))
+
+
+def two_bases():
+    whole = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2) * 2)
+    parts = torch.distributions.Normal(torch.ones(2), torch.ones(2))
+    mixed = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(3)),
+        torch.distributions.Independent(torch.distributions.Normal(torch.randn(3, 2), 1.0), 1))
+    seen = torch.distributions.TransformedDistribution(
+        torch.distributions.Independent(parts, 1),
+        [torch.distributions.AffineTransform(torch.zeros(2), torch.ones(2))])
+    return [whole, torch.distributions.Independent(parts, 1), mixed, seen]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_given_generator_decides_what_a_base_of_ones_own_draws(number):
+    base = two_bases()[number]
+    flow = nw.flows.Flow([nw.flows.Permute([1, 0])], 2, base)
+    draws = [flow.sample(4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    state = torch.get_rng_state()
+    flow.sample(4, generator=torch.Generator())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_base_follows_the_flow_to_another_dtype_and_the_given_one_stays(number):
+    base = two_bases()[number]
+    flow = nw.flows.Flow([nw.flows.Permute([1, 0])], 2, base).double()
+    x = torch.randn(4, 2, dtype=torch.float64)
+    assert flow.sample(3).dtype == torch.float64
+    assert flow.log_prob(x).dtype == torch.float64
+    assert torch.allclose(flow.log_prob(x).float(), base.log_prob(x.float()[:, [1, 0]]), atol=1e-5)
+    assert base.sample().dtype == torch.float32

@@ -330,3 +330,41 @@ def test_a_net_that_stretches_is_refused():
         transform.inverse(torch.randn(4, 3))
     with pytest.raises(CannotReverse, match="more iterations"):
         ResidualTransform(dense(), iterations=2).inverse(torch.randn(4, 3).double())
+
+
+class Conditional(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.activation = activation
+
+    def forward(self, x, condition):
+        return self.second(self.activation(self.first(torch.cat([x, condition], -1))))
+
+
+@pytest.mark.parametrize("module", [nn.SELU(), nn.LeakyReLU(2.0), nn.ELU(3.0), nn.Hardswish(),
+                                    nn.LayerNorm(8, elementwise_affine=False), nn.Dropout(0.5),
+                                    nn.BatchNorm1d(8, affine=False)], ids=lambda m: str(m))
+def test_modules_without_weights_that_stretch_are_refused_by_what_was_measured(module):
+    net = nn.Sequential(nn.Linear(3, 8), module, nn.Linear(8, 3))
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"got 1, {type(module).__name__}, which stretches by"):
+        spectral_norm(net)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("module", [nn.ReLU(True), nn.LeakyReLU(0.1), nn.Tanh(), nn.ELU(),
+                                    nn.CELU(3.0), nn.Softplus(), nn.Hardtanh(), nn.Softmax(-1),
+                                    nn.Tanhshrink()],
+                         ids=lambda m: str(m))
+def test_modules_that_never_stretch_are_taken_and_the_inverse_holds(module):
+    torch.manual_seed(0)
+    transform = ResidualTransform(nn.Sequential(nn.Linear(3, 8), module, nn.Linear(8, 3)))
+    x = torch.randn(5, 3) * 4
+    assert torch.allclose(transform.inverse(transform(x)[0]), x, atol=1e-4)
+
+
+def test_what_a_net_with_a_condition_is_made_of_is_measured_too():
+    spectral_norm(Conditional(nn.Tanh()))
+    with pytest.raises(ValueError, match="activation, SELU, which stretches"):
+        spectral_norm(Conditional(nn.SELU()))
