@@ -223,7 +223,7 @@ def axes(network: nn.Module, example: Any, *, verify: bool = True) -> Axes:
     Axes of Sequential
       0: hidden: 6 units; permutable, removable, scalable
       3: hidden: 8 units; permutable, removable
-      axes that stay as they are: 2 by the kernel, 1 by the input, 1 by the output
+      axes that stay as they are: 2 by the kernel, 2 by the output
     """
     if hasattr(network, "_orig_mod"):
         raise NothingToReshape("network was compiled by torch.compile, which hides its parts; give "
