@@ -179,7 +179,8 @@ class LowRankExperts(nn.Module):
         sizes = (layer.dim, layer.hidden, layer.out)
         experts = [LowRankExpert(sizes, gated, activation, rank, scale, dropout, like, generator)
                    for _ in range(n_experts)]
-        router = TopKRouter(layer.dim, n_experts, k, generator=generator).to(like)
+        router = TopKRouter(layer.dim, n_experts, k, softmax="chosen",
+                            generator=generator).to(like)
         self.mixture = MixtureOfExperts(layer.dim + layer.hidden * (1 + gated), experts,
                                         FirstEntries(router, layer.dim), balance=balance)
 

@@ -110,7 +110,8 @@ def _mixed(model: nn.Module, decision: Mapping[str, Any],
                 _shake(block, noise, generator)
             made.append(block)
         like = next(made[0].parameters())
-        router = TopKRouter(layer.dim, n_experts, decision["k"], generator=generator).to(like)
+        router = TopKRouter(layer.dim, n_experts, decision["k"], softmax="chosen",
+                            generator=generator).to(like)
         blocks[layer] = MixtureOfExperts(layer.dim, made, router, balance=decision["balance"])
     parts = {name: [deepcopy(m.get_submodule(name)) for m in models]
              for name in decision["attention"]}
