@@ -16,9 +16,6 @@ from netwright.reshape.feedforward import (
     feedforwards,
     put_block,
 )
-from netwright.runtime.modes import evaluating
-from netwright.runtime.random_state import same_random_state
-from netwright.signals import apply, first_argument
 
 _KNOWN = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.ReLU6)
 
@@ -110,21 +107,3 @@ def put_blocks(model: nn.Module, blocks: Mapping[FeedForwardLayer, nn.Module]) -
 def _copy(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format),
                         weight.requires_grad)
-
-
-@torch.no_grad()
-def rows_of(model: nn.Module, names: list[str], batches: list[Any]) -> dict[str, Tensor]:
-    """Return all that the modules called `names` were given, (rows, dim) each, in eval mode."""
-    model = deepcopy(model)  # what its modules remember of a run, as mixtures do, stays as it was
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, kwargs: seen[name].append(
-            first_argument(module, args, kwargs).detach().flatten(0, -2))
-
-    for name in names:
-        model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
-    with same_random_state(), evaluating(model):
-        for batch in batches:
-            apply(model, batch)
-    return {name: torch.cat(rows) for name, rows in seen.items()}
