@@ -135,8 +135,8 @@ def keep_bricks(model: nn.Module, found: Sequence[Bricks],
                              "prune_sublayers")
     known = dict(model.named_modules())
     for layer, _ in found:
-        for name, size in ((layer.up, layer.hidden), (layer.gate, layer.hidden),
-                           (layer.down, layer.out)):
+        into = layer.hidden * (1 if layer.packed is None else 2)
+        for name, size in ((layer.up, into), (layer.gate, into), (layer.down, layer.out)):
             if name is None:
                 continue
             if name not in known or not is_linear(known[name]):
