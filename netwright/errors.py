@@ -20,6 +20,10 @@ class NothingToReshape(NetwrightError, ValueError):
     """A reshape found nothing in the network that it could change."""
 
 
+class BrokenReshape(NetwrightError, ValueError):
+    """What a reshape made does not run, or is not what was promised of it."""
+
+
 class Diverged(NetwrightError, ArithmeticError):
     """A loss or a weight is no longer finite."""
 

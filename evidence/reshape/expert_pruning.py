@@ -145,6 +145,6 @@ def _loss(network: nn.Module, split: tuple[Tensor, ...], labels: Tensor, task: i
 def _pruned_loss(model: nn.Module, split: tuple[Tensor, ...], labels: Tensor, task: int,
                  keep: int, method: str, seed: int) -> float:
     x = _named(split[0][:500], torch.full((500,), task))
-    pruned = prune_experts(model, x, keep, method=method,  # type: ignore[arg-type]
-                           generator=torch.Generator().manual_seed(seed))
+    pruned = prune_experts(  # type: ignore[call-overload]
+        model, x, keep, method=method, generator=torch.Generator().manual_seed(seed))
     return _loss(pruned, split, labels, task)

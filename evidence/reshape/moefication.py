@@ -41,10 +41,9 @@ def moefication(scale: Scale) -> Outcome:
             figures.setdefault(f"accuracy, {name}, dense (%)", []).append(dense)
             for way, (split, router) in WAYS.items():
                 drawn = torch.Generator().manual_seed(seed)
-                sparse = moefy(model, data.x_train[:4000 if name == "MNIST" else 64],
-                               n_experts=EXPERTS, split=split,  # type: ignore[arg-type]
-                               router=router, square=False,  # type: ignore[arg-type]
-                               generator=drawn)
+                sparse = moefy(  # type: ignore[call-overload]
+                    model, data.x_train[:4000 if name == "MNIST" else 64], n_experts=EXPERTS,
+                    split=split, router=router, square=False, generator=drawn)
                 kept = []
                 for k in RUNNING:
                     _run(sparse, k)

@@ -6,16 +6,14 @@ from typing import Annotated
 import typer
 
 from netwright.cli import app
-from netwright.cli.arguments import Json, named_network
+from netwright.cli.arguments import Json, Network, Shape, Text, named_network
 
 
 @app.command()
 def applicable(
-    network: Annotated[str, typer.Argument(
-        metavar="NETWORK", help="A built-in task, a file that defines one, or package.module:name "
-        "of a module or of what builds one.")],
-    shape: Annotated[str | None, typer.Option(
-        help="The shape of an example input of module:name, such as 1,3,32,32.")] = None,
+    network: Network,
+    shape: Shape = None,
+    text: Text = None,
     need: Annotated[list[str] | None, typer.Option(
         help="What shall be saved, such as 'inference time'; may be repeated.")] = None,
     kind: Annotated[str, typer.Option(help="Only this kind of change, such as reshape.")] = "",
@@ -28,10 +26,10 @@ def applicable(
     """List what can be done to a network, by looking at what is inside it."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
+    from rich.text import Text as Cell
 
     from netwright.advise import applicable as look
-    module, example = named_network(network, shape)
+    module, example = named_network(network, shape, text)
     if example is None:
         raise ValueError(f"what is inside {network} is found by watching it run; give the shape of "
                          "an input, such as --shape 1,3,32,32")
@@ -44,7 +42,7 @@ def applicable(
                   pad_edge=False)
     table.columns[0].no_wrap = True
     for row in found.rows():
-        where = Text(row["why"]) if row["applies"] else Text(f"no: {row['why']}", "dim")
+        where = Cell(row["why"]) if row["applies"] else Cell(f"no: {row['why']}", "dim")
         table.add_row(row["name"], where, ", ".join(row["saves"]), ", ".join(row["asks"]))
     Console().print(table)
     print(f"{sum(row['applies'] for row in found.rows())} changes apply.")

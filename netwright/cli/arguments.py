@@ -12,6 +12,13 @@ import typer
 from netwright.errors import UnknownName
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Network = Annotated[str, typer.Argument(
+    metavar="NETWORK", help="A built-in task, a file that defines one, a Hugging Face folder, or "
+    "package.module:name of a module or of what builds one.")]
+Shape = Annotated[str | None, typer.Option(
+    help="The shape of an example input of module:name, such as 1,3,32,32.")]
+Text = Annotated[Path | None, typer.Option(
+    help="A file of text that a model in a folder reads or learns.")]
 
 
 def check_file(option: str, path: Path) -> None:
@@ -35,9 +42,20 @@ def check_folder(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path} may not be written; name another folder")
 
 
-def named_task(name: str) -> Any:
-    """Return the built-in task of this name, or the one that a file defines."""
-    from netwright.tasks import TASKS, load_tasks, task
+def is_folder(name: str) -> bool:
+    """Return whether a task's or a network's name is that of a folder, and of nothing else."""
+    from netwright.tasks import TASKS
+    return name not in TASKS and Path(name).is_dir()
+
+
+def named_task(name: str, text: Path | None = None) -> Any:
+    """Return the built-in task of this name, the one that a file defines, or a folder's model's."""
+    from netwright.tasks import TASKS, load_tasks, task, text_task
+    if is_folder(name):
+        if text is None:
+            raise ValueError(f"--text must be given with the folder {name}: a file of text that "
+                             "its model learns; or write a task file for it")
+        return text_task(name, text)
     if name in TASKS or not name.endswith(".py"):
         return task(name)
     found = load_tasks(name)
@@ -47,18 +65,29 @@ def named_task(name: str) -> Any:
     return found[0]
 
 
-def named_network(name: str, shape: str | None) -> tuple[Any, Any]:
-    """Return the network that a task, a file or package.module:name stands for, and an input."""
+def named_network(name: str, shape: str | None, text: Path | None = None) -> tuple[Any, Any]:
+    """Return the network that a task, a file, a folder or module:name stands for, and an input."""
     import torch
     from torch import nn
+
+    from netwright.tasks import example_of, pretrained
     package, colon, attribute = name.partition(":")
+    if is_folder(name):
+        if shape is not None:
+            raise ValueError(f"--shape goes with package.module:name; the model in {name} is given "
+                             "tokens of --text, or an image")
+        network = pretrained(name)
+        return network, example_of(network, name, text)
+    if text is not None:
+        raise ValueError(f"--text goes with a folder, got {name}")
     if not colon:
         if shape is not None:
             raise ValueError(f"--shape goes with package.module:name; task {name} has inputs")
         task = named_task(name)
         return task.network(), task.first
     if not package or not attribute:
-        raise ValueError(f"NETWORK must be a task, a file or package.module:name, got {name!r}")
+        raise ValueError("NETWORK must be a task, a file, a folder or package.module:name, got "
+                         f"{name!r}")
     sizes = _sizes(shape)
     sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a user's own package is found
     try:

@@ -6,14 +6,14 @@ from typing import Annotated, Any
 import typer
 
 from netwright.cli import app
-from netwright.cli.arguments import check_file, written
+from netwright.cli.arguments import Text, check_file, is_folder, named_task, written
 
 
 @app.command()
 def compare(
     tasks: Annotated[list[str] | None, typer.Argument(
         metavar="[TASK]...", help="Built-in tasks, or files that define one; "
-        "digits-mlp and digits-cnn by default.")] = None,
+        "a Hugging Face folder with --text; digits-mlp and digits-cnn by default.")] = None,
     task: Annotated[list[str] | None, typer.Option(
         "--task", "-t", help="The same as TASK; may be repeated.")] = None,
     change: Annotated[list[str] | None, typer.Option(
@@ -22,6 +22,7 @@ def compare(
         "repeated.")] = None,
     all_rules: Annotated[bool, typer.Option(
         "--all-rules", help="Compare every rule, and each CHANGE besides.")] = False,
+    text: Text = None,
     seeds: Annotated[int, typer.Option(min=1, help="Final runs of each change.")] = 3,
     trials: Annotated[int | None, typer.Option(min=1, help="Tuning runs of each change.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each run.")] = None,
@@ -37,7 +38,11 @@ def compare(
     from netwright import compare as run
     from netwright import report as reports
     from netwright import rules
-    named = [*(tasks or []), *(task or [])]
+    named: list[Any] = [*(tasks or []), *(task or [])]
+    if text is not None and not any(map(is_folder, named)):
+        raise ValueError("--text goes with a folder among the tasks, got " + (
+            ", ".join(named) or "none"))
+    named = [named_task(name, text) if is_folder(name) else name for name in named]
     check_file("--report", report)
     changes: list[Any] | None = [written(entry) for entry in change] if change else None
     if all_rules:

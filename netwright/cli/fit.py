@@ -6,12 +6,14 @@ from typing import Annotated
 import typer
 
 from netwright.cli import app
-from netwright.cli.arguments import check_file, check_folder, named_task, written
+from netwright.cli.arguments import Text, check_file, check_folder, named_task, written
 
 
 @app.command()
 def fit(
-    task: Annotated[str, typer.Argument(help="A built-in task, or a file that defines one.")],
+    task: Annotated[str, typer.Argument(
+        help="A built-in task, a file that defines one, or a Hugging Face folder with --text.")],
+    text: Text = None,
     rule: Annotated[str, typer.Option(help="The learning rule.")] = "Backprop",
     recipe: Annotated[str | None, typer.Option(
         "--recipe", "-c", help="What is changed, such as 'GLU + MonoForward', in place of RULE; "
@@ -33,7 +35,7 @@ def fit(
     from netwright import fit as run
     from netwright.compare.changes import changes
     from netwright.tasks.ready import check_ready
-    found = named_task(task)
+    found = named_task(task, text)
     if learning_rate is not None and not 0 < learning_rate < float("inf"):
         raise ValueError(f"--lr must be above 0, got {learning_rate}; try {found.learning_rate}")
     if plot:

@@ -5,27 +5,25 @@ from typing import Annotated
 import typer
 
 from netwright.cli import app
-from netwright.cli.arguments import named_network
+from netwright.cli.arguments import Network, Shape, Text, named_network
 from netwright.errors import CannotStage
 
 
 @app.command()
 def stages(
-    network: Annotated[str, typer.Argument(
-        metavar="NETWORK", help="A built-in task, a file that defines one, or package.module:name "
-        "of a module or of what builds one.")],
-    shape: Annotated[str | None, typer.Option(
-        help="The shape of an example input of module:name, such as 1,3,32,32.")] = None,
+    network: Network,
+    shape: Shape = None,
+    text: Text = None,
     cut: Annotated[list[str] | None, typer.Option(
         help="Where a stage begins, by a module's name; may be repeated.")] = None,
 ) -> None:
     """Show the chain of stages that a network is."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
+    from rich.text import Text as Cell
 
     from netwright import stages as chain
-    module, example = named_network(network, shape)
+    module, example = named_network(network, shape, text)
     try:
         found = chain(module, example, cuts=cut)
     except CannotStage as error:
@@ -38,7 +36,7 @@ def stages(
     rows = found.table(example)
     for i, row in enumerate(rows):
         shape_of = row["shape"] and "x".join(map(str, row["shape"]))
-        table.add_row(str(i), Text(row["name"]), Text(", ".join(row["modules"])),
+        table.add_row(str(i), Cell(row["name"]), Cell(", ".join(row["modules"])),
                       f"{row['parameters']:,}", shape_of or "")
     Console().print(table)
     total = sum(p.numel() for p in module.parameters())

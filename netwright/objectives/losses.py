@@ -4,11 +4,13 @@ from torch.nn import functional
 
 from netwright import checks
 from netwright.catalogue.facets import method
+from netwright.objectives.metrics import mean_over_targets
 
 __all__ = ["contrast_within", "cross_entropy", "mase", "smape"]
 
 
 @method("objective", needs=["classes"])
+@mean_over_targets
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy with the classes on the last axis; targets of -100 do not count.
 

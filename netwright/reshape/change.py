@@ -2,19 +2,20 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast, overload
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from netwright.catalogue.facets import method
+from netwright.catalogue.facets import facets, method
 from netwright.errors import NothingToReshape, UnknownName
+from netwright.reshape._checked import Remembered, check_result, example_for
 from netwright.reshape._naming import plain
 from netwright.runtime.faces import where
 
@@ -53,6 +54,7 @@ class History(NamedTuple):
 class _Decided(NamedTuple):
     decision: Decision
     using: dict[str, Any]
+    keeps_function: bool
 
 
 class Reshape(Protocol[P]):
@@ -60,8 +62,11 @@ class Reshape(Protocol[P]):
 
     __name__: str
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> nn.Module:
-        """Return a changed copy."""
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> nn.Module: ...
+
+    @overload
+    def __call__(self, *args: Any, check: bool, **kwargs: Any) -> nn.Module: ...
 
     def decide(self, *args: P.args, **kwargs: P.kwargs) -> Decision:
         """Return what is to be changed, as plain data; nothing is changed."""
@@ -88,6 +93,11 @@ def reshape(body: Callable[P, nn.Module]) -> Reshape[P]:
     carries this out is named by `@name.applies` and changes the copy that it is given. Whatever
     was decided in another process can so be applied again, which is what `netwright.load` does.
 
+    Every reshape takes `check`. Unless it is False, the result is run before it is returned, on
+    the first rows of `example` or of `calibration`: in eval and in train mode, and where it
+    generates, for two steps with a cache beside a full pass. What does not run, gives nan or
+    outputs of other shapes, or moves outputs that were to stay raises `BrokenReshape`.
+
     >>> @reshape
     ... def halve(model: nn.Module) -> nn.Module:
     ...     return decided({"width": model[0].out_features // 2})
@@ -109,14 +119,26 @@ def reshape(body: Callable[P, nn.Module]) -> Reshape[P]:
 
     @wraps(body)
     @torch.inference_mode(False)
-    def change(*args: P.args, **kwargs: P.kwargs) -> nn.Module:
-        (_, first), *given = signature.bind(*args, **kwargs).arguments.items()
-        models = list(first) if isinstance(first, (list, tuple)) else [first]
+    def change(*args: Any, check: bool = True, **kwargs: Any) -> nn.Module:
+        if not isinstance(check, bool):
+            raise ValueError(f"check must be True or False, got {check!r}; False leaves out the "
+                             "run of the result")
+        given = signature.bind(*args, **kwargs)
+        (first, models), *_ = given.arguments.items()
+        models = list(models) if isinstance(models, (list, tuple)) else [models]
         _check(models)
-        found, model = decide(*args, **kwargs), models[0]
-        arguments = {key: plain(value) for key, value in given
-                     if key not in _DATA and not _is_data(value)}
-        return carry_out(deepcopy(model), found.decision, arguments, found.using)
+        arguments = {key: plain(value) for key, value in given.arguments.items()
+                     if key not in (first, *_DATA) and not _is_data(value)}
+        if _streams(given.arguments.get("calibration")):
+            given.arguments["calibration"] = Remembered(given.arguments["calibration"])
+        found = decide(*given.args, **given.kwargs)
+        result = carry_out(deepcopy(models[0]), found.decision, arguments, found.using)
+        x = example_for(models[0], given.arguments) if check else None
+        if x is not None:
+            said = facets(change)
+            kept = found.keeps_function and said is not None and said.keeps_function is True
+            check_result(name, models[0], result, x, kept=kept)
+        return result
 
     @torch.inference_mode(False)
     def carry_out(model: nn.Module, decision: Decision, arguments: Mapping[str, Any],
@@ -134,6 +156,12 @@ def reshape(body: Callable[P, nn.Module]) -> Reshape[P]:
         return half
 
     made: Any = change
+    parameters = list(signature.parameters.values())
+    place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    made.__signature__ = signature.replace(parameters=[
+        *parameters[:place], inspect.Parameter("check", inspect.Parameter.KEYWORD_ONLY,
+                                               default=True, annotation=bool),
+        *parameters[place:]])
     made.decide = wraps(body)(lambda *args, **kwargs: decide(*args, **kwargs).decision)
     made.apply = lambda model, decision: carry_out(model, decision, {}, {})
     made.carry_out, made.applies = carry_out, applies
@@ -143,12 +171,13 @@ def reshape(body: Callable[P, nn.Module]) -> Reshape[P]:
 
 
 @method("companion")
-def decided(decision: Mapping[str, Any], **using: Any) -> Any:
+def decided(decision: Mapping[str, Any], *, keeps_function: bool = True, **using: Any) -> Any:
     """Return what a reshape's first half found: plain data, and what only this call has.
 
     `using` goes to the other half by name: generators, blocks that were trained, other models.
     That half must do without, since it gets none when a model is built again; what they would
-    have drawn or trained is then loaded.
+    have drawn or trained is then loaded. `keeps_function` is False where this call, unlike what
+    the reshape declares, changes what the network computes.
 
     Raises:
         TypeError: `decision` holds what JSON does not.
@@ -158,7 +187,7 @@ def decided(decision: Mapping[str, Any], **using: Any) -> Any:
     except (TypeError, ValueError) as error:
         raise TypeError(f"decision must be plain data (numbers, strings, lists, dictionaries), "
                         f"got {decision!r:.200}: {error}") from error
-    return _Decided(json.loads(text), using)
+    return _Decided(json.loads(text), using, keeps_function)
 
 
 @method("companion")
@@ -214,6 +243,12 @@ def _check(models: list[Any]) -> None:
         if any(p.is_meta for p in model.parameters()):
             raise ValueError("model must hold its weights, got some on the meta device; load them "
                              "first")
+
+
+def _streams(calibration: Any) -> bool:
+    """Return whether data are gone through, as a loader or a generator is."""
+    return isinstance(calibration, Iterable) and not isinstance(
+        calibration, (Tensor, tuple, list, Mapping, str, bytes, nn.Module))
 
 
 def _is_data(value: Any) -> bool:

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn import Parameter
+
+from netwright.runtime.random_state import generator_state, set_generator_state
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -49,12 +51,12 @@ def share_buffers(rule: nn.Module) -> None:
         _broadcast(tensor)
 
 
-def share_generators(generators: Iterable[Generator]) -> None:
+def share_generators(generators: Iterable[Any]) -> None:
     """Give every process the state of process 0's generators."""
     for generator in generators:
-        state = [generator.get_state()]
+        state = [generator_state(generator)]
         distributed.broadcast_object_list(state, src=0)
-        generator.set_state(state[0])
+        set_generator_state(generator, state[0])
 
 
 def gather(value: Any) -> list[Any]:
@@ -82,8 +84,8 @@ def total(values: Sequence[float], device: torch.device) -> list[float]:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Sequence[Parameter], loss: float, samples: int,
-                      device: torch.device) -> tuple[float, int]:
+def average_gradients(parameters: Sequence[Parameter], loss: float, samples: float,
+                      device: torch.device) -> tuple[float, float]:
     """Average `.grad` over the processes, weighted by samples; return the loss and all samples.
 
     g = sum_r n_r g_r / sum_r n_r
@@ -92,16 +94,21 @@ def average_gradients(parameters: Sequence[Parameter], loss: float, samples: int
     where no process has one.
     """
     present = [float(p.grad is not None) for p in parameters]
+    sparse = [float(p.grad is not None and p.grad.is_sparse) for p in parameters]
     weighted = loss * samples if samples else 0.0
-    weighted, everyone, *anywhere = total([weighted, samples, *present], device)
-    shared = [p for p, count in zip(parameters, anywhere, strict=True) if count]
+    weighted, everyone, *anywhere = total([weighted, samples, *present, *sparse], device)
+    shared = [p for p, count in zip(parameters, anywhere, strict=False) if count]
     for bucket in _buckets(shared):
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        flat = torch.cat([g.reshape(-1) for g in gradients]).mul_(samples / max(everyone, 1))
+        gradients = [torch.zeros_like(p) if p.grad is None else
+                     p.grad.to_dense() if p.grad.is_sparse else p.grad for p in bucket]
+        flat = torch.cat([g.reshape(-1) for g in gradients]).mul_(samples / (everyone or 1))
         distributed.all_reduce(flat)
         for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             p.grad = part.view(p.shape).clone(memory_format=torch.preserve_format)
-    return weighted / max(everyone, 1), round(everyone)
+    for p, count in zip(parameters, anywhere[len(parameters):], strict=True):
+        if count and p.grad is not None:  # an optimizer of sparse gradients takes no others
+            p.grad = p.grad.to_sparse(1)
+    return weighted / (everyone or 1), everyone
 
 
 def _buckets(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:

@@ -26,9 +26,22 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def training(network: nn.Module) -> Iterator[None]:
-    """Hold every module of `network` in train mode, then give each its own mode back."""
+def training(network: nn.Module, keep: nn.Module | None = None) -> Iterator[None]:
+    """Hold every module of `network` in train mode, then give each its own mode back.
+
+    Where `keep`, one of them, is in train mode, what in it was put into eval mode stays so, as a
+    batch norm that is frozen.
+
+    >>> network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval())
+    >>> with training(network, keep=network):
+    ...     [module.training for module in network]
+    [True, False]
+    """
+    frozen = [module for module in keep.modules() if not module.training] \
+        if keep is not None and keep.training else []
     with _mode(network, training=True):
+        for module in frozen:
+            module.training = False
         yield
 
 

@@ -104,21 +104,75 @@ def drawing_from(generator: Generator | None) -> Iterator[None]:
         yield
 
 
-def every_random_state(generators: Sequence[Generator] = ()) -> dict[str, Any]:
+def every_random_state(generators: Sequence[Any] = ()) -> dict[str, Any]:
     """Return the random states, and those of `generators`, as what a checkpoint can hold."""
     state = random_state()
     _, keys, *rest = state.numpy
     return {"torch": state.torch, "python": state.python,
             "numpy": [torch.from_numpy(numpy.asarray(keys, "int64")), *rest],
             "cuda": state.cuda,
-            "generators": [generator.get_state() for generator in generators]}
+            "generators": [generator_state(generator) for generator in generators]}
 
 
-def set_every_random_state(state: Mapping[str, Any], generators: Sequence[Generator] = ()) -> None:
+def set_every_random_state(state: Mapping[str, Any], generators: Sequence[Any] = ()) -> None:
     """Put back what `every_random_state` returned."""
     keys, *rest = state["numpy"]
     cuda = state["cuda"] if torch.cuda.is_available() else []
     set_random_state(RandomState(state["torch"], cuda, state["python"],
                                  ("MT19937", keys.numpy().astype("uint32"), *rest)))
     for generator, value in zip(generators, state["generators"], strict=True):
-        generator.set_state(value)
+        set_generator_state(generator, value)
+
+
+def is_generator(value: Any) -> bool:
+    """Return whether a value is a generator of PyTorch, numpy or Python that can be put back."""
+    return isinstance(value, (Generator, numpy.random.Generator, numpy.random.BitGenerator,
+                              numpy.random.RandomState, random.Random)
+                      ) and not isinstance(value, random.SystemRandom)
+
+
+def generator_state(generator: Any) -> Any:
+    """Return a generator's state as tensors, numbers and strings.
+
+    >>> dice = random.Random(0)
+    >>> state, first = generator_state(dice), dice.random()
+    >>> set_generator_state(dice, state)
+    >>> dice.random() == first
+    True
+    """
+    if isinstance(generator, Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return _without_arrays(generator.get_state(legacy=False) if isinstance(
+        generator, numpy.random.RandomState) else _bits(generator).state)
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Put a generator where `generator_state` found it."""
+    if isinstance(generator, Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, numpy.random.RandomState):
+        generator.set_state(_with_arrays(state))
+    else:
+        _bits(generator).state = _with_arrays(state)
+
+
+def _bits(generator: Any) -> Any:
+    return getattr(generator, "bit_generator", generator)
+
+
+def _without_arrays(state: Any) -> Any:
+    if isinstance(state, numpy.ndarray):
+        return [int(number) for number in state]
+    return ({key: _without_arrays(value) for key, value in state.items()}
+            if isinstance(state, dict) else state)
+
+
+def _with_arrays(state: Any) -> Any:
+    if isinstance(state, list):
+        return numpy.array(state, "uint64")
+    return ({key: _with_arrays(value) for key, value in state.items()}
+            if isinstance(state, dict) else state)

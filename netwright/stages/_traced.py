@@ -13,6 +13,7 @@ from torch.fx.node import map_aggregate
 
 from netwright.anatomy.layers import reversible, weighted
 from netwright.errors import CannotStage
+from netwright.signals import tensor_of
 from netwright.stages._bind import bound
 from netwright.stages.stage import Context, Stage, Stages
 
@@ -151,7 +152,7 @@ class Trace:
             elif step.op == "call_method":
                 result = getattr(args[0], step.target)(*args[1:], **kwargs)
             elif step.op == "output":
-                return args[0]
+                return tensor_of(args[0])
             else:
                 result = step.target(*args, **kwargs)
             values[step.name] = result

@@ -8,6 +8,7 @@ from netwright.data import Split, digits
 from netwright.generative.flows.coupling import AffineCouplingTransform
 from netwright.generative.flows.flow import Flow
 from netwright.generative.flows.squeeze import Squeeze
+from netwright.objectives.metrics import mean_over_targets
 
 
 class Density(nn.Module):
@@ -57,6 +58,7 @@ def images_flow() -> Density:
         for i in range(4))], (1, 8, 8)))
 
 
+@mean_over_targets
 def negative_log_likelihood(scores: Tensor, y: Tensor) -> Tensor:
     """Return -mean log p of the samples, whatever their labels.
 

@@ -24,7 +24,7 @@ from netwright.blocks.mixing.mlp_mixer import MLPMixer
 from netwright.data.batches import Batches
 from netwright.errors import BadTaskFile, NetwrightError, UnknownName
 from netwright.objectives.losses import cross_entropy
-from netwright.objectives.metrics import accuracy
+from netwright.objectives.metrics import accuracy, mean_over_targets
 from netwright.runtime.modes import evaluating
 from netwright.runtime.random_state import same_random_state
 from netwright.signals import mapped
@@ -47,6 +47,7 @@ class Parts(NamedTuple):
     test: Loader
 
 
+@mean_over_targets
 def bits_per_character(scores: Tensor, y: Tensor) -> float:
     """Return the cross-entropy of the next character in bits; targets of -100 do not count.
 
@@ -74,7 +75,8 @@ class Task:
         data: a function without arguments or what it would return: a `Split` (or any four tensors
             x_train, y_train, x_test, y_test), a `Graph`, or `Parts`.
         loss: of scores and targets.
-        metric: a name of `METRICS`, or a function of (scores, y) averaged over samples.
+        metric: a name of `METRICS`, or a function of all predictions and targets of a set, or an
+            object with `update`, `compute` and `reset`.
         higher_is_better: whether more of `metric` is better; needed where it is a function.
         epochs: of each run.
         batch_size: in training.

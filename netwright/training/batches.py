@@ -1,13 +1,23 @@
 """What a loader yields, and what in it decides the order."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-Data = Iterable[tuple[Any, Tensor]]
+from netwright.runtime.random_state import is_generator
+from netwright.signals import tensors
+
+Data = Iterable[tuple[Any, Any]]
+DEPTH = 6  # how many objects lie in one another, at most: what is deeper is another's
+MANY = 1000  # things in one container: more are samples, which draw nothing
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device,
+                    torch.Size, torch.nn.Parameter))
 
 
 def pairs(data: Data, labelled: bool = True) -> Iterator[tuple[Any, Tensor]]:
@@ -17,9 +27,10 @@ def pairs(data: Data, labelled: bool = True) -> Iterator[tuple[Any, Tensor]]:
 
 def pair(batch: Any) -> tuple[Any, Tensor]:
     """Return a batch as (x, y); raise ValueError where it is none."""
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-        raise ValueError("a batch must be a pair (x, y) whose y is a tensor, got "
-                         f"{described(batch)}; several inputs go into x as a tuple or mapping")
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and tensors(batch[1])):
+        raise ValueError("a batch must be a pair (x, y) whose y is a tensor, or several in a tuple "
+                         f"or mapping, got {described(batch)}; several inputs go into x as a "
+                         "tuple or mapping")
     x, y = batch
     return x, y
 
@@ -42,16 +53,62 @@ def parts(data: Any) -> list[Any]:
     return list({id(part): part for part in parts if part is not None}.values())
 
 
-def generators(owners: Iterable[Any]) -> list[Generator]:
-    """Return the generators that are attributes of `owners`, each once."""
-    found = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()
-             if type(value) is Generator]  # isinstance takes many times as long here
-    return list({id(generator): generator for generator in found}.values())
+def length(data: Any) -> int | None:
+    """Return how many batches a loader says it has, None where it does not know."""
+    try:
+        return len(data)
+    except TypeError:  # among others a DataLoader of an IterableDataset, which has a `__len__`
+        return None
 
 
-def targets(y: Tensor) -> int:
-    """Return how many targets count in a mean over `y`."""
-    return int((y != -100).sum()) if y.dtype == torch.int64 else len(y)
+def generators(owners: Iterable[Any]) -> list[Any]:
+    """Return the generators that `owners` hold, each once: of PyTorch, numpy and Python.
+
+    They are looked for in attributes, in what those hold, and in what functions enclose, but not
+    among many things of one kind, which are data.
+    """
+    found: dict[int, Any] = {}
+    seen: dict[int, Any] = {}
+    level = list(owners)
+    for _ in range(DEPTH):
+        fresh = [value for value in level if type(value) not in _PLAIN and id(value) not in seen]
+        seen |= {id(value): value for value in fresh}
+        found |= {id(value): value for value in fresh if is_generator(value)}
+        level = [part for value in fresh if id(value) not in found for part in _held(value)]
+    return list(found.values())
+
+
+def _held(value: Any) -> Iterable[Any]:
+    if isinstance(value, (Tensor, numpy.ndarray, type, ModuleType)):
+        return ()
+    if isinstance(value, Mapping):
+        return value.values() if len(value) <= MANY else ()
+    if isinstance(value, (tuple, list)):
+        return value if len(value) <= MANY else ()
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        return [value.__self__]
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def targets(y: Any) -> int:
+    """Return how many targets count in a mean over `y`, or over the first of several."""
+    if not isinstance(y, Tensor):
+        return targets(tensors(y)[0])
+    if y.dtype == torch.int64:
+        return int((y != -100).sum())
+    return len(y) if y.ndim else 1
 
 
 def described(value: Any) -> str:

@@ -1,6 +1,6 @@
 """Why a loss is not finite."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,14 +10,16 @@ from netwright.errors import CannotStage
 from netwright.rules.rule import Rule
 from netwright.runtime.modes import same_buffers
 from netwright.runtime.random_state import same_random_state
+from netwright.signals import placed, tensors
 from netwright.stages import Stages, call, stages
 
 
-def bad_batch(x: Any, y: Tensor) -> str | None:
+def bad_batch(x: Any, y: Any) -> str | None:
     """Return what is wrong with the data of a batch whose loss is not finite, None if nothing."""
-    if y.numel() == 0:
+    told = tensors(y)
+    if not sum(t.numel() for t in told):
         return "the batch holds no targets; leave empty batches out"
-    for name, tensor in [*_named(x), ("y", y)]:
+    for name, tensor in [*_named(x, "x"), *_named(y, "y")]:
         if not tensor.is_floating_point():
             continue
         bad = tensor.isnan()
@@ -27,24 +29,46 @@ def bad_batch(x: Any, y: Tensor) -> str | None:
         if bad.any():
             where = f" in sample {int(bad.flatten(1).any(1).nonzero()[0])}" if bad.ndim > 1 else ""
             return f"{name} holds {kind}{where} of the batch; fill it in or leave the sample out"
-    if y.dtype == torch.int64 and bool((y == -100).all()):
+    if all(t.dtype == torch.int64 and bool((t == -100).all()) for t in told):
         return "every target in y is -100, so none counts; leave such batches out"
     return None
 
 
-def weights_not_finite(rule: nn.Module) -> str | None:
-    """Return the name of the first parameter or buffer that is not finite, None if all are."""
-    for name, tensor in [*rule.named_parameters(), *rule.named_buffers()]:
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            return name
-    return None
+class Finite:
+    """What of a rule has to stay finite: all but what is not so by itself.
+
+    A mask of minus infinity in a buffer stays as it is, whether it was there at the start or is
+    made by the first pass; so does what was NaN at the start.
+    """
+
+    def __init__(self, rule: nn.Module) -> None:
+        self.rule = rule
+        self.names = {name for name, _ in self._tensors()}
+        self.infinite = {name for name, t in self._tensors() if bool(t.isinf().any())}
+        self.unknown = {name for name, t in self._tensors() if bool(t.isnan().any())}
+
+    def broken(self) -> str | None:
+        """Return the name of the first parameter or buffer that ceased to be finite."""
+        for name, tensor in self._tensors():
+            if tensor.isfinite().all():
+                continue
+            infinity = name in self.infinite or name not in self.names
+            if (not infinity and bool(tensor.isinf().any())) or (
+                    name not in self.unknown and bool(tensor.isnan().any())):
+                return name
+        return None
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in [*self.rule.named_parameters(), *self.rule.named_buffers()]:
+            if tensor.is_floating_point():
+                yield name, tensor
 
 
 @torch.no_grad()
-def where_not_finite(rule: Rule, x: Any) -> str:
+def where_not_finite(rule: Rule, x: Any, finite: Finite) -> str:
     """Return in words where in the network, fed with `x`, the first value is not finite."""
     chain = _chain(rule, x)
-    name = weights_not_finite(rule)
+    name = finite.broken()
     if name is not None:
         return _of_stage(chain, rule, name) + f"the weight {name} is no longer finite"
     with same_random_state(), same_buffers(rule):
@@ -91,8 +115,5 @@ def _of_stage(chain: Stages | None, rule: Rule, name: str) -> str:
     return ""
 
 
-def _named(x: Any) -> list[tuple[str, Tensor]]:
-    if isinstance(x, Tensor):
-        return [("x", x)]
-    parts = x.items() if isinstance(x, Mapping) else enumerate(x)
-    return [(f"x[{key!r}]", value) for key, value in parts if isinstance(value, Tensor)]
+def _named(value: Any, name: str) -> list[tuple[str, Tensor]]:
+    return [(name + "".join(f"[{key!r}]" for key in path), t) for path, t in placed(value)]

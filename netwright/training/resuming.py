@@ -38,7 +38,7 @@ def keep(run: "Run") -> None:
             "rule": dict(run.rule.state_dict()),
             "optimizer": None if run.optimizer is None else run.optimizer.state_dict(),
             "scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
-            "random_start": run.random_start, "random_now": now})
+            "random_start": run.random_start, "random_now": now, "weigher": run.weigher.state()})
     run.saved = (run.at.epoch, run.at.step)
 
 
@@ -61,6 +61,7 @@ def take_up(run: "Run", stored: dict[str, Any]) -> None:
     run.at, run.best = type(run.at)(**stored["at"]), stored["best"]
     run.history.epochs = [Epoch(**epoch) for epoch in stored["history"]]
     run.random_start = stored["random_start"]
+    run.weigher.put_back(stored["weigher"])
     set_every_random_state(stored["random_now"][distributed.rank()], run.generators)
     run.saved = (run.at.epoch, run.at.step)
     if distributed.rank() == 0:

@@ -5,10 +5,11 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,11 +28,13 @@ from netwright.runtime.random_state import every_random_state, set_every_random_
 from netwright.signals import moved
 from netwright.training import resuming
 from netwright.training.arguments import Options, learning, stepped
-from netwright.training.batches import Data, described, generators, pairs, parts, targets
+from netwright.training.batches import Data, described, generators, length, pairs, parts, targets
 from netwright.training.checkpoints import FILE
-from netwright.training.diagnosis import bad_batch, weights_not_finite, where_not_finite
+from netwright.training.diagnosis import Finite, bad_batch, where_not_finite
 from netwright.training.history import Epoch, History
+from netwright.training.scoring import Scores
 from netwright.training.steps import steps_of
+from netwright.training.weighing import Weigher
 
 LAG = 16  # batches between two looks at the losses on an accelerator, since each waits for it
 
@@ -45,7 +48,7 @@ class Position:
     step: int = 0
     seconds: float = 0.0
     loss_sum: float = 0.0  # of this epoch, over its samples
-    samples: int = 0
+    samples: float = 0  # that count in the loss
     waited: int = 0  # epochs since the best one
     best_score: float = math.nan
 
@@ -62,7 +65,9 @@ class Run:
             rule.stepped_by(optimizer)
         self.parameters = learning(rule)
         self.device = self.parameters[0].device
-        self.batches = len(train) if isinstance(train, Sized) else None
+        self.batches = length(train)
+        self.weigher = Weigher(rule)
+        self.finite = Finite(rule)
         self.cleared: list[Tensor] = []
         self.generators = generators([*rule.modules(), *parts(train), *parts(validation),
                                       optimizer])
@@ -73,7 +78,7 @@ class Run:
         self.at, self.steps = Position(), steps_of(self)
         self.best: dict[str, Any] | None = None
         self.random_start: list[dict[str, Any]] = []
-        self.unread: list[tuple[str, int, Tensor, Any, Tensor]] = []
+        self.unread: list[tuple[str, Any, Tensor, Any, Any]] = []
         self.saved: tuple[int, int] | None = None
         self.started, self.has_stepped = 0.0, False
         self.bar: Bar | None = None
@@ -86,7 +91,7 @@ class Run:
         self._begin()
         try:
             self._show()
-            with training(self.rule):
+            with training(self.rule, keep=self.rule.network):
                 while self.at.epoch < self.options.epochs and not self._out_of_patience():
                     self._one_epoch()
         finally:
@@ -172,14 +177,22 @@ class Run:
         if not self.at.batch:
             if self.options.folder is not None:
                 self.random_start = resuming.random_states(self)
-            return pairs(self.train, self.rule.needs_labels)
+            return self._pass(self.train)
         now = every_random_state(self.generators)
         set_every_random_state(self.random_start[distributed.rank()], self.generators)
-        batches = pairs(self.train, self.rule.needs_labels)
+        batches = self._pass(self.train)
         for _ in range(self.at.batch):
             next(batches, None)
         set_every_random_state(now, self.generators)
         return batches
+
+    def _pass(self, data: Data) -> Iterator[tuple[Any, Any]]:
+        """Begin a pass over the batches of `data`."""
+        if self.options.folder is not None and getattr(data, "persistent_workers", False):
+            # Workers that live on hold random states that no checkpoint can see: with new ones
+            # everything follows from the seed that each pass draws.
+            data._iterator = None  # type: ignore[attr-defined]
+        return pairs(data, self.rule.needs_labels)
 
     def _end_epoch(self) -> None:
         at, rate = self.at, self._learning_rate()
@@ -191,7 +204,7 @@ class Run:
         if self.options.patience is not None:
             self._compare(score)
         if self.scheduler is not None and self.options.scheduler_unit == "epoch":
-            self._schedule(record.loss if math.isnan(score) else score)
+            self._schedule(record.loss if self.validation is None else score)
         if self.bar is not None:
             self.bar.epoch(at.epoch, record.loss, score)
         self._log(record)
@@ -204,25 +217,22 @@ class Run:
     def _validate(self) -> float:
         if self.validation is None:
             return math.nan
-        value_sum, count = 0.0, 0
-        for x, y in pairs(self.validation, self.rule.needs_labels):
-            told = targets(y)
-            if told:
+        scores = Scores(self.options.metric)
+        for x, y in self._pass(self.validation):
+            if targets(y):
                 x, y = moved(x, self.device), moved(y, self.device)
                 with self.precision():
-                    scores = self.rule.predict(x)
-                value_sum += float(self.options.metric(scores, y)) * told
-                count += told
-        if self.world > 1:
-            value_sum, everyone = distributed.total([value_sum, count], self.device)
-            count = round(everyone)
-        if not count:
+                    predicted = self.rule.predict(x)
+                scores.add(predicted, y)
+        score = scores.of_all(self.world, self.device)
+        if score is None:
             raise ValueError("validation yielded no batches; check that its data set is not empty")
-        return value_sum / count
+        return score
 
     def _compare(self, score: float) -> None:
         sign = 1 if self.options.higher_is_better else -1
-        if self.best is None or sign * score > sign * self.at.best_score:
+        first = self.best is None and not math.isnan(score)  # NaN is no score to be beaten
+        if first or sign * score > sign * self.at.best_score:
             self.at.best_score, self.at.waited = score, 0
             self.best = {name: value.clone() if isinstance(value, Tensor) else deepcopy(value)
                          for name, value in self.rule.state_dict().items()}
@@ -255,13 +265,13 @@ class Run:
 
     # What the steps are made of
 
-    def evaluated(self, x: Any, y: Tensor, *, graph: bool = False) -> Tensor:
+    def evaluated(self, x: Any, y: Any, *, graph: bool = False) -> Tensor:
         """Return the rule's loss, with its graph where that is asked for."""
         evaluate: Any = self.rule.loss_with_graph if graph else self.rule
         try:
-            if self.options.autocast is None:
+            if self.options.autocast is None and self.weigher.known:
                 return evaluate(x, y)
-            with self.precision():
+            with self.precision(), self.weigher.watching():
                 return evaluate(x, y)
         except Exception as error:
             seen = f"at {self.place()}, x is {described(x)} and y is {described(y)}"
@@ -272,32 +282,49 @@ class Run:
             error.add_note(f"{seen}.")
             raise
 
-    def note(self, loss: Tensor, samples: int, x: Any, y: Tensor) -> None:
-        """Add a batch's loss to the epoch's; on an accelerator, leave it there for now."""
+    def weight(self, loss: Tensor, x: Any, y: Any) -> Any:
+        """Return how much the batch that was evaluated last counts."""
+        if self.world > 1:
+            if not self.weigher.settled:
+                self.weigher.settle(x, y)
+                self.weigher.agree()
+        elif loss.device.type == "cpu":
+            self.check_loss(float(loss), self.place, x, y)
+        return self.weigher.weight(x, y)
+
+    def note(self, loss: Tensor, x: Any, y: Any) -> None:
+        """Add a batch's loss to the epoch's."""
+        self.note_weighed(loss, self.weight(loss, x, y), x, y)
+
+    def note_weighed(self, loss: Tensor, weight: Any, x: Any, y: Any) -> None:
+        """Add a loss to the epoch's; on an accelerator, leave it there for now."""
         if self.device.type == "cpu":
             value = float(loss)
-            if not math.isfinite(value):
-                self.diverged(f"the loss is {value} at {self.place()}", x, y)
-            self.add_loss(value, samples)
+            self.check_loss(value, self.place, x, y)
+            self.add_loss(value if self.weigher.summed else value * weight, weight)
         else:
-            self.unread.append((self.place(), samples, loss, x, y))
+            self.unread.append((self.place(), weight, loss, x, y))
             if len(self.unread) >= LAG:
                 self.read_losses()
 
-    def add_loss(self, mean: float, samples: int) -> None:
-        """Add a loss that was a mean over so many samples to the epoch's."""
-        self.at.loss_sum += mean * samples
-        self.at.samples += samples
+    def check_loss(self, value: float, place: Callable[[], str], x: Any, y: Any) -> None:
+        """Raise an error unless a loss is finite."""
+        if not math.isfinite(value):
+            self.diverged(f"the loss is {value} at {place()}", x, y)
+
+    def add_loss(self, total: float, counted: float) -> None:
+        """Add a loss to the epoch's: its sum over what counts, and how much does."""
+        self.at.loss_sum += total
+        self.at.samples += counted
 
     def read_losses(self) -> None:
         """Add the losses that were left on the accelerator to the epoch's."""
         if not self.unread:
             return
         values = torch.stack([loss for _, _, loss, _, _ in self.unread]).tolist()
-        for value, (place, samples, _, x, y) in zip(values, self.unread, strict=True):
-            if not math.isfinite(value):
-                self.diverged(f"the loss is {value} at {place}", x, y)
-            self.add_loss(value, samples)
+        for value, (place, weight, _, x, y) in zip(values, self.unread, strict=True):
+            self.check_loss(value, partial(str, place), x, y)
+            self.add_loss(value if self.weigher.summed else value * float(weight), float(weight))
         self.unread.clear()
 
     def end_step(self) -> None:
@@ -340,20 +367,20 @@ class Run:
         return (f"the last good checkpoint is {Path(str(self.options.folder)) / FILE}, written "
                 f"after epoch {epoch}, step {step}")
 
-    def diverged(self, what: str, x: Any, y: Tensor) -> NoReturn:
+    def diverged(self, what: str, x: Any, y: Any) -> NoReturn:
         """Raise an error that says where numbers stopped being finite."""
         self.clear()
         fault = bad_batch(x, y)
         if fault is not None:
             raise ValueError(f"{what}: {fault}; {self.last_good()}")
         with self.precision():
-            where = where_not_finite(self.rule, x)
+            where = where_not_finite(self.rule, x, self.finite)
         raise Diverged(f"{what}: {where}; lower the learning rate, warm it up or set clip=1.0; "
                        f"{self.last_good()}")
 
     def check_weights(self) -> None:
         """Raise Diverged unless every weight is finite."""
-        name = weights_not_finite(self.rule)
+        name = self.finite.broken()
         if name is not None:
             raise Diverged(f"{name} is not finite after epoch {self.at.epoch}, step "
                            f"{self.at.step}; lower the learning rate, warm it up or set "

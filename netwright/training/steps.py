@@ -1,11 +1,13 @@
 """The ways from a batch to a step, of which a training takes one."""
 
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from netwright.errors import Diverged
 from netwright.runtime import distributed
@@ -29,10 +31,27 @@ def steps_of(run: "Run") -> "EachBatch | Grouped | Evaluated | Differentiated":
 def step(run: "Run") -> None:
     """Step on the gradients that are there."""
     if run.options.clip is not None:
-        nn.utils.clip_grad_norm_(run.parameters, run.options.clip)
+        clip(run.parameters, run.options.clip)
     if run.optimizer is not None:
         run.optimizer.step()
     run.end_step()
+
+
+def clip(parameters: Iterable[Parameter], most: float) -> None:
+    """Scale gradients, sparse ones among them, so that their norm is at most `most`."""
+    held = [p for p in parameters if p.grad is not None]
+    sparse = [p for p in held if p.grad is not None and p.grad.is_sparse]
+    if not sparse:
+        nn.utils.clip_grad_norm_(held, most)
+        return
+    for p in sparse:
+        assert p.grad is not None
+        p.grad = p.grad.coalesce()  # one value for each place, which the norm is taken of
+    values: Any = [p.grad.values() if p.grad.is_sparse else p.grad
+                   for p in held if p.grad is not None]
+    factor = (most / (nn.utils.get_total_norm(values) + 1e-6)).clamp(max=1.0)
+    for value in values:
+        value.mul_(factor.to(value.device))
 
 
 class EachBatch:
@@ -43,12 +62,12 @@ class EachBatch:
     def __init__(self, run: "Run") -> None:
         self.run = run
 
-    def take(self, x: Any, y: Tensor) -> None:
+    def take(self, x: Any, y: Any) -> None:
         """Step with the update of one batch."""
         run = self.run
         run.clear()
         run.at.batch += 1
-        run.note(run.evaluated(x, y), y.shape[0] if y.ndim else 1, x, y)
+        run.note(run.evaluated(x, y), x, y)
         step(run)
 
     def finish(self) -> None:
@@ -65,26 +84,25 @@ class Grouped:
         self._begin()
 
     def _begin(self) -> None:
-        self.batches = self.samples = 0
-        self.last = 0  # samples of the last batch, by which .grad is divided
+        self.batches = 0
+        self.counted = self.last = 0.0  # in the group, and in the mean that .grad is in units of
         self.loss_sum = 0.0
-        self.inputs: list[tuple[Any, Tensor]] = []
+        self.inputs: list[tuple[Any, Any]] = []
 
-    def take(self, x: Any, y: Tensor) -> None:
+    def take(self, x: Any, y: Any) -> None:
         """Add the update of one batch; step where that completes the group."""
-        run, samples = self.run, targets(y)
+        run = self.run
         if not self.batches:
             run.clear()
-        if self.samples and samples and samples != self.last:
-            self._scale(self.last / samples)  # so that .grad is always in units of one mean
+        there = bool(targets(y))
         if run.world > 1 and run.rule.together:
-            self._check_shares(samples)
-        self.last = samples or self.last
+            self._check_shares(there)
         self.batches += 1
-        self.samples += samples
         run.at.batch += 1
-        if samples or run.world == 1:
-            self._note(run.evaluated(x, y), samples, x, y)
+        if there or run.world == 1:
+            self._add(x, y)
+        elif not run.weigher.settled:
+            run.weigher.agree()
         if self.batches == run.options.accumulate:
             self._update()
 
@@ -93,35 +111,76 @@ class Grouped:
         if self.batches:
             self._update()
 
-    def _check_shares(self, samples: int) -> None:
+    def _check_shares(self, there: bool) -> None:
         """Raise ValueError in every process where one has no share of the batch."""
         run = self.run
-        (empty,) = distributed.total([float(not samples)], run.device)
+        (empty,) = distributed.total([float(not there)], run.device)
         if empty:
             raise ValueError(f"{type(run.rule).__name__} needs a share of every batch in each of "
                              f"the {run.world} processes, and {int(empty)} had none at "
                              f"{run.place()}; use a data set or a batch size that leaves no "
                              "smaller batch at the end")
 
-    def _note(self, loss: Tensor, samples: int, x: Any, y: Tensor) -> None:
+    def _add(self, x: Any, y: Any) -> None:
+        """Add a batch's update to `.grad`, which stays in units of the last batch's mean."""
+        run = self.run
+        if run.weigher.known:  # what counts is known before, and .grad is scaled in its place
+            weight: Any = targets(y)
+            self._rescale(weight)
+            self._note(run.evaluated(x, y), weight, x, y)
+            return
+        before = [p.grad for p in run.parameters]
+        run.clear()
+        loss = run.evaluated(x, y)
+        weight = run.weight(loss, x, y)
+        self._check_mean()
+        fresh = [p.grad for p in run.parameters]
+        for p, gradient in zip(run.parameters, before, strict=True):
+            p.grad = gradient
+        self._rescale(float(weight))
+        for p, gradient in zip(run.parameters, fresh, strict=True):
+            if gradient is not None:
+                p.grad = gradient if p.grad is None else p.grad + gradient
+        self._note(loss, float(weight), x, y)
+
+    def _check_mean(self) -> None:
+        run = self.run
+        if run.options.accumulate > 1 and run.weigher.unlike:
+            run.clear()
+            raise ValueError(f"accumulate={run.options.accumulate} cannot make the step of one "
+                             "larger batch, since the loss is neither a mean nor a sum over "
+                             f"samples ({run.weigher.unlike}); use larger batches, or a loss "
+                             "that is a mean over all of a batch's targets")
+
+    def _rescale(self, weight: float) -> None:
+        """Put `.grad` in units of the mean of a batch that counts so much."""
+        if self.run.weigher.summed:
+            self.counted = self.last = 1.0  # what is added up needs no scale
+            return
+        if self.counted and weight and weight != self.last:
+            self._scale(self.last / weight)
+        self.last = weight or self.last
+        self.counted += weight
+
+    def _note(self, loss: Tensor, weight: float, x: Any, y: Any) -> None:
         if self.run.world == 1:
-            self.run.note(loss, samples, x, y)
+            self.run.note_weighed(loss, weight, x, y)
         else:
-            self.loss_sum += float(loss) * samples
+            self.loss_sum += float(loss) * (1 if self.run.weigher.summed else weight)
             self.inputs.append((x, y))
 
     def _update(self) -> None:
         """Step with the gradients of the group's batches."""
-        if self.last and self.samples != self.last:
-            self._scale(self.last / self.samples)
+        if self.last and self.counted != self.last:
+            self._scale(self.last / self.counted)
         if self.run.world > 1:
             self._average()
         self._begin()
         step(self.run)
 
     def _average(self) -> None:
-        run, mean = self.run, self.loss_sum / self.samples if self.samples else 0.0
-        loss, samples = distributed.average_gradients(run.parameters, mean, self.samples,
+        run, mean = self.run, self.loss_sum / self.counted if self.counted else 0.0
+        loss, counted = distributed.average_gradients(run.parameters, mean, self.counted,
                                                       run.device)
         if not math.isfinite(loss):
             what = f"the loss is {loss} at {run.place()}"
@@ -129,12 +188,22 @@ class Grouped:
                 raise Diverged(f"{what}: in another process than this, number "
                                f"{distributed.rank()}; {run.last_good()}")
             run.diverged(what, *next(iter(self.inputs)))
-        run.add_loss(loss, samples)
+        if run.weigher.summed:  # each process that has a share counts 1
+            self._scale(counted)
+            (told,) = distributed.total([float(sum(targets(y) for _, y in self.inputs))],
+                                        run.device)
+            run.add_loss(loss * counted, told)
+        else:
+            run.add_loss(loss * counted, counted)
 
     def _scale(self, factor: float) -> None:
         gradients = [p.grad for p in self.run.parameters if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, factor)
+        sparse = [g for g in gradients if g.is_sparse]
+        for g in sparse:
+            g.mul_(factor)
+        dense = [g for g in gradients if not g.is_sparse]
+        if dense:
+            torch._foreach_mul_(dense, factor)
 
 
 class Evaluated:
@@ -145,7 +214,7 @@ class Evaluated:
     def __init__(self, run: "Run") -> None:
         self.run = run
 
-    def take(self, x: Any, y: Tensor) -> None:
+    def take(self, x: Any, y: Any) -> None:
         """Step with a function that puts the batch's update at the weights of now in `.grad`."""
         run, samples, seen = self.run, targets(y), []
         assert run.optimizer is not None
@@ -153,20 +222,34 @@ class Evaluated:
         def closure() -> Tensor:
             run.clear()
             loss = run.evaluated(x, y) if samples or run.world == 1 else torch.zeros(())
-            everyone = samples
+            weight = float(run.weight(loss, x, y)) if samples or run.world == 1 else 0.0
             if run.world > 1:
-                mean, everyone = distributed.average_gradients(run.parameters, float(loss),
-                                                               samples, run.device)
-                loss = torch.tensor(mean)
-            if not math.isfinite(float(loss)):
-                run.diverged(f"the loss is {float(loss)} at {run.place()}", x, y)
-            seen.append((float(loss), everyone))
+                if not samples and not run.weigher.settled:
+                    run.weigher.agree()
+                loss, weight = self._averaged(loss, weight)
+                if not math.isfinite(float(loss)):
+                    run.diverged(f"the loss is {float(loss)} at {run.place()}", x, y)
+            seen.append((float(loss), weight))
             return loss
 
         run.at.batch += 1
         run.optimizer.step(closure)  # type: ignore[arg-type]
-        run.add_loss(*seen[0])
+        loss, weight = seen[0]
+        run.add_loss(loss if run.weigher.summed else loss * weight, weight)
         run.end_step()
+
+    def _averaged(self, loss: Tensor, weight: float) -> tuple[Tensor, float]:
+        """Share the update out, weighed by what each process counts."""
+        run = self.run
+        shares = float(weight > 0) if run.weigher.summed else weight
+        mean, counted = distributed.average_gradients(run.parameters, float(loss), shares,
+                                                      run.device)
+        if run.weigher.summed:
+            for p in run.parameters:
+                p.grad = None if p.grad is None else p.grad * counted
+            (weight,) = distributed.total([weight], run.device)
+            return torch.tensor(mean * counted), weight
+        return torch.tensor(mean), counted
 
     def finish(self) -> None:
         """Leave nothing over at the end of an epoch."""
@@ -180,7 +263,7 @@ class Differentiated:
     def __init__(self, run: "Run") -> None:
         self.run = run
 
-    def take(self, x: Any, y: Tensor) -> None:
+    def take(self, x: Any, y: Any) -> None:
         """Step with a function that returns the batch's loss at the weights of now."""
         run, state = self.run, random_state()
         first: list[float] = []
@@ -199,7 +282,8 @@ class Differentiated:
         run.clear()
         run.at.batch += 1
         run.optimizer.step(closure)  # type: ignore[arg-type]
-        run.add_loss(first[0], targets(y))
+        weight = float(run.weight(torch.tensor(first[0]), x, y))
+        run.add_loss(first[0] if run.weigher.summed else first[0] * weight, weight)
         run.end_step()
 
     def finish(self) -> None:

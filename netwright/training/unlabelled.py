@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from netwright.catalogue.facets import facets
+from netwright.objectives.metrics import mean_over_targets
 from netwright.rules.exact.backprop import Backprop
 from netwright.runtime.modes import evaluating
 from netwright.signals import apply
@@ -51,6 +52,7 @@ def generative(network: nn.Module) -> bool:
     return said is not None and said.kind == "generative" and hasattr(network, "loss")
 
 
+@mean_over_targets
 def mean_score(scores: Tensor, y: Tensor) -> float:
     """Return the mean of what is predicted, as the measure of a density."""
     return float(scores.mean())

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import netwright as nw
-from netwright.errors import NothingToReshape, UnknownName
+from netwright.errors import BrokenReshape, NothingToReshape, UnknownName
 from netwright.models import gpt
 from netwright.reshape import changes, decided, prune_sublayers, reshape
+from netwright.reshape._calibration import batches_of
 from netwright.reshape.change import named
 
 X = torch.zeros(1, 8, dtype=torch.long)
@@ -36,7 +37,7 @@ def chain():
 
 def test_what_was_done_is_recorded_with_its_arguments_and_the_model_is_left():
     model, x = chain(), torch.randn(2, 4)
-    changed = narrow(model, x, 3, make=nn.Tanh)
+    changed = narrow(model, x, 3, make=nn.Tanh, check=False)  # which makes fewer outputs
     (record,) = nw.changes(changed)
     assert record.arguments == {"width": 3, "make": {"name": "torch.nn.Tanh"}}
     assert record.decision == {"width": 3}
@@ -129,3 +130,83 @@ def test_what_is_no_calibration_is_refused(calibration, error):
         prune_sublayers(gpt(64, context=8, depth=3), calibration, 2)
     with pytest.raises(ValueError, match=r"remove must be between 1 and .* got '2'"):
         prune_sublayers(gpt(64, context=8, depth=3), X, "2")
+
+
+@nw.method("reshape", keeps_function=True)
+@reshape
+def spoilt(model: nn.Module, calibration: object, how: str) -> nn.Module:
+    for _ in calibration if isinstance(calibration, list) else batches_of(calibration):
+        pass
+    return decided({"how": how}, keeps_function=how != "kept no more")
+
+
+class Spoilt(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "fails" or (self.how == "fails in training" and self.training):
+            raise RuntimeError("no such layer")
+        return {"nan": x * float("nan"), "shape": x[:, :2], "moves": 1.01 * x,
+                "kept no more": 1.01 * x}.get(self.how, x)
+
+
+@spoilt.applies
+def _spoil(model, decision):
+    model.append(Spoilt(decision["how"]))
+    return model
+
+
+@pytest.mark.parametrize(("how", "words"), [
+    ("fails", "does not run in eval mode on the example: RuntimeError: no such layer"),
+    ("fails in training", "does not run in train mode on the example: RuntimeError: no such"),
+    ("nan", "whose outputs in eval mode are nan or infinite"),
+    ("shape", r"outputs in eval mode are of shape \[\(2, 2\)\] where the model's are \[\(2, 8\)\]"),
+    ("moves", "keeps the function, but the outputs moved by 1.0e-02")])
+@pytest.mark.parametrize("data", [
+    lambda x: x, lambda x: [x, x], lambda x: iter([x, x]),
+    lambda x: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x), batch_size=3)],
+    ids=["batch", "list", "iterator", "loader"])
+def test_a_result_that_is_not_what_was_promised_is_not_returned(how, words, data):
+    model, x = chain(), torch.randn(5, 4)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(BrokenReshape, match=f"spoilt .*{words}.*check=False"):
+        spoilt(model, data(x), how)
+    assert len(model) == 1
+    assert all(map(torch.equal, before, model.parameters()))
+    assert model.training
+    assert len(spoilt(model, data(x), how, check=False)) == 2
+
+
+def test_what_a_call_does_not_keep_is_not_compared():
+    model, x = chain(), torch.randn(5, 4)
+    assert len(spoilt(model, x, "kept no more")) == 2
+    with pytest.raises(ValueError, match="check must be True or False, got 'no'"):
+        spoilt(model, x, "kept no more", check="no")
+
+
+def test_a_network_that_does_not_train_by_itself_is_no_fault_of_the_reshape():
+    model = nn.Sequential(nn.Linear(4, 8), Spoilt("fails in training"))
+    assert len(spoilt(model, torch.randn(2, 4), "kept no more")) == 3
+
+
+def test_running_the_result_leaves_no_trace():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.passes = 0
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.passes += 1
+            self.seen += 1
+            return x + 0 * torch.rand(())
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), Counting())
+    state = torch.get_rng_state()
+    result = spoilt(model, torch.randn(5, 4, generator=torch.Generator()), "kept no more")
+    assert torch.equal(torch.get_rng_state(), state)
+    for network in (model, result):
+        assert network[2].passes == network[2].seen == network[1].num_batches_tracked == 0
+        assert network.training

@@ -903,3 +903,36 @@ def test_module_around_a_pretrained_model() -> None:
     net = nw.stages(Tagger(), TEXT)
     assert net.names[:4] == ["body.embeddings", *(f"body.encoder.layer.{i}" for i in range(3))]
     assert_same(net, TEXT)
+
+
+class SeveralOutputs(nn.Module):
+    """Two heads on one body; `form` makes the output of both."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.middle = nn.Linear(8, 16), nn.Linear(16, 16)
+        self.first, self.second, self.form = nn.Linear(16, 3), nn.Linear(16, 1), form
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.tanh(self.middle(torch.tanh(self.body(x))))
+        return self.form(self.first(h), self.second(h))
+
+
+@pytest.mark.parametrize("form", [
+    lambda a, b: (a, b), lambda a, b: [a, b], lambda a, b: {"logits": a, "value": b},
+    lambda a, b: (a, {"value": [b]}), lambda a, b: (a, None)],
+    ids=["tuple", "list", "dict", "nested", "none"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_several_outputs_are_staged_by_the_one_that_is_meant(form, wrapped):
+    model: nn.Module = SeveralOutputs(form)
+    if wrapped:
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), model)
+    x = torch.randn(4, 8)
+    net = nw.stages(model, x)
+    assert len(net) > 1
+    assert_same(net, x)
+
+
+def test_several_outputs_without_one_that_is_meant_are_refused():
+    with pytest.raises(CannotStage, match="returned dict, which has no tensor called logits"):
+        nw.stages(SeveralOutputs(lambda a, b: {"first": a, "second": b}), torch.randn(4, 8))

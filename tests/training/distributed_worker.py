@@ -97,6 +97,46 @@ def one_sample() -> dict[str, torch.Tensor]:
     return fitted(train=Batches(X[:5], Y[:5], 2, shuffle=False))  # the last batch has one sample
 
 
+def by_loss(loss: Any, **options: Any) -> dict[str, torch.Tensor]:
+    made = network()
+    history = nw.fit(nw.rules.Backprop(made, loss=loss), Batches(X, Y, 9, seed=2), epochs=2,
+                     **{"optimizer": lambda p: torch.optim.SGD(p, 0.02), **options})
+    return dict(made.state_dict()) | {"loss": torch.tensor([e.loss for e in history.epochs])}
+
+
+def summed() -> dict[str, torch.Tensor]:
+    return by_loss(nn.CrossEntropyLoss(reduction="sum"), accumulate=2)
+
+
+def weighed() -> dict[str, torch.Tensor]:
+    return by_loss(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 6.0, 0.3])))
+
+
+def weighed_lbfgs() -> dict[str, torch.Tensor]:
+    return by_loss(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 6.0, 0.3])),
+                   optimizer=lambda p: torch.optim.LBFGS(p, 0.1, max_iter=2))
+
+
+def sparse() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Embedding(9, 5, sparse=True), nn.Flatten(), nn.Linear(10, 3))
+    tokens = (X[:, :2].abs() * 3).long().clamp(max=8)
+    nw.fit(made, Batches(tokens, Y, 9, seed=2), epochs=2, clip=0.5,
+           optimizer=lambda p: torch.optim.SGD(p, 0.2))
+    return dict(made.state_dict())
+
+
+def scored() -> dict[str, torch.Tensor]:
+    """A metric that is no mean over samples."""
+    history = nw.fit(network(), Batches(X, Y, 9, seed=2), epochs=2, metric=spread,
+                     validation=Batches(X, Y, 20, shuffle=False))
+    return {"metric": torch.tensor([e.metric for e in history.epochs])}
+
+
+def spread(scores: torch.Tensor, y: torch.Tensor) -> float:
+    return float(scores.std())
+
+
 def early() -> dict[str, torch.Tensor]:
     return fitted(epochs=6, patience=1, validation=Batches(X, 2 - Y, 9), train=None)
 
@@ -123,7 +163,8 @@ def uninterrupted(folder: Path) -> dict[str, torch.Tensor]:
 
 
 SAME: list[Callable[[], dict[str, torch.Tensor]]] = [accumulated, unlabelled, lbfgs, one_sample,
-                                                     early]
+                                                     early, summed, weighed, weighed_lbfgs,
+                                                     sparse, scored]
 
 
 def outcomes() -> dict[str, dict[str, torch.Tensor]]:

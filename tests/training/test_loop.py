@@ -1,17 +1,19 @@
 import io
 import math
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from rich.console import Console
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 import netwright as nw
 from netwright.data import Batches
@@ -272,6 +274,155 @@ def test_modes_are_put_back() -> None:
     nw.fit(net, [(X, Y)], epochs=1, validation=[(X, Y)])
     assert modes == [True, False]
     assert not any(module.training for module in net.modules())
+
+
+def test_what_is_frozen_in_eval_mode_stays_so() -> None:
+    modes: list[bool] = []
+
+    class Watch(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            modes.append(self.training)
+            return h
+
+    frozen = nn.Sequential(nn.BatchNorm1d(12), nn.Dropout(0.9), Watch()).eval()
+    net = network(frozen, nn.BatchNorm1d(12))
+    nw.fit(net, Batches(X + 3, Y, 10), epochs=2, validation=[(X, Y)], metric=lambda *_: 0.0)
+    assert set(modes) == {False}
+    assert torch.equal(frozen[0].running_mean, torch.zeros(12))
+    assert not torch.equal(net[2].running_mean, torch.zeros(12))
+    assert [module.training for module in net] == [True, False, True, True, True]
+
+
+def test_masks_of_minus_infinity_are_no_divergence(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("never", torch.tensor([0.0, 0.0, -math.inf]))
+            self.register_buffer("unknown", torch.tensor([math.nan]))
+            self.cached: Tensor | None
+
+        def forward(self, h: Tensor) -> Tensor:
+            self.register_buffer("cached", torch.full((2,), -math.inf), persistent=False)
+            return h + self.never
+
+    net = nn.Sequential(nn.Linear(6, 3), Masked())
+    y = Y % 2
+    assert len(nw.fit(net, [(X, y)], epochs=2, checkpoint=tmp_path)) == 2
+    net[1].never[0] = math.nan
+    with pytest.raises((Diverged, ValueError)):
+        nw.fit(net, [(X, y)], epochs=1)
+
+
+def test_a_buffer_that_overflows_is_a_divergence() -> None:
+    class Overflow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.ones(2))
+
+        def forward(self, h: Tensor) -> Tensor:
+            self.count.mul_(1e30)
+            return h
+
+    with pytest.raises(Diverged, match=r"1\.count is not finite"):
+        nw.fit(nn.Sequential(nn.Linear(6, 3), Overflow()), [(X, Y)] * 3, epochs=1)
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(zip(X, Y, strict=True))
+
+
+def test_a_stream_without_a_length_trains_and_resumes(tmp_path: Path) -> None:
+    def train(epochs: int, folder: Path) -> tuple[nw.History, nn.Module]:
+        net = network(nn.Dropout(0.5))
+        history = nw.fit(net, DataLoader(Stream(), batch_size=16), epochs=epochs, seed=1,
+                         validation=DataLoader(Stream(), batch_size=16), checkpoint=folder)
+        return history, net
+
+    history, whole = train(3, tmp_path / "whole")
+    assert history.steps == 9
+    train(1, tmp_path / "broken")
+    assert same(train(3, tmp_path / "broken")[1], whole)
+
+
+def test_sparse_gradients_are_accumulated_and_clipped() -> None:
+    tokens = torch.randint(9, (12, 4), generator=Generator().manual_seed(0))
+    y = tokens.sum(1) % 3
+
+    def train(sparse: bool, **options: Any) -> Tensor:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(9, 5, sparse=sparse), nn.Flatten(), nn.Linear(20, 3))
+        nw.fit(net, Batches(tokens, y, 4, shuffle=False), epochs=2,
+               optimizer=lambda p: torch.optim.SGD(p, 1.0), **options)
+        return net[0].weight.detach()
+
+    for options in ({"clip": 0.01}, {"accumulate": 2}, {"accumulate": 2, "clip": 0.01}):
+        torch.testing.assert_close(train(True, **options), train(False, **options))
+    assert not torch.allclose(train(True, clip=0.01), train(True))
+
+
+class Shuffled(Sampler):
+    """A sampler that draws from a source of random numbers of one's own, or from a global one."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __iter__(self) -> Any:
+        order = list(range(len(X)))
+        self.source.shuffle(order)
+        yield from order
+
+
+class Noisy(Dataset):
+    """Samples with noise from a generator that lies in another object, or in a closure."""
+
+    def __init__(self) -> None:
+        noise = numpy.random.default_rng(5)
+        self.transforms = [lambda x: x + noise.normal()]
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.transforms[0](X[i]), Y[i]
+
+
+@pytest.mark.parametrize("make", [
+    lambda: DataLoader(TensorDataset(X, Y), 16, sampler=Shuffled(random)),
+    lambda: DataLoader(TensorDataset(X, Y), 16, sampler=Shuffled(random.Random(3))),
+    lambda: DataLoader(TensorDataset(X, Y), 16, sampler=Shuffled(numpy.random)),
+    lambda: DataLoader(TensorDataset(X, Y), 16, sampler=Shuffled(numpy.random.default_rng(3))),
+    lambda: DataLoader(TensorDataset(X, Y), 16, sampler=Shuffled(numpy.random.RandomState(3))),
+    lambda: DataLoader(Noisy(), 16, shuffle=True),
+    lambda: DataLoader(Noisy(), 16, shuffle=True, num_workers=1, persistent_workers=True),
+], ids=["random", "Random", "numpy", "numpy Generator", "RandomState", "closure", "workers"])
+def test_every_source_of_random_numbers_resumes(make: Callable, tmp_path: Path) -> None:
+    class Stopped(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> None:
+            if self.steps == self.stop:
+                raise KeyboardInterrupt
+            self.steps += 1
+            super().step(closure)
+
+    def train(stop: int, folder: Path) -> nn.Module:
+        net = network()
+        Stopped.stop = stop
+        nw.fit(net, make(), epochs=3, seed=1, checkpoint=folder, checkpoint_every=1,
+               optimizer=lambda p: Stopped(p, 0.1), validation=make(), progress=False)
+        return net
+
+    whole = train(99, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(4, tmp_path / "broken")
+    random.seed(77)
+    numpy.random.seed(77)
+    torch.manual_seed(77)
+    assert same(train(99, tmp_path / "broken"), whole)
 
 
 def test_a_seed_decides() -> None:

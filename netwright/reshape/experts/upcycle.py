@@ -89,7 +89,9 @@ def upcycle(model: nn.Module | Sequence[nn.Module], example: Any = None, *, n_ex
     return decided({
         "layers": [plain_layer(layer, models[0]) for layer in layers], "models": len(models),
         "attention": _widths(models[0], names, example), "n_experts": n_experts, "k": k,
-        "noise": noise, "balance": balance}, layers=layers, models=models, generator=generator)
+        "noise": noise, "balance": balance},
+        keeps_function=len(models) == 1 and not noise, layers=layers, models=models,
+        generator=generator)
 
 
 @upcycle.applies
