@@ -36,10 +36,13 @@ class FeedForwardWeights(NamedTuple):
 
     def __call__(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         """Return what the layer makes of x (*, dim): (*, out)."""
+        return linear(self.hidden(x, activation), self.down, self.down_bias)
+
+    def hidden(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what the hidden units make of x (*, dim): (*, hidden)."""
         hidden = linear(x, self.up, self.up_bias)
-        hidden = activation(hidden) if self.gate is None else activation(
+        return activation(hidden) if self.gate is None else activation(
             linear(x, self.gate, self.gate_bias)) * hidden
-        return linear(hidden, self.down, self.down_bias)
 
     def units(self, index: Tensor | Sequence[int]) -> "FeedForwardWeights":
         """Return the weights of the hidden units `index` alone, in that order."""

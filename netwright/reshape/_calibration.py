@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards, feedforwards_in
 from netwright.anatomy.replacing import plain_paths
+from netwright.anatomy.run import Run, record
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.padding import read_padding
 from netwright.runtime.progress import Bar
@@ -59,6 +61,24 @@ def few(example: Any) -> Any:
     if isinstance(example, Mapping):
         example = dict(example)
     return tree_map_only(Tensor, lambda t: t[:FEW], example)
+
+
+def first_run(model: nn.Module, example: Any) -> Run:
+    """Return a run of `model` on a few samples, on all of them where a few will not do."""
+    some = few(example)
+    try:
+        return record(model, some)
+    except Exception:  # whatever a model raises that takes batches of one size alone
+        if some is example:
+            raise
+    return record(model, example)
+
+
+def layers_in(model: nn.Module, example: Any, *, square: bool = True) -> list[FeedForwardLayer]:
+    """Return what `feedforwards` does; a few samples of the example are enough for it."""
+    if example is None:
+        return feedforwards(model, square=square)
+    return feedforwards_in(first_run(model, example), square=square)
 
 
 def show_inputs(model: nn.Module, names: Sequence[str], batches: Iterable[Any],

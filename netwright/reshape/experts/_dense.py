@@ -10,10 +10,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from netwright.blocks.feedforward import GLU, FeedForward
 from netwright.errors import NothingToReshape
+from netwright.reshape._calibration import layers_in
 from netwright.reshape.feedforward import (
     FeedForwardLayer,
     FeedForwardWeights,
-    feedforwards,
     put_block,
 )
 
@@ -43,7 +43,7 @@ def dense_layers(model: nn.Module, example: Any, square: bool = True) -> list[Fe
         NothingToReshape: there is none.
         ValueError: one has hooks or parametrized weights, which its experts would not have.
     """
-    found = [layer for layer in feedforwards(model, example, square=square)
+    found = [layer for layer in layers_in(model, example, square=square)
              if layer.experts is None]
     if not found:
         raise NothingToReshape(f"all feed-forward layers of {type(model).__name__} are experts "

@@ -15,6 +15,7 @@ from netwright.reshape._layers import layer_of, plain_layer
 from netwright.reshape.change import decided, reshape
 from netwright.reshape.experts._dense import activation_of, as_block, dense_layers, put_blocks
 from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights
+from netwright.runtime.padding import read_padding
 
 __all__ = ["mix_lora"]
 
@@ -109,6 +110,7 @@ def _with_adapters(model: nn.Module, decision: Mapping[str, Any],
     tuned = put_blocks(model.requires_grad_(False), blocks)
     for name in decision["attention"]:
         replace(tuned, name, LowRank(tuned.get_submodule(name), rank, scale, dropout, generator))
+    read_padding(tuned)
     return tuned
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,21 +12,18 @@ from netwright.blocks.experts.routing import check_choice
 from netwright.blocks.feedforward import GLU
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.reshape._calibration import batches_of
+from netwright.reshape._calibration import Stream, show_inputs
 from netwright.reshape._layers import layer_of, plain_layer
+from netwright.reshape._resuming import Finished
 from netwright.reshape.change import decided, reshape
-from netwright.reshape.experts._dense import (
-    activation_of,
-    as_block,
-    dense_layers,
-    put_blocks,
-    rows_of,
-)
+from netwright.reshape.experts._dense import activation_of, as_block, dense_layers, put_blocks
 from netwright.reshape.feedforward import (
     FeedForwardLayer,
     FeedForwardWeights,
     feedforward_weights,
 )
+from netwright.runtime.padding import read_padding, real_rows
+from netwright.runtime.progress import Bar
 
 __all__ = ["moefy"]
 
@@ -48,7 +46,8 @@ Router = Literal["mlp", "similarity", "groundtruth"]
 @reshape
 def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Split = "cluster",
           router: Router = "mlp", k: int | None = None, square: bool = True, rows: int = 8192,
-          steps: int = 500, generator: Generator | None = None) -> nn.Module:
+          steps: int = 200, generator: Generator | None = None, progress: bool = True,
+          resume: str | Path | None = None) -> nn.Module:
     """Return a copy whose feed-forward layers run only the units that an input makes active.
 
     y = sum_(e in top k of s(x)) W2_e a(W1_e x + b1_e) + b2;  s_e(x) ~ sum_(units j of e) |h_j(x)|,
@@ -66,11 +65,13 @@ def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Spl
     `router.k` of a `MixtureOfExperts` in the result changes how many run. With ReLU, units that
     are not active are 0 and leaving them out changes nothing. GELU, SiLU and gated layers are
     split in the same way by the size of their units, |a(gate) up|, which is small but not 0: more
-    experts must run, or the model be trained on; the routers get no gradient.
+    experts must run, or the model be trained on; the routers do not learn then, their weights are
+    frozen. What the data's `attention_mask` calls padding takes no part in any of this.
 
     Args:
         model: any module with feed-forward layers; those that are experts already stay.
-        calibration: what the model takes, or a list of such batches.
+        calibration: what the model takes, or batches of it, such as a loader, of which one is in
+            memory at a time.
         n_experts: into how many each layer is split; it must divide the hidden units.
         split: how.
         router: how experts are chosen.
@@ -79,12 +80,16 @@ def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Spl
         rows: how many inputs of a layer are looked at, drawn from the calibration data.
         steps: of the fit of an "mlp" router, each on 256 rows, with Adam.
         generator: draws all that is drawn; the global state without one.
+        progress: whether to show a bar in a terminal where it takes more than two seconds.
+        resume: a folder where each layer's experts are kept. A call that was broken off goes on
+            from there when it is made again with the same arguments, and ends the same.
 
     Raises:
         NothingToReshape: the model has no dense feed-forward layer.
         UnknownName: no split or router is called that.
         ValueError: `n_experts` does not divide a layer's hidden units, `k` is not between 1 and
-            `n_experts`, or the calibration data are empty or not finite.
+            `n_experts`, the calibration data are empty, nothing but padding or not finite, or
+            `resume` holds what another call left.
 
     Paper: Zhang, Lin, Liu, Li, Sun, Zhou, 2022, MoEfication: Transformer Feed-forward Layers are
     Mixtures of Experts.
@@ -101,29 +106,41 @@ def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Spl
             raise UnknownName(name, value, known.__args__)  # type: ignore[attr-defined]
     check_choice(n_experts, k)
     checks.count(1, rows=rows, steps=steps)
-    batches = batches_of(calibration)
-    layers = dense_layers(model, batches[0], square)
+    stream = Stream(calibration)
+    layers = dense_layers(model, stream.first, square)
     for layer in layers:
         if layer.hidden % n_experts:
             raise ValueError(f"n_experts must divide the {layer.hidden} hidden units of "
                              f"{layer}, got {n_experts}")
-    given = rows_of(model, [str(layer.up) for layer in layers], batches)
-    said, routers = [], []
-    for layer in layers:
-        x = given[str(layer.up)]
-        if not x.isfinite().all():
-            raise ValueError(f"calibration must give finite values, got others before "
-                             f"{layer.up!r}; check the inputs and the weights")
-        if len(x) > rows:
-            x = x[torch.randperm(len(x), generator=generator)[:rows].to(x.device)]
-        weights = feedforward_weights(model, layer)
-        activation = activation_of(layer, weights.up)
-        groups = _groups(weights, activation, x, n_experts, split, generator)
-        chooser = ActiveExperts(_experts(weights, activation, groups), k, router)
-        chooser.fit(x, steps, generator)
-        routers.append(chooser.state_dict())
-        said.append({"layer": plain_layer(layer, model), "groups": groups.tolist()})
-    return decided({"layers": said, "k": k, "router": router}, layers=layers, routers=routers)
+    finished = Finished(resume, {
+        "reshape": "moefy", "n_experts": n_experts, "split": split, "rows": rows,
+        "data": stream.first, "weights": model.state_dict()}, generator)
+    bar = Bar(len(layers), None, "", unit="layer")
+    if progress:
+        bar.start(after=2.0)
+    try:
+        given = _drawn(model, [str(layer.up) for layer in layers], stream, rows, generator, bar)
+        said, choosers, targets = [], [], []
+        for number, layer in enumerate(layers):
+            weights = feedforward_weights(model, layer)
+            activation = activation_of(layer, weights.up)
+            with torch.no_grad():
+                sizes = weights.hidden(given[str(layer.up)], activation).abs()
+            known = finished.get(str(layer.down))
+            groups = known[1]["groups"] if known is not None else _groups(
+                weights, sizes, n_experts, split, generator)
+            if known is None:
+                finished.put(str(layer.down), {}, {"groups": groups})
+            choosers.append(ActiveExperts(_experts(weights, activation, groups), k, router))
+            targets.append(torch.stack([sizes[:, group].sum(1) for group in groups], 1))
+            said.append({"layer": plain_layer(layer, model), "groups": groups.tolist()})
+            bar.epoch(number, float("nan"), float("nan"))
+        if router == "mlp":
+            fit(choosers, list(given.values()), targets, steps, generator)
+    finally:
+        bar.stop()
+    return decided({"layers": said, "k": k, "router": router}, layers=layers,
+                   routers=[chooser.state_dict() for chooser in choosers])
 
 
 @moefy.applies
@@ -141,7 +158,39 @@ def _of_experts(model: nn.Module, decision: Mapping[str, Any],
         # The bias of the second matrix counts once, whatever the experts.
         bias = None if weights.down_bias is None else Bias(weights.down_bias)
         blocks[layer] = MixtureOfExperts(layer.dim, made, chooser, shared=bias, balance=0.0)
-    return put_blocks(model, blocks)
+    changed = put_blocks(model, blocks)
+    read_padding(changed)
+    return changed
+
+
+def _drawn(model: nn.Module, names: list[str], stream: Stream, most: int,
+           generator: Generator | None, bar: Bar) -> dict[str, Tensor]:
+    """Return at most so many vectors of what each module is given, each as likely as any other."""
+    kept: dict[str, Tensor] = {}
+    seen = dict.fromkeys(names, 0)
+
+    def see(name: str, x: Tensor) -> None:
+        x = real_rows(x)
+        if not x.isfinite().all():
+            raise ValueError(f"calibration must give finite values, got others before {name!r}; "
+                             "check the inputs and the weights")
+        before, seen[name] = seen[name], seen[name] + len(x)
+        if seen[name] <= most:
+            kept[name] = torch.cat([kept[name], x]) if name in kept else x.clone()
+            return
+        picked = torch.randperm(seen[name], generator=generator)[:most].to(x.device)
+        new = x[picked[picked >= before] - before]
+        if before:
+            stay = torch.randperm(len(kept[name]), generator=generator)[:most - len(new)]
+            new = torch.cat([kept[name][stay.to(x.device)], new])
+        kept[name] = new
+
+    show_inputs(model, names, stream, see, bar)
+    empty = [name for name in names if not seen[name]]
+    if empty:
+        raise ValueError(f"calibration must give {empty[0]!r} vectors that are no padding, got "
+                         "none; check its attention_mask")
+    return {name: kept[name] for name in names}
 
 
 def _experts(weights: FeedForwardWeights, activation: nn.Module,
@@ -182,7 +231,8 @@ class ActiveExperts(nn.Module):
             with torch.device("meta"):
                 self.score = nn.Sequential(nn.Linear(up.shape[1], width), nn.Tanh(),
                                            nn.Linear(width, len(experts)))
-            self.score.to_empty(device=up.device).to(up.dtype)
+            # Frozen, since a choice has no gradient, and who waits for one would wait for ever.
+            self.score.to_empty(device=up.device).to(up.dtype).requires_grad_(False)
         elif kind == "similarity":
             with torch.no_grad():
                 self.register_buffer("centers", normalize(torch.stack(
@@ -207,36 +257,56 @@ class ActiveExperts(nn.Module):
         """Return the sum of the sizes of each expert's hidden units, (tokens, experts)."""
         return torch.stack([_hidden(expert, x).abs().sum(-1) for expert in self.looks_at], -1)
 
-    def fit(self, x: Tensor, steps: int, generator: Generator | None) -> None:
-        """Fit the scores to the share that each expert's activity has of the largest one's."""
-        if self.kind != "mlp":
-            return
-        dtype = next(self.score.parameters()).dtype
-        narrow = dtype in (torch.float16, torch.bfloat16)
-        if narrow:  # too few digits to learn with
-            self.score.float()
-        with torch.enable_grad():
-            for linear in self.score.children():
-                if isinstance(linear, nn.Linear):
-                    for parameter in (linear.weight, linear.bias):
-                        drawn = 2 * torch.rand(parameter.shape, generator=generator) - 1
-                        parameter.data.copy_(drawn * linear.in_features ** -0.5)
-            optimizer = torch.optim.Adam(self.score.parameters(), 1e-2)
-            falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-            with torch.no_grad():
-                found = self.activity(x).float() if narrow else self.activity(x)
-                target = found / found.amax(-1, keepdim=True).clamp(
-                    min=torch.finfo(found.dtype).tiny)
-            for _ in range(steps):
-                some = torch.randint(len(x), (min(256, len(x)),), generator=generator)
-                some = some.to(x.device)
-                optimizer.zero_grad()
-                guess = self.score(x[some].to(target.dtype))
-                binary_cross_entropy_with_logits(guess, target[some]).backward()
-                optimizer.step()
-                falling.step()
-            optimizer.zero_grad()
-        self.score.to(dtype)
+
+def fit(routers: Sequence[ActiveExperts], given: Sequence[Tensor], activity: Sequence[Tensor],
+        steps: int, generator: Generator | None) -> None:
+    """Fit the scores to the share that each expert's activity has of the largest one's.
+
+    Routers whose layers are alike learn together, as one batched product.
+
+    Shapes: given (rows, dim) and activity (rows, experts) of each router.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, x in enumerate(given):
+        alike.setdefault((x.shape, x.device, x.dtype), []).append(i)
+    for places in alike.values():
+        _fit_alike([routers[i].score for i in places], [given[i] for i in places],
+                   torch.stack([activity[i] for i in places]), steps, generator)
+
+
+@torch.enable_grad()
+def _fit_alike(scores: Sequence[nn.Sequential], given: Sequence[Tensor], activity: Tensor,
+               steps: int, generator: Generator | None) -> None:
+    # Narrow numbers have too few digits to learn with.
+    wide = torch.promote_types(activity.dtype, torch.float32)
+    target = activity.to(wide)
+    target = target / target.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+    parts = [[score[0].weight, score[0].bias, score[2].weight, score[2].bias] for score in scores]
+    drawn: list[list[Tensor]] = [[], [], [], []]
+    for score in scores:
+        for i, layer in enumerate((score[0], score[0], score[2], score[2])):
+            like = (layer.weight, layer.bias)[i % 2]
+            uniform = 2 * torch.rand(like.shape, generator=generator) - 1
+            drawn[i].append((uniform * layer.in_features ** -0.5).to(like.device, wide))
+    learnt = [torch.stack(some).requires_grad_() for some in drawn]
+    up, up_bias, down, down_bias = learnt
+    optimizer = torch.optim.Adam(learnt, 1e-2)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(steps):
+        some = torch.randint(len(given[0]), (min(256, len(given[0])),), generator=generator)
+        some = some.to(target.device)
+        x = torch.stack([rows[some] for rows in given]).to(wide)
+        hidden = torch.baddbmm(up_bias[:, None], x, up.mT).tanh()
+        guess = torch.baddbmm(down_bias[:, None], hidden, down.mT)
+        loss = binary_cross_entropy_with_logits(guess, target[:, some]) * len(scores)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        falling.step()
+    with torch.no_grad():
+        for i, own in enumerate(parts):
+            for parameter, whole in zip(own, learnt, strict=True):
+                parameter.copy_(whole[i])
 
 
 def _reading(expert: Any) -> Tensor:
@@ -253,9 +323,9 @@ def _hidden(expert: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _groups(weights: FeedForwardWeights, activation: nn.Module, x: Tensor, experts: int,
-            split: Split, generator: Generator | None) -> Tensor:
-    """Return which hidden units each expert has, (experts, units)."""
+def _groups(weights: FeedForwardWeights, sizes: Tensor, experts: int, split: Split,
+            generator: Generator | None) -> Tensor:
+    """Return which hidden units each expert has, (experts, units), by their sizes (rows, units)."""
     n = len(weights.up)
     if split == "random":
         return torch.randperm(n, generator=generator).view(experts, -1)
@@ -263,17 +333,34 @@ def _groups(weights: FeedForwardWeights, activation: nn.Module, x: Tensor, exper
         read = weights.up if weights.gate is None else weights.gate
         points = normalize(read.float(), dim=-1)
     else:
-        identity = torch.eye(n, dtype=x.dtype, device=x.device)
-        h = weights._replace(down=identity, down_bias=None)(x, activation).abs().float()
         # With ReLU a unit is active where it is not 0; elsewhere where it is larger than most.
-        limit = 0.0 if bool((h == 0).any()) else float(h.mean())
-        active = (h > limit).float()
-        together = active.T @ active
-        together.fill_diagonal_(0)
-        degrees = together.sum(1).clamp(min=1).rsqrt()
-        vectors = torch.linalg.eigh(together * degrees[:, None] * degrees)[1]
-        points = normalize(vectors[:, -experts:], dim=-1)
+        limit = 0.0 if bool((sizes == 0).any()) else float(sizes.float().mean())
+        points = normalize(_leading((sizes > limit).float(), experts), dim=-1)
     return balanced_kmeans(points, experts, generator=generator)
+
+
+def _leading(active: Tensor, many: int, *, rounds: int = 8) -> Tensor:
+    """Return the leading eigenvectors (units, many) of how often two units are active together.
+
+    M = D^-1/2 (A^T A without its diagonal) D^-1/2, D the sums of its rows. M is never made where
+    the vectors asked for are few: the space that they span is found by `rounds` of products with
+    it, each made orthonormal, from a fixed start.
+    """
+    alone = active.sum(0)
+    degrees = (active.T @ active.sum(1) - alone).clamp(min=1).rsqrt()[:, None]
+
+    def product(v: Tensor) -> Tensor:
+        v = degrees * v
+        return degrees * (active.T @ (active @ v) - alone[:, None] * v)
+
+    n, spare = len(alone), many + 16
+    if n < 4 * spare:
+        return torch.linalg.eigh(product(torch.eye(n, device=active.device)))[1][:, -many:]
+    v = torch.randn(n, spare, generator=Generator().manual_seed(0)).to(active.device)
+    for _ in range(rounds):
+        v = product(torch.linalg.qr(v)[0])
+    v = torch.linalg.qr(v)[0]
+    return v @ torch.linalg.eigh(v.T @ product(v))[1][:, -many:]
 
 
 @torch.no_grad()

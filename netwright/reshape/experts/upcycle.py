@@ -18,6 +18,7 @@ from netwright.reshape.experts._dense import activation_of, as_block, dense_laye
 from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights
 from netwright.runtime.modes import evaluating
 from netwright.runtime.random_state import same_random_state
+from netwright.runtime.padding import read_padding
 from netwright.signals import apply, first_argument
 
 __all__ = ["upcycle"]
@@ -121,6 +122,7 @@ def _mixed(model: nn.Module, decision: Mapping[str, Any],
     mixed = put_blocks(model, blocks)
     for name, dim in decision["attention"].items():
         replace(mixed, name, SoftExperts(dim, parts[name], generator=generator))
+    read_padding(mixed)
     return mixed
 
 
