@@ -106,7 +106,7 @@ def write_feedforward(model: nn.Module, layer: FeedForwardLayer,
         raise ValueError(f"weights.gate must be given where the layer has a gate; {layer.name!r} "
                          f"has {'none' if layer.gate is None else 'one'}")
     if layer.packed is not None:
-        linears, weights = linears[:2] + (None,), _packed(weights, layer.packed)
+        linears, weights = (*linears[:2], None), _packed(weights, layer.packed)
     biases = (weights.up_bias, weights.down_bias, weights.gate_bias)
     matrices = (weights.up, weights.down, weights.gate)
     for part, matrix, bias in zip(linears, matrices, biases, strict=True):
@@ -132,8 +132,8 @@ def put_block(model: nn.Module, layer: FeedForwardLayer, block: nn.Module) -> nn
 
     Where one module holds the layer and nothing else, `block` stands in its place, with the
     dropout that the module ended in. Else the first linear layer keeps what it is given and
-    passes zeros of width 1 on, or 2 where it gave the gate as well, whatever lies between makes something of them, and where the last
-    linear layer was, `block` is fed with what was kept.
+    passes zeros of width 1 on, or 2 where it gave the gate as well, whatever lies between makes
+    something of them, and where the last linear layer was, `block` is fed with what was kept.
 
     Raises:
         ValueError: the layer is a block of experts that does not return a single tensor.

@@ -25,6 +25,8 @@ def running_again() -> bool:
     Where everything is as the first time and will be put back, as in reversible stacks, a module
     runs as it did and this is False.
     """
+    if torch.compiler.is_compiling():  # a compiler runs a pass again by graphs of its own
+        return False
     return not _restored[0] and torch._C._current_graph_task_id() != -1
 
 

@@ -25,7 +25,8 @@ class ExpertChoiceRouter(nn.Module):
         k: how many of them a token uses on average; need not be whole.
         generator: draws the weight; the global state without one.
 
-    Shapes: x (tokens, dim); mask (tokens,), True where a token is no padding; experts, weights and tokens (n_experts c,).
+    Shapes: x (tokens, dim); mask (tokens,), True where a token is no padding; experts, weights and
+    tokens (n_experts c,).
 
     Raises:
         ValueError: `k` is not above 0, or above `n_experts`.

@@ -51,8 +51,8 @@ class LossFreeRouter(nn.Module):
     Shapes: x (tokens, dim); experts and weights (tokens, k); bias (n_experts,).
 
     Raises:
-        ValueError: `k` is below 1 or above `n_experts`, or 1 with `normalize`, or `scores` is another
-            word.
+        ValueError: `k` is below 1 or above `n_experts`, or 1 with `normalize`, or `scores` is
+            another word.
 
     Paper: Wang, Gao, Zhao, Sun, Dai, 2024, Auxiliary-Loss-Free Load Balancing Strategy for
     Mixture-of-Experts.

@@ -2,7 +2,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import pairwise
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class Usage(NamedTuple):
     takes=("dim",),
     search={"k": [1, 2], "balance": (0.001, 0.1)},
     variants={"plain": {"experts": lambda: nn.Linear(8, 8), "n_experts": 4},
+              "dense": {"experts": lambda: nn.Linear(8, 8), "n_experts": 4, "form": "dense"},
               "one by one": {"experts": lambda: nn.Linear(8, 8), "n_experts": 4, "fused": False}},
 )
 class MixtureOfExperts(nn.Module):
@@ -66,11 +67,17 @@ class MixtureOfExperts(nn.Module):
     multiplies it, call backward() within `auxiliary_scale` of the same factor; otherwise the
     former makes them stronger by that number, and the latter lets them all but vanish.
 
-    Experts that are alike, `GLU`s, `FeedForward`s of two layers or a `GLUExperts`, are run in one
-    pass over the tokens sorted by expert, whose backward pass is written by hand. It keeps the two
+    Experts that are alike, `GLU`s, `FeedForward`s of two layers or a `GLUExperts`, with nothing to
+    them but their weights (no hooks, no patched `forward`, nothing quantised), are run in one pass
+    over the tokens sorted by expert, whose backward pass is written by hand. It keeps the two
     branches of each routed token and nothing else; it has no second derivative, for which
     `fused=False` is there. Other experts, which are to come after those in a list, are called one
     by one, those without tokens not at all.
+
+    How many tokens an expert has is known only when they are there, which no graph can hold. With
+    `form="dense"`, to be set at any time, every expert runs on every token and those that were not
+    chosen count 0: the same outputs up to rounding at n_experts / k times the products, in one
+    graph for `torch.compile(fullgraph=True)`. It is what `torch.export` and ONNX get in any case.
 
     Args:
         dim: size of the last axis of x.
@@ -91,15 +98,17 @@ class MixtureOfExperts(nn.Module):
         balance: strength of the balance loss; for experts that are to differ in load, one for each.
         z: strength of the z-loss; 0.001 is common.
         fused: whether experts that are alike are run in one pass.
+        form: "routed", where experts run on their own tokens, or "dense".
 
     Shapes: x (*, dim); token_ids (*), int64, for routers that ask for them; mask (*), True or not
     0 at tokens that are no padding; y (*, out).
 
     Raises:
-        ValueError: the sizes of x, the experts' outputs, the router, `token_ids` or `mask` do not fit, or
-            `n_experts`, `k` or `capacity` is out of range, or the router's logits are not finite.
-            The last is asked together with the experts' counts, in the one transfer from the
-            device that they need.
+        UnknownName: `form` is neither of the two.
+        ValueError: the sizes of x, the experts' outputs, the router, `token_ids` or `mask` do not
+            fit, or `n_experts`, `k` or `capacity` is out of range, or the router's logits are not
+            finite. The last is asked together with the experts' counts, in the one transfer from
+            the device that they need.
 
     Paper: Jiang, Sablayrolles, Roux, et al., 2024, Mixtral of Experts.
 
@@ -117,8 +126,9 @@ class MixtureOfExperts(nn.Module):
                  capacity: float | None = None,
                  shared: nn.Module | Sequence[nn.Module] | None = None,
                  balance: float | Sequence[float] = 0.01, z: float = 0.0,
-                 fused: bool = True) -> None:
+                 fused: bool = True, form: Literal["routed", "dense"] = "routed") -> None:
         super().__init__()
+        checks.one_of(["routed", "dense"], form=form)
         wanted = getattr(router, "n_experts", None) if n_experts is None else n_experts
         self.experts = _modules(experts, wanted)
         n = self.experts.n_experts if isinstance(self.experts, GLUExperts) else len(self.experts)
@@ -139,7 +149,7 @@ class MixtureOfExperts(nn.Module):
             raise ValueError(f"balance must be one number, or one for each of the {n} experts, "
                              f"got {len(strengths)}")
         self.dim, self.n_experts, self.capacity, self.fused = dim, n, capacity, fused
-        self.balance, self.z = strengths, z
+        self.balance, self.z, self.form = strengths, z, form
         self._lent = Lent()
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None,
@@ -157,18 +167,20 @@ class MixtureOfExperts(nn.Module):
         flat, real = x.reshape(-1, self.dim), self._real(x, mask)
         told = (real,) if getattr(self.router, "takes_mask", False) else ()
         routing = self.router(flat, None if token_ids is None else token_ids.reshape(-1), *told)
-        sent = _dispatch(routing, len(flat), self.n_experts, self.capacity, real)
+        dense = self.form == "dense" or torch.compiler.is_exporting() or torch.jit.is_tracing()
+        sent = (_shares if dense else _dispatch)(routing, len(flat), self.n_experts, self.capacity,
+                                                 real)
         usage, total = self._usage(routing, sent, real)
         if total is not None and self.training and total.requires_grad:
             sent = sent._replace(weights=with_auxiliary(sent.weights, total))
-        y = self._experts(flat, sent)
+        y = self._all(flat, sent.weights) if dense else self._experts(flat, sent)
         for i, module in enumerate(self.shared):
             more = module(flat)
             if more.shape != y.shape:
                 raise ValueError(f"shared module {i} must return {tuple(y.shape)}, as the experts "
                                  f"do, got {tuple(more.shape)}")
             y = y + more
-        if not running_again():
+        if not running_again() and not torch.compiler.is_exporting():
             self.usage = usage
             observe = getattr(self.router, "observe", None)
             if self.training and observe is not None:
@@ -182,10 +194,21 @@ class MixtureOfExperts(nn.Module):
         real = self._lent.find(x) if running_again() else None
         if real is None:
             real = real_of(x)
-        if not running_again() and (real is not None or self._lent.kept) and (
+        compiled = torch.compiler.is_compiling()
+        if not compiled and not running_again() and (real is not None or self._lent.kept) and (
                 self.training or torch.is_grad_enabled()):
             self._lent.note(x, real)
         return None if real is None else real.reshape(-1)
+
+    def _all(self, x: Tensor, shares: Tensor) -> Tensor:
+        """Return (tokens, out): all experts' outputs by their shares (tokens, n_experts)."""
+        y: Any = None
+        for i in range(self.n_experts):
+            part = (self.experts.expert(i, x) if isinstance(self.experts, GLUExperts) else
+                    self.experts[i](x))
+            part = part * shares[:, i, None].to(part.dtype)
+            y = part if y is None else y + part
+        return cast(Tensor, y)
 
     def _experts(self, x: Tensor, sent: "_Sent") -> Tensor:
         plain = not self.fused or torch._C._are_functorch_transforms_active()
@@ -309,14 +332,7 @@ def _dispatch(routing: Routing, tokens: int, n: int, capacity: float | None,
     asked_for = starts[-1:] if counted is None else counted.sum()[None]
     *bounds, many, finite = torch.cat([starts, asked_for,
                                        _finite(routing, tokens, real)[None]]).tolist()
-    if not finite:
-        raise ValueError("the router's logits must be finite, got infinite or undefined ones; "
-                         "look for a loss that diverged, lower the learning rate, or give the "
-                         "mixture z=0.001")
-    if bounds[0] or bounds[-1] != len(order):
-        raise ValueError(f"the router must choose experts from 0 to {n - 1}, got others; make it "
-                         f"with n_experts={n}; a HashRouter answers so to "
-                         "token ids outside its vocabulary")
+    _say(finite, bounds[0] == 0 and bounds[-1] == len(order), n)
     asked = load = _loads(ordered, starts, counted)
     counts = [end - start for start, end in pairwise(bounds)]
     if capacity is not None and max(counts) > (room := ceil(capacity * many / n)):
@@ -325,6 +341,50 @@ def _dispatch(routing: Routing, tokens: int, n: int, capacity: float | None,
         load = asked.clamp(max=room)
         counts = [min(count, room) for count in counts]
     return _Sent(rows, weights[order], inverse, counts, load, asked)
+
+
+def _shares(routing: Routing, tokens: int, n: int, capacity: float | None,
+            real: Tensor | None) -> _Sent:
+    """Return what `_dispatch` does with nothing that depends on how many tokens an expert has.
+
+    `weights` are the shares (tokens, n_experts).
+    """
+    if not torch.compiler.is_compiling():
+        _check_routing(routing, tokens, n, real)
+    experts, weights, whose = routing.experts, routing.weights, routing.tokens
+    if whose is None:  # first choices first
+        whose = torch.arange(tokens, device=experts.device).repeat(experts.shape[1])
+        experts, weights = experts.t().reshape(-1), weights.t().reshape(-1)
+    chosen = experts[:, None] == torch.arange(n, device=experts.device)
+    counted = chosen if real is None else chosen & real[whose, None]
+    asked = load = counted.sum(0)
+    if capacity is not None:
+        room = (capacity * asked.sum() / n).ceil()
+        before = counted.cumsum(0)
+        if real is not None:  # padding takes what is left
+            before = before.where(counted, asked + (chosen & ~counted).cumsum(0))
+        weights = weights.where((before.where(chosen, 0).sum(1) <= room), 0)
+        load = asked.minimum(room.to(asked.dtype))
+    shares = weights.new_zeros(tokens, n).index_add(0, whose, chosen * weights[:, None])
+    return _Sent(whose, shares, None, [], load, asked)
+
+
+def _check_routing(routing: Routing, tokens: int, n: int, real: Tensor | None) -> None:
+    """Raise where a router's choice or its logits cannot be."""
+    inside = ((routing.experts >= 0) & (routing.experts < n)).all().long()
+    finite, inside = torch.stack([_finite(routing, tokens, real), inside]).tolist()
+    _say(finite, inside, n)
+
+
+def _say(finite: int, inside: int, n: int) -> None:
+    if not finite:
+        raise ValueError("the router's logits must be finite, got infinite or undefined ones; "
+                         "look for a loss that diverged, lower the learning rate, or give the "
+                         "mixture z=0.001")
+    if not inside:
+        raise ValueError(f"the router must choose experts from 0 to {n - 1}, got others; make it "
+                         f"with n_experts={n}; a HashRouter answers so to "
+                         "token ids outside its vocabulary")
 
 
 def _loads(ordered: Tensor, starts: Tensor, counted: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from netwright.anatomy.layers import beyond_weights
 from netwright.blocks.feedforward import GLU, FeedForward
 from netwright.errors import NothingToReshape
 from netwright.reshape._calibration import layers_in
@@ -43,9 +44,14 @@ def dense_layers(model: nn.Module, example: Any, square: bool = True) -> list[Fe
         NothingToReshape: there is none.
         ValueError: one has hooks or parametrized weights, which its experts would not have.
     """
-    found = [layer for layer in layers_in(model, example, square=square)
-             if layer.experts is None]
-    if not found:
+    return dense(model, layers_in(model, example, square=square))
+
+
+def dense(model: nn.Module, layers: list[FeedForwardLayer], *,
+          needed: bool = True) -> list[FeedForwardLayer]:
+    """Return those of `layers` that are not experts yet; raise as `dense_layers` does."""
+    found = [layer for layer in layers if layer.experts is None]
+    if not found and needed:
         raise NothingToReshape(f"all feed-forward layers of {type(model).__name__} are experts "
                                "already; give a dense model")
     for name in (name for layer in found for name in (layer.up, layer.gate, layer.down) if name):
@@ -60,6 +66,11 @@ def _check_plain(linear: nn.Module, name: str) -> None:
     if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
         raise ValueError(f"model has hooks at {name!r}, whose weights its experts take over "
                          "without them; remove the hooks first")
+    beyond = "" if hooks else beyond_weights(linear)
+    if beyond:
+        raise ValueError(f"model has a layer {name!r} with {beyond}, whose weights its experts "
+                         "take over without it; load the model plainly, without offloading or "
+                         "quantisation, and remove wrappers first")
     if is_parametrized(linear):
         raise ValueError(f"model has a parametrized layer {name!r}, whose weights its experts take "
                          "over as they are; take that off by "

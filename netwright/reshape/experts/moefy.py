@@ -27,6 +27,8 @@ from netwright.runtime.progress import Bar
 
 __all__ = ["moefy"]
 
+MOST = 2048  # inputs in which units are counted together
+
 Split = Literal["cluster", "coactivation", "random"]
 Router = Literal["mlp", "similarity", "groundtruth"]
 
@@ -120,41 +122,41 @@ def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Spl
         bar.start(after=2.0)
     try:
         given = _drawn(model, [str(layer.up) for layer in layers], stream, rows, generator, bar)
-        said, choosers, targets = [], [], []
+        said, scores, shares = [], [], []
         for number, layer in enumerate(layers):
             weights = feedforward_weights(model, layer)
             activation = activation_of(layer, weights.up)
             with torch.no_grad():
                 sizes = weights.hidden(given[str(layer.up)], activation).abs()
-            known = finished.get(str(layer.down))
-            groups = known[1]["groups"] if known is not None else _groups(
+            there = finished.get(str(layer.down))
+            groups = there[1]["groups"] if there is not None else _groups(
                 weights, sizes, n_experts, split, generator)
-            if known is None:
+            if there is None:
                 finished.put(str(layer.down), {}, {"groups": groups})
-            choosers.append(ActiveExperts(_experts(weights, activation, groups), k, router))
-            targets.append(torch.stack([sizes[:, group].sum(1) for group in groups], 1))
+            if router == "mlp":
+                scores.append(_score(layer.dim, n_experts, weights.up))
+                shares.append(_activity(sizes, groups))
             said.append({"layer": plain_layer(layer, model), "groups": groups.tolist()})
             bar.epoch(number, float("nan"), float("nan"))
-        if router == "mlp":
-            fit(choosers, list(given.values()), targets, steps, generator)
+        fit(scores, list(given.values()), shares, steps, generator)
     finally:
         bar.stop()
     return decided({"layers": said, "k": k, "router": router}, layers=layers,
-                   routers=[chooser.state_dict() for chooser in choosers])
+                   scores=scores)
 
 
 @moefy.applies
 def _of_experts(model: nn.Module, decision: Mapping[str, Any],
                 layers: Sequence[FeedForwardLayer] | None = None,
-                routers: Sequence[Mapping[str, Tensor]] = ()) -> nn.Module:
+                scores: Sequence[nn.Sequential] = ()) -> nn.Module:
     layers = layers or [layer_of(said["layer"], model) for said in decision["layers"]]
     blocks = {}
     for i, (layer, said) in enumerate(zip(layers, decision["layers"], strict=True)):
         weights = feedforward_weights(model, layer)
         made = _experts(weights, activation_of(layer, weights.up), torch.tensor(said["groups"]))
         chooser = ActiveExperts(made, decision["k"], decision["router"])
-        if routers:
-            chooser.load_state_dict(routers[i])
+        if scores:
+            chooser.score = scores[i]
         # The bias of the second matrix counts once, whatever the experts.
         bias = None if weights.down_bias is None else Bias(weights.down_bias)
         blocks[layer] = MixtureOfExperts(layer.dim, made, chooser, shared=bias, balance=0.0)
@@ -227,12 +229,7 @@ class ActiveExperts(nn.Module):
         self.looks_at = tuple(experts)  # not its own, so no parameters of it
         up = _reading(experts[0])
         if kind == "mlp":
-            width = max(len(experts), 32)
-            with torch.device("meta"):
-                self.score = nn.Sequential(nn.Linear(up.shape[1], width), nn.Tanh(),
-                                           nn.Linear(width, len(experts)))
-            # Frozen, since a choice has no gradient, and who waits for one would wait for ever.
-            self.score.to_empty(device=up.device).to(up.dtype).requires_grad_(False)
+            self.score = _score(up.shape[1], len(experts), up)
         elif kind == "similarity":
             with torch.no_grad():
                 self.register_buffer("centers", normalize(torch.stack(
@@ -258,45 +255,64 @@ class ActiveExperts(nn.Module):
         return torch.stack([_hidden(expert, x).abs().sum(-1) for expert in self.looks_at], -1)
 
 
-def fit(routers: Sequence[ActiveExperts], given: Sequence[Tensor], activity: Sequence[Tensor],
+def _score(dim: int, experts: int, like: Tensor) -> nn.Sequential:
+    """Return a network for the scores, its weights not drawn yet.
+
+    It is frozen, since a choice has no gradient, and who waits for one would wait for ever.
+    """
+    width = max(experts, 32)
+    with torch.device("meta"):
+        score = nn.Sequential(nn.Linear(dim, width), nn.Tanh(), nn.Linear(width, experts))
+    return score.to_empty(device=like.device).to(like.dtype).requires_grad_(False)
+
+
+def _activity(sizes: Tensor, groups: Tensor) -> Tensor:
+    """Return the sums of each expert's units' sizes (rows, units): (rows, experts)."""
+    wide = torch.promote_types(sizes.dtype, torch.float32)
+    chosen = torch.zeros(sizes.shape[1], len(groups), dtype=wide, device=sizes.device)
+    chosen[groups.to(sizes.device), torch.arange(len(groups), device=sizes.device)[:, None]] = 1
+    return sizes.to(wide) @ chosen
+
+
+def fit(scores: Sequence[Any], given: Sequence[Tensor], activity: Sequence[Tensor],
         steps: int, generator: Generator | None) -> None:
-    """Fit the scores to the share that each expert's activity has of the largest one's.
+    """Fit scores to the share that each expert's activity has of the largest one's.
 
-    Routers whose layers are alike learn together, as one batched product.
+    Those whose layers are alike learn together, as one batched product.
 
-    Shapes: given (rows, dim) and activity (rows, experts) of each router.
+    Shapes: given (rows, dim) and activity (rows, experts) of each.
     """
     alike: dict[Any, list[int]] = {}
-    for i, x in enumerate(given):
-        alike.setdefault((x.shape, x.device, x.dtype), []).append(i)
+    for i, (score, x) in enumerate(zip(scores, given, strict=False)):
+        alike.setdefault((x.shape, x.device, x.dtype, len(score[2].weight)), []).append(i)
     for places in alike.values():
-        _fit_alike([routers[i].score for i in places], [given[i] for i in places],
+        _fit_alike([scores[i] for i in places], [given[i] for i in places],
                    torch.stack([activity[i] for i in places]), steps, generator)
 
 
 @torch.enable_grad()
-def _fit_alike(scores: Sequence[nn.Sequential], given: Sequence[Tensor], activity: Tensor,
+def _fit_alike(scores: Sequence[Any], given: Sequence[Tensor], activity: Tensor,
                steps: int, generator: Generator | None) -> None:
     # Narrow numbers have too few digits to learn with.
-    wide = torch.promote_types(activity.dtype, torch.float32)
-    target = activity.to(wide)
-    target = target / target.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
-    parts = [[score[0].weight, score[0].bias, score[2].weight, score[2].bias] for score in scores]
+    order = torch.randperm(len(given[0]), generator=generator).to(activity.device)
+    x = torch.stack([rows[order] for rows in given]).to(activity.dtype)
+    target = activity[:, order]
+    target = target / target.amax(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
     drawn: list[list[Tensor]] = [[], [], [], []]
     for score in scores:
-        for i, layer in enumerate((score[0], score[0], score[2], score[2])):
-            like = (layer.weight, layer.bias)[i % 2]
-            uniform = 2 * torch.rand(like.shape, generator=generator) - 1
-            drawn[i].append((uniform * layer.in_features ** -0.5).to(like.device, wide))
-    learnt = [torch.stack(some).requires_grad_() for some in drawn]
-    up, up_bias, down, down_bias = learnt
-    optimizer = torch.optim.Adam(learnt, 1e-2)
+        for i, (layer, name) in enumerate((layer, name) for layer in (score[0], score[2])
+                                          for name in ("weight", "bias")):
+            uniform = 2 * torch.rand(getattr(layer, name).shape, generator=generator) - 1
+            drawn[i].append(uniform.to(x) * layer.in_features ** -0.5)
+    up, up_bias, down, down_bias = learnt = [torch.stack(some).requires_grad_() for some in drawn]
+    optimizer = torch.optim.Adam(learnt, 1e-2, fused=True)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    size, start = min(256, x.shape[1]), 0
     for _ in range(steps):
-        some = torch.randint(len(given[0]), (min(256, len(given[0])),), generator=generator)
-        some = some.to(target.device)
-        x = torch.stack([rows[some] for rows in given]).to(wide)
-        hidden = torch.baddbmm(up_bias[:, None], x, up.mT).tanh()
+        start = 0 if start + size > x.shape[1] else start  # views of what was shuffled once
+        some = slice(start, start + size)
+        start += size
+        hidden = torch.baddbmm(up_bias[:, None], x[:, some], up.mT).tanh()
         guess = torch.baddbmm(down_bias[:, None], hidden, down.mT)
         loss = binary_cross_entropy_with_logits(guess, target[:, some]) * len(scores)
         optimizer.zero_grad()
@@ -304,8 +320,8 @@ def _fit_alike(scores: Sequence[nn.Sequential], given: Sequence[Tensor], activit
         optimizer.step()
         falling.step()
     with torch.no_grad():
-        for i, own in enumerate(parts):
-            for parameter, whole in zip(own, learnt, strict=True):
+        for i, score in enumerate(scores):
+            for parameter, whole in zip(score.parameters(), learnt, strict=True):
                 parameter.copy_(whole[i])
 
 
@@ -335,11 +351,11 @@ def _groups(weights: FeedForwardWeights, sizes: Tensor, experts: int, split: Spl
     else:
         # With ReLU a unit is active where it is not 0; elsewhere where it is larger than most.
         limit = 0.0 if bool((sizes == 0).any()) else float(sizes.float().mean())
-        points = normalize(_leading((sizes > limit).float(), experts), dim=-1)
+        points = normalize(_leading((sizes[:MOST] > limit).float(), experts), dim=-1)
     return balanced_kmeans(points, experts, generator=generator)
 
 
-def _leading(active: Tensor, many: int, *, rounds: int = 8) -> Tensor:
+def _leading(active: Tensor, many: int, *, rounds: int = 5) -> Tensor:
     """Return the leading eigenvectors (units, many) of how often two units are active together.
 
     M = D^-1/2 (A^T A without its diagonal) D^-1/2, D the sums of its rows. M is never made where
@@ -384,7 +400,9 @@ def balanced_kmeans(points: Tensor, clusters: int, *, rounds: int = 20,
         total = float(distances.gather(1, owner[:, None]).mean())
         if not total < least:
             break
-        best, least = owner, total
+        best, gained, least = owner, least - total, total
+        if gained < 1e-3 * total:
+            break
         groups = owner.argsort(stable=True).view(clusters, size)
         centers = points[groups].mean(1)
     assert best is not None
