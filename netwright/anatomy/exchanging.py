@@ -123,7 +123,8 @@ def _packed(weights: FeedForwardWeights, first: int) -> FeedForwardWeights:
                 return None
             gate, up = (torch.zeros_like(given) if t is None else t for t in (gate, up))
         return torch.cat((up, gate) if first else (gate, up))
-    return weights._replace(up=both(weights.gate, weights.up), gate=None, gate_bias=None,
+    up: Any = both(weights.gate, weights.up)
+    return weights._replace(up=up, gate=None, gate_bias=None,
                             up_bias=both(weights.gate_bias, weights.up_bias))
 
 

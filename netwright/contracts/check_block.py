@@ -347,8 +347,9 @@ def what_stands_at_padding_changes_nothing(make: Make) -> None:
                 seen += torch.autograd.grad(value, taught, allow_unused=True,
                                             materialize_grads=True)
             found.append([part.detach() for part in seen])
-        expect_close(*found, "the same for real tokens, and the same gradients, whatever stands at "
-                     "padding", "leave it out of sums over tokens: read real_of(x) from "
+        one, other = found
+        expect_close(one, other, "the same for real tokens, and the same gradients, whatever "
+                     "stands at padding", "leave it out of sums over tokens: read real_of(x) from "
                      "netwright.runtime.padding")
 
 

@@ -51,8 +51,10 @@ def few(example: Any) -> Any:
     """Return some samples of what a model takes, all of it where samples are not told apart.
 
     >>> import torch
-    >>> few({"input_ids": torch.zeros(32, 5), "attention_mask": torch.ones(32, 5)})["input_ids"].shape
-    torch.Size([2, 5])
+    >>> few({"input_ids": torch.zeros(32, 5), "attention_mask": torch.ones(32, 5)})
+    {'input_ids': tensor([[0., 0., 0., 0., 0.],
+            [0., 0., 0., 0., 0.]]), 'attention_mask': tensor([[1., 1., 1., 1., 1.],
+            [1., 1., 1., 1., 1.]])}
     """
     sizes = {len(t) if t.ndim > 1 else 0 for t in tree_leaves(dict(example) if isinstance(
         example, Mapping) else example) if isinstance(t, Tensor)}

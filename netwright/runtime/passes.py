@@ -43,7 +43,8 @@ def as_the_first() -> Iterator[None]:
 class Pass:
     """What a pass of `network` finds, noted before it, so that it can be run again the same.
 
-    Held are the random states, which positions are padding and, of the network's modules, buffers and attributes.
+    Held are the random states, which positions are padding and, of the network's modules, buffers
+    and attributes.
 
     >>> network = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     >>> this, x = Pass(network), torch.ones(1, 2)

@@ -17,8 +17,8 @@ from netwright.reshape.change import decided, reshape
 from netwright.reshape.experts._dense import activation_of, as_block, dense_layers, put_blocks
 from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights
 from netwright.runtime.modes import evaluating
-from netwright.runtime.random_state import same_random_state
 from netwright.runtime.padding import read_padding
+from netwright.runtime.random_state import same_random_state
 from netwright.signals import apply, first_argument
 
 __all__ = ["upcycle"]
