@@ -156,6 +156,7 @@ def reshape(body: Callable[P, nn.Module]) -> Reshape[P]:
         return half
 
     made: Any = change
+    made.__doc__ = _with_check(body.__doc__)
     parameters = list(signature.parameters.values())
     place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     made.__signature__ = signature.replace(parameters=[
@@ -243,6 +244,14 @@ def _check(models: list[Any]) -> None:
         if any(p.is_meta for p in model.parameters()):
             raise ValueError("model must hold its weights, got some on the meta device; load them "
                              "first")
+
+
+def _with_check(doc: str | None) -> str | None:
+    """Return a reshape's docstring with the argument that every reshape has."""
+    before, head, rest = (doc or "").partition("    Args:\n")
+    arguments, gap, after = rest.partition("\n\n")
+    told = "\n        check: whether the result is run before it is returned; see `reshape`."
+    return f"{before}{head}{arguments}{told}{gap}{after}" if head else doc
 
 
 def _streams(calibration: Any) -> bool:
