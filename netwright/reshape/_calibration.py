@@ -38,7 +38,6 @@ class Stream:
         self.first = next((_filled(batch) for batch in self._inputs()), None)
         if self.first is None:
             raise ValueError(NONE)
-        self.many = 1 if single else len(calibration) if hasattr(calibration, "__len__") else None
 
     def __iter__(self) -> Iterator[Any]:
         return chain([self.first], map(_filled, self._inputs()))

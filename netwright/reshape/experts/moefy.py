@@ -126,8 +126,10 @@ def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Spl
         for number, layer in enumerate(layers):
             weights = feedforward_weights(model, layer)
             activation = activation_of(layer, weights.up)
-            with torch.no_grad():
-                sizes = weights.hidden(given[str(layer.up)], activation).abs()
+            sizes = torch.empty(0)
+            if split == "coactivation" or router == "mlp":
+                with torch.no_grad():
+                    sizes = weights.hidden(given[str(layer.up)], activation).abs()
             there = finished.get(str(layer.down))
             groups = there[1]["groups"] if there is not None else _groups(
                 weights, sizes, n_experts, split, generator)

@@ -276,9 +276,10 @@ def test_blocks_that_save_nothing_are_refused(before, after):
 def test_what_is_built_has_fewer_parameters_or_is_refused(kind, share):
     for before in range(6, 70, 7):
         for after in range(8, 90, 9):
-            try:
-                layer = StructuredLinear(before, after, kind, share=share)
-            except ValueError as error:
-                assert kind == "blockshuffle" and "common divisor" in str(error)  # noqa: PT018
+            if kind == "blockshuffle" and before + after >= max(before, after) * math.gcd(
+                    before, after):
+                with pytest.raises(ValueError, match="common divisor"):
+                    StructuredLinear(before, after, kind, share=share)
                 continue
+            layer = StructuredLinear(before, after, kind, share=share)
             assert layer.first.numel() + layer.second.numel() < before * after
