@@ -65,6 +65,8 @@ class CentroidRouter(nn.Module):
         if x.ndim != 2 or not 1 <= n_experts <= len(x):
             raise ValueError(f"n_experts must be between 1 and the number of samples of x "
                              f"(samples, dim), got {n_experts} for {tuple(x.shape)}")
+        middle = x.mean(0)
+        x = x - middle  # so that sums and squares have digits left for what differs
         device = "cpu" if generator is None else generator.device
         first = torch.randint(len(x), (1,), generator=generator, device=device)
         centroids = x[first.to(x.device)]
@@ -78,7 +80,7 @@ class CentroidRouter(nn.Module):
             sums = torch.zeros_like(centroids).index_add_(0, nearest, x)
             counts = x.new_zeros(n_experts).index_add_(0, nearest, x.new_ones(len(x)))[:, None]
             centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
-        return cls(centroids)
+        return cls(centroids + middle)
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
         """Return the routing of x (tokens, dim)."""
