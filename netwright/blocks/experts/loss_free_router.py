@@ -141,7 +141,7 @@ _alive: WeakSet[LossFreeRouter] = WeakSet()
 
 def _after_step(optimizer: Optimizer, args: Any, options: Any) -> None:
     """Move the biases of the routers whose weights have been stepped, in the optimizer's order."""
-    routers = {id(router.weight): router for router in _alive}
+    routers = {id(router.weight): router for router in _alive if router.training}
     if not routers:
         return
     for p in [p for group in optimizer.param_groups for p in group["params"]]:
