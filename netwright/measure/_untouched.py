@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ class _Tables:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.training = module, module.training
-        self.tables = [(table, dict(table)) for table in (module._parameters, module._buffers)]
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        self.tables = [(table, dict(table)) for table in tables]
         self.tensors = [(t, t.detach().clone()) for _, held in self.tables
                         for t in held.values() if isinstance(t, Tensor)]
 

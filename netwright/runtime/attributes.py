@@ -20,14 +20,20 @@ from torch.utils.data import DataLoader, Dataset
 
 # What every module has: its mode, and its tables of parameters, buffers, modules and hooks.
 _TABLES = nn.Module().__dict__.keys()
+
+
+class Memo(set[Any]):
+    """What has been found out about a module once for all, and is no state of a pass."""
+
+
 # What cannot change, or is no state of a pass.
 _FIXED = (type(None), bool, int, float, complex, str, bytes, range, torch.dtype, torch.device,
           torch.layout, torch.memory_format, torch.Size, type, types.ModuleType, enum.Enum,
           types.BuiltinFunctionType, weakref.ref, random.SystemRandom, nn.Module, nn.Parameter,
-          Optimizer, DataLoader, Dataset)
+          Optimizer, DataLoader, Dataset, Memo)
 _QUICK = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, type))
 _DEPTH = 3  # how many objects lie in one another, at most: what is deeper is another's
-_MISSING = object()
+_EMPTY = object()
 
 
 class Attributes:
@@ -55,9 +61,10 @@ class Attributes:
         self.contents: list[_Content] = []
         held: list[Any] = []
         for module in modules:
-            values = _plain(module)
-            self.modules.append((module, type(module), values))
-            held += [value for value in values.values() if type(value) not in _QUICK]
+            values = vars(module)
+            self.modules.append((module, type(module), dict(values)))
+            held += [value for name, value in values.items()
+                     if type(value) not in _QUICK and name not in _TABLES]
         if held:
             self._look_into(held)
 
@@ -84,23 +91,21 @@ class Attributes:
         """Make everything what it was."""
         for module, kind, values in self.modules:
             if type(module) is kind and _changed(module, values):
-                for name in vars(module).keys() - _TABLES - values.keys():
-                    del vars(module)[name]
-                vars(module).update(values)
+                held = vars(module)
+                for name in held.keys() - _TABLES - values.keys():
+                    del held[name]
+                held.update((name, values[name]) for name in values.keys() - _TABLES)
         for content in self.contents:
             if content.differs():
                 content.put_back()
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
-    held = vars(module)
-    return {name: held[name] for name in held.keys() - _TABLES}
-
-
 def _changed(module: nn.Module, values: dict[str, Any]) -> bool:
     held = vars(module)
-    return (len(held.keys() - _TABLES) != len(values)
-            or any(held.get(name, _MISSING) is not value for name, value in values.items()))
+    if len(held) == len(values) and all(map(is_, held.values(), values.values())):
+        return False  # as it is nearly always, and found out in a microsecond
+    return (held.keys() != values.keys()
+            or any(held[name] is not values[name] for name in values.keys() - _TABLES))
 
 
 class _Content:
@@ -221,7 +226,7 @@ def _fill_cells(function: Any, kept: list[Any]) -> None:
 
 def _filled(cell: Any) -> bool:
     with suppress(ValueError):
-        return cell.cell_contents is not _MISSING
+        return cell.cell_contents is not _EMPTY
     return False
 
 
@@ -236,7 +241,8 @@ _KINDS: dict[Any, Callable[[Any], _Content]] = {
     types.MethodType: lambda v: _Content(v, lambda m: [m.__self__], _leave, _same_things),
     partial: lambda v: _Content(v, lambda p: [p.func, *p.args, *p.keywords.values()], _leave,
                                 _same_things),
-    Generator: lambda v: _Whole(v, Generator.get_state, Generator.set_state, torch.equal),
+    Generator: lambda v: _Whole(v, lambda g: g.get_state(), lambda g, s: g.set_state(s),
+                                torch.equal),
     numpy.ndarray: lambda v: _Whole(v, numpy.copy, numpy.copyto, _same_bytes),
     numpy.random.Generator: lambda v: _generator(v.bit_generator),
     numpy.random.BitGenerator: lambda v: _generator(v),
