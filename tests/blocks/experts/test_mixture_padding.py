@@ -15,6 +15,7 @@ from netwright.blocks.experts import (
     TopKRouter,
     feed_attention_mask,
 )
+from netwright.rules import Rule
 
 DIM, N = 6, 4
 ROUTERS = {"top": lambda: TopKRouter(DIM, N), "one": lambda: TopKRouter(DIM, N, 1),
@@ -115,3 +116,24 @@ def test_all_padding_is_no_load():
     moe(x, mask=torch.zeros(3, 5)).sum().backward()
     assert moe.usage.load.tolist() == [0] * N
     assert moe.usage.balance_loss == moe.usage.z_loss == 0
+
+
+class StageByStage(Rule):
+    """A rule that runs the network's parts itself, none of which is called with the mask."""
+
+    def forward(self, x, y):
+        h = x["input_ids"]
+        for stage in self.network:
+            h = stage(h)
+        loss = (h.sum(-1) - y).square().mean()
+        loss.backward()
+        return loss.detach()
+
+
+def test_a_rule_lets_its_stages_know():
+    network = nn.Sequential(nn.Embedding(9, DIM), mixture())
+    x = {"input_ids": torch.randint(9, (3, 5)), "attention_mask": MASK}
+    StageByStage(network)(x, torch.ones(3, 5))
+    assert int(network[1].usage.load.sum()) == 2 * int(MASK.sum())
+    StageByStage(network)({"input_ids": x["input_ids"]}, torch.ones(3, 5))
+    assert int(network[1].usage.load.sum()) == 2 * MASK.numel()
