@@ -1,6 +1,5 @@
 """Calibration data: streamed, without padding, and gone on with after a stop."""
 
-import gc
 import inspect
 import weakref
 from functools import partial
@@ -101,7 +100,6 @@ def test_one_batch_is_in_memory_at_a_time(name):
             batch = x.as_subclass(Batch)
             alive.add(batch)
             del x
-            gc.collect()
             most = max(most, len(alive))
             yield {"input_ids": batch}
 
