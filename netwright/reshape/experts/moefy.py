@@ -28,6 +28,7 @@ from netwright.runtime.progress import Bar
 __all__ = ["moefy"]
 
 MOST = 2048  # inputs in which units are counted together
+ROWS = 128  # inputs in a step of the fit
 
 Split = Literal["cluster", "coactivation", "random"]
 Router = Literal["mlp", "similarity", "groundtruth"]
@@ -80,7 +81,7 @@ def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Spl
         k: how many run, a quarter where none is given.
         square: False for layers whose output has another size than their input, too.
         rows: how many inputs of a layer are looked at, drawn from the calibration data.
-        steps: of the fit of an "mlp" router, each on 256 rows, with Adam.
+        steps: of the fit of an "mlp" router, each on 128 rows, with Adam.
         generator: draws all that is drawn; the global state without one.
         progress: whether to show a bar in a terminal where it takes more than two seconds.
         resume: a folder where each layer's experts are kept. A call that was broken off goes on
@@ -129,7 +130,7 @@ def moefy(model: nn.Module, calibration: Any, *, n_experts: int = 16, split: Spl
             sizes = torch.empty(0)
             if split == "coactivation" or router == "mlp":
                 with torch.no_grad():
-                    sizes = weights.hidden(given[str(layer.up)], activation).abs()
+                    sizes = weights.hidden(given[str(layer.up)], activation).abs_()
             there = finished.get(str(layer.down))
             groups = there[1]["groups"] if there is not None else _groups(
                 weights, sizes, n_experts, split, generator)
@@ -309,7 +310,7 @@ def _fit_alike(scores: Sequence[Any], given: Sequence[Tensor], activity: Tensor,
     up, up_bias, down, down_bias = learnt = [torch.stack(some).requires_grad_() for some in drawn]
     optimizer = torch.optim.Adam(learnt, 1e-2, fused=True)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    size, start = min(256, x.shape[1]), 0
+    size, start = min(ROWS, x.shape[1]), 0
     for _ in range(steps):
         start = 0 if start + size > x.shape[1] else start  # views of what was shuffled once
         some = slice(start, start + size)
