@@ -16,7 +16,15 @@ SIZES = (2, 4, 8)
 
 
 @evidence(paper="003-132", claim="Basis functions learnt with the network lose less of a curve "
-          "than B-splines or principal components of the same number.")
+          "than B-splines or principal components of the same number.",
+          shortfall=("open",
+                     "With 4 and 8 numbers the claim holds on every seed, and with 2 on two of "
+                     "three: there the learnt functions miss 1.7 % of the variance, the "
+                     "principal components 20 %; on the third seed they miss 73 %, so that it is "
+                     "the training that got stuck. On MNIST-1D, where the question is a class "
+                     "and no longer what is lost of a curve, they make 58 % mistakes and the "
+                     "components 51 %. Neither another start nor a penalty, nor longer training, "
+                     "was tried."))
 def adaptive_basis(scale: Scale) -> Outcome:
     """Predict from curves by as many numbers of three kinds."""
     seeds, steps = (3, 500) if scale == "desk" else (5, 5000)

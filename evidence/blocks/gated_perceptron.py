@@ -19,7 +19,14 @@ EVERY = 50
 
 @evidence(paper="003-118", claim="A perceptron that also sees the product of its inputs learns "
           "XOR, and on iris and breast cancer is at least as accurate as without it and near a "
-          "support vector machine.")
+          "support vector machine.",
+          shortfall=("claim",
+                     "XOR is learnt under every seed. On iris and on breast cancer, five folds "
+                     "drawn anew for each of three seeds, the product does not help: 95.1 "
+                     "against 95.6 % without it, 95.3 against 97.1 %, and the machine has 95.8 "
+                     "and 97.7 %. The product of all 30 standardised inputs does harm from the "
+                     "first 50 steps on (96.3 against 97.7 %). The paper's third set was not to "
+                     "be had."))
 def gated_perceptron(scale: Scale) -> Outcome:
     """Train single layers with and without the product; cross-validate them."""
     seeds, steps = (3, 300) if scale == "desk" else (10, 3000)

@@ -23,7 +23,15 @@ WAYS: dict[str, Callable[[], nn.Module]] = {
 
 
 @evidence(paper="003-040", claim="Two layers of multiplet neurons do exclusive or, multiply, and "
-          "have analytic derivatives for weights and exponents.")
+          "have analytic derivatives for weights and exponents.",
+          shortfall=("open",
+                     "Exclusive or and the derivatives are as claimed. A product is learnt with "
+                     "an RMSE of 0.036 with Lehmer and Gini means and 0.027 with a constant; the "
+                     "0.01 that were asked for is our number and not the paper's, and an MLP of "
+                     "as many parameters misses it too (0.015). Lehmer and Gini means stand "
+                     "still from step 200 on, so that longer training is not what they need; "
+                     "with a constant it still falls a little (0.0285 to 0.0271 in the last 200 "
+                     "of 600 steps). More neurons and other weights were not tried."))
 def multiplet(scale: Scale) -> Outcome:
     """Learn exclusive or and a product by means, and by an MLP of about as many parameters."""
     seeds, steps = (3, 600) if scale == "desk" else (10, 6000)

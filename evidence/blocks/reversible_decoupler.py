@@ -16,7 +16,14 @@ MARGIN, LIMIT = 0.2, 1e-4
 
 @evidence(paper="001-003", claim="A reversible multi-column encoder with a transmission-rate-aware "
           "prompt separates transmission from reflection better than a two-stream network of its "
-          "size, and keeps all information about the image.")
+          "size, and keeps all information about the image.",
+          shortfall=("scale",
+                     "Every pixel comes back. The transmission has 18.9 dB and two streams 19.2, "
+                     "where the mixture itself has 18.4: after 120 steps of 8 mixtures neither "
+                     "is far above it. The distance falls from 0.6 dB after 40 steps to 0.3 "
+                     "after 120. The paper trains on photographs, from a large pretrained "
+                     "network's features and with further losses; the full scale has 20,000 "
+                     "steps of wider networks."))
 def reversible_decoupler(scale: Scale) -> Outcome:
     """Separate synthetic mixtures of two real images; compare PSNR; invert the encoder."""
     desk = scale == "desk"

@@ -28,7 +28,14 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
 
 
 @evidence(paper="003-072", claim="Boosted random features significantly beat plain random "
-          "features and end-to-end trained MLP ResNets on tables, at lower cost.")
+          "features and end-to-end trained MLP ResNets on tables, at lower cost.",
+          shortfall=("scale",
+                     "On five tables with five seeds the boosted networks are 2.4 points above "
+                     "random features (standard error 1.0) and 0.8 above the ResNets (0.7), in "
+                     "0.75 of the time: all in the claimed direction, but one not beyond two "
+                     "standard errors. Breast cancer, wine and digits are at 95 to 99 % for "
+                     "both; on friedman each block still adds (74.7 to 88.6 in six). The paper "
+                     "has 91 tables, with which the standard error falls."))
 def random_feature_boosting(scale: Scale) -> Outcome:
     """Tune and train all three alike on small tables; compare scores and times."""
     seeds = range(5 if scale == "desk" else 20)

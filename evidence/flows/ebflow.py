@@ -21,7 +21,13 @@ MIXTURES = ("three Gaussians", "ring of eight")
 
 @evidence(paper="003-139", claim="An energy-based flow trained by score matching needs no "
           "determinant of its linear layers, so that a step costs the square of the dimension and "
-          "not its cube, and reaches the likelihood of maximum-likelihood training.")
+          "not its cube, and reaches the likelihood of maximum-likelihood training.",
+          shortfall=("scale",
+                     "The step's cost behaves as claimed. On three Gaussians sliced score "
+                     "matching is 0.06 nats above maximum likelihood, down from 0.22 after 50 "
+                     "steps; on the ring it is 0.06 and 0.05 above on two seeds and 0.35 on the "
+                     "third. 400 steps are too few for all seeds to arrive: the full scale has "
+                     "5000, and five seeds."))
 def ebflow(scale: Scale) -> Outcome:
     """Train flows by score matching and by likelihood; time a step of each by dimension."""
     seeds, steps, repeats = (3, 400, 5) if scale == "desk" else (5, 5000, 20)

@@ -27,7 +27,14 @@ MARGIN = 1.1  # by how many times the charge must change more often than by hybr
 
 
 @evidence(paper="002-099", claim="Leapfrog layers that learn change the topological charge more "
-          "often than hybrid Monte Carlo does with as many leapfrogs.")
+          "often than hybrid Monte Carlo does with as many leapfrogs.",
+          shortfall=("scale",
+                     "The trained layers change the charge in 1.44 % of the draws and hybrid "
+                     "Monte Carlo with its best step size in 1.35 %, 7 % more often where 10 % "
+                     "were asked for; the autocorrelation times, 78 and 80 draws, do not differ "
+                     "beyond their deviations. Four layers on 8 x 8 links had 600 updates, most "
+                     "of them at a smaller beta; the paper has 16 x 16 links and long trainings "
+                     "on GPUs."))
 def leapfrog_layers(scale: Scale) -> Outcome:
     """Train four leapfrog layers on 8 x 8 U(1) links at beta 4, beside tuned leapfrogs."""
     layers, updates, draws, seeds = (4, 600, 400, 3) if scale == "desk" else (8, 5000, 4000, 5)
@@ -71,7 +78,14 @@ def leapfrog_layers(scale: Scale) -> Outcome:
 
 
 @evidence(paper="001-104", claim="Hybrid Monte Carlo in the space that a flow maps from changes "
-          "the topological charge more often than in the field itself.")
+          "the topological charge more often than in the field itself.",
+          shortfall=("open",
+                     "Through the flow 1.2 % of the draws change the charge, without it 1.5 %; "
+                     "the autocorrelation times, 44 and 46 draws, are the same within their "
+                     "deviations, and the plaquette is right. The flow is small, 8 transforms "
+                     "for 6 x 6 links, its loss hardly falls in the last 50 of 150 updates, and "
+                     "it was given two step sizes where the plain way had four. Whether a better "
+                     "flow, other step sizes or larger lattices decide is not known."))
 def flow_hybrid_monte_carlo(scale: Scale) -> Outcome:
     """Train a gauge flow on U(1) links at beta 4, and draw through it with as many leapfrogs."""
     size, depth, updates, draws, seeds = (6, 2, 150, 150, 3) if scale == "desk" else (

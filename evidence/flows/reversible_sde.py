@@ -11,7 +11,14 @@ CENTRES = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
 
 
 @evidence(paper="001-018", claim="An algebraically reversible solver of diffusion SDEs inverts "
-          "real data samples exactly into the prior distribution.")
+          "real data samples exactly into the prior distribution.",
+          shortfall=("claim",
+                     "The round trip is exact (5e-12), and samples are as near to the data as "
+                     "other solvers' at each number of evaluations. What is encoded is not like "
+                     "the prior: the second stream has a deviation of 5e5 instead of 1. "
+                     "Couplings from 0.9 to 1, 16 to 256 steps, and steps in x / alpha with the "
+                     "noise predicted were tried; the last comes down to hundreds, and its "
+                     "samples diverge."))
 def reversible_sde(scale: Scale) -> Outcome:
     """Encode and decode a mixture of eight normals, and sample from it at equal evaluations."""
     n, seeds, steps = (1500 if scale == "desk" else 5000), 3, 64

@@ -18,7 +18,15 @@ MARGIN = 15
                 "function: without such a group, the network fails chiefly at one task.",
           shown=[every(figure("share on one task, bricks (%)") > 50),
                  every(figure("share on one task, bricks (%)")
-                       > figure("share on one task, random groups (%)") + MARGIN)])
+                       > figure("share on one task, random groups (%)") + MARGIN)],
+          shortfall=("open",
+                     "Taking a brick out costs 48 points on its chief task and 29 on each of the "
+                     "others, a random group 13 and 8: bricks matter far more, but the share of "
+                     "the loss that falls on one task is 46 % for both, where a third would be "
+                     "no preference at all. One network of 96 units for three tasks was tried, "
+                     "with bricks found by one clustering into 3. Whether its units serve all "
+                     "tasks because they are few, or whether the clusters are not the functions, "
+                     "is not known."))
 def functional_bricks(scale: Scale) -> Outcome:
     """Take bricks, and groups at random, out of networks that read digits in three ways."""
     width, steps = (96, 600) if scale == "desk" else (512, 4000)

@@ -34,7 +34,14 @@ LOAD = "load of the busiest expert over the mean, {}"
                        > figure(ACCURACY.format("one adapter, as many active"))),
                  (most(LOAD.format("experts")) < 2)
                  & (figure(LOAD.format("experts"))
-                    < figure(LOAD.format("experts, no balance loss")))])
+                    < figure(LOAD.format("experts, no balance loss")))],
+          shortfall=("scale",
+                     "The experts are better than one adapter on every seed (77 against 72 %), "
+                     "and the busiest has 1.8 times the mean load, 2.2 without the balance loss. "
+                     "It is below 2, as was asked, on two seeds of three (1.4, 1.9, 2.2); in an "
+                     "earlier run on all. After 600 steps the accuracy still rises by 9 points "
+                     "in 100 steps, so that the routers are measured in the midst of their "
+                     "learning; the full scale has 5000 steps."))
 def mix_lora_tasks(scale: Scale) -> Outcome:
     """Teach a frozen network of digits five tasks that contradict each other."""
     seeds, steps = (range(3), 600) if scale == "desk" else (range(5), 5000)

@@ -21,7 +21,14 @@ DEPTHWISE, MAX, NONE = "depthwise", "max", "none"
                  & (figure(ACCURACY.format(MAX)) > figure(ACCURACY.format(NONE)) + 2),
                  (figure(PARAMETERS.format(MAX)) < figure(PARAMETERS.format(DEPTHWISE)))
                  & (figure(FLOPS.format(MAX)) < figure(FLOPS.format(DEPTHWISE))),
-                 figure(FORWARD.format(MAX)) < figure(FORWARD.format(DEPTHWISE))])
+                 figure(FORWARD.format(MAX)) < figure(FORWARD.format(DEPTHWISE))],
+          shortfall=("scale",
+                     "Max-pooling is 4.8 points above nothing in the convolutions' place and 6.2 "
+                     "below them (41.9 and 48.1 %, from 4000 images in 6 epochs, with deviations "
+                     "of 1 to 6); operations fall to 0.27. A pooling's forward pass takes 12.4 "
+                     "ms against 9.7 here: on a processor the convolution is the faster kernel. "
+                     "The authors train networks of the size of ResNet-50 on ImageNet and take "
+                     "times on a GPU."))
 def parameter_free_layers(scale: Scale) -> Outcome:
     """Train a small network of inverted bottlenecks on colour images, with and without weights."""
     seeds, images, epochs = (range(3), 4_000, 6) if scale == "desk" else (range(5), 50_000, 60)

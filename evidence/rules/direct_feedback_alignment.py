@@ -21,7 +21,15 @@ NEAR = {"MNIST": 3.0, "Cora": 3.0, "Shakespeare": 0.1}
 
 
 @evidence(paper="001-137", claim="Direct feedback alignment comes near backpropagation on tasks "
-          "beyond images, among them graphs and language, and trains the hidden layers there.")
+          "beyond images, among them graphs and language, and trains the hidden layers there.",
+          shortfall=("open",
+                     "On MNIST and Cora the claim holds. On characters, a transformer of two "
+                     "blocks ends at 2.92 nats, backpropagation at 2.08 and frozen blocks at "
+                     "3.12; the angle to the gradient only falls to 82 degrees, where it falls "
+                     "to 57 and 36 on the other tasks. The share of wrong characters does not "
+                     "fall during the 500 steps, so that more of the same would not help, and "
+                     "the rate chosen is the largest of four that were tried. Feedback into each "
+                     "weighted layer inside of a block was not tried."))
 def direct_feedback_alignment(scale: Scale) -> Outcome:
     """Compare it with backpropagation and frozen hidden stages on images, a graph and text."""
     seeds, figures, curves, rates = range(1, 6), {}, {}, {}

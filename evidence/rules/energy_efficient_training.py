@@ -24,7 +24,14 @@ MAKERS: dict[str, Callable[..., Rule]] = {
 
 
 @evidence(paper="004-029", claim="Tuned alike and stopped early, Mono-Forward classifies MLPs' "
-          "MNIST and CIFAR-10 at or above backpropagation, in less time and with less energy.")
+          "MNIST and CIFAR-10 at or above backpropagation, in less time and with less energy.",
+          shortfall=("scale",
+                     "A machine with counters of energy is needed for half of the claim. On "
+                     "MNIST the rest holds with 5000 images (92.0 against 92.0 %, 9 % less "
+                     "time). On CIFAR-10 there are 3000 images and at most 9 epochs, 32.7 "
+                     "against 33.2 %, within the seeds' deviation of 1.6, and hardly a run stops "
+                     "early, so that the time is no shorter (4.0 against 3.7 s); the paper's "
+                     "tuned trainings on all images are needed."))
 def energy_efficient_training(scale: Scale) -> Outcome:
     """Tune and train four rules alike on two data sets; compare accuracy, time, memory, FLOPs."""
     desk = scale == "desk"

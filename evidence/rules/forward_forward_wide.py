@@ -11,7 +11,12 @@ HIDDEN, BATCH, GOAL = (2000,) * 4, 256, 3.0  # percent of errors
 
 
 @evidence(paper="003-024", claim="Four layers of 2000 units that learn by forward passes alone "
-          "make 1.36 % errors on MNIST after 60 epochs.")
+          "make 1.36 % errors on MNIST after 60 epochs.",
+          shortfall=("scale",
+                     "The paper's network with 5 of its 60 epochs and one seed: by softmax the "
+                     "errors are 8.1, 5.1, 4.0, 3.2 and 2.7 % after each of them, still falling, "
+                     "by goodness 3.9 % at the end; backpropagation has 1.6 %. All 60 epochs of "
+                     "the four layers of 2000 units are needed for 1.36 %."))
 def forward_forward_wide(scale: Scale) -> Outcome:
     """Train the paper's network for the epochs that can be afforded, beside backpropagation."""
     epochs, seeds = (5, 1) if scale == "desk" else (60, 3)

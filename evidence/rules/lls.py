@@ -34,7 +34,14 @@ class _Plan(NamedTuple):
 
 
 @evidence(paper="003-028", claim="LLS and its variants come near backpropagation's accuracy on "
-          "several image data sets, and above that of feedback alignment.")
+          "several image data sets, and above that of feedback alignment.",
+          shortfall=("scale",
+                     "On digits plain LLS is 0.9 points below backpropagation, on CIFAR-10 3.3 "
+                     "points, with 3000 images and 8 epochs; in the earlier run, with 2000 "
+                     "images and 6 epochs there and 10 epochs on digits, it was 2.2 and 5.1 "
+                     "points below. Digits, where feedback alignment has 96.9 %, are too easy to "
+                     "rank rules. All of CIFAR-10, the paper's networks and its training are "
+                     "needed."))
 def lls(scale: Scale) -> Outcome:
     """Train LLS, its variants, backpropagation and feedback alignment alike."""
     desk = scale == "desk"
