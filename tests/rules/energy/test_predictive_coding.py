@@ -510,7 +510,7 @@ def test_digits_are_learned_and_controls_are_not(incremental: bool, seed: int) -
     assert shuffled < 0.3
 
 
-@pytest.mark.parametrize(("depth", "steps"), [(1, 0), (2, 1), (3, 2), (4, 4), (6, 8)])
+@pytest.mark.parametrize(("depth", "steps"), [(1, 0), (2, 5), (3, 10), (4, 15), (6, 25)])
 def test_default_steps_grow_with_depth_and_reach_the_first_stage(depth: int, steps: int) -> None:
     network = mlp(depth=depth)
     rule = PredictiveCoding(network)
