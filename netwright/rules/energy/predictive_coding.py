@@ -43,10 +43,10 @@ class PredictiveCoding(Rule):
 
     An error travels one stage a step, and `state_rate` of it, so that by default there are as many
     steps as bring most of it to the first stage. Without a `state_rate` it starts at 0.2 for each
-    batch and is halved whenever F has risen. A small `nudge` brings g near the exact gradient. `loss` is a mean over
-    targets: labels other than -100, or rows of the network's output where y does not hold whole
-    numbers. Dropout keeps one mask for all steps, and running statistics see the forward pass
-    alone.
+    batch and is halved whenever F has risen. A small `nudge` brings g near the exact gradient.
+    `loss` is a mean over targets: labels other than -100, or rows of the network's output where y
+    does not hold whole numbers. Dropout keeps one mask for all steps, and running statistics see
+    the forward pass alone.
 
     Args:
         steps: of the states; by default (L - 1) / 0.2 (`state_rate` in its place if it is given).
@@ -89,7 +89,8 @@ class PredictiveCoding(Rule):
         chain = stages(network, example)
         least = len(chain) if incremental else len(chain) - 1
         checks.above(0, state_rate=state_rate, advice="try the default", optional=True)
-        steps = max(least, ceil((len(chain) - 1) / (state_rate or START))) if steps is None else steps
+        if steps is None:
+            steps = max(least, ceil((len(chain) - 1) / (state_rate or START)))
         checks.count(least, steps=steps, advice="an error travels one stage a step and would not "
                      f"reach the first of {len(chain)} stages: raise steps or cut the network "
                      "into fewer stages")
