@@ -26,6 +26,7 @@ face(
     },
     names={
         "Anatomy": "netwright.anatomy.anatomy",
+        "Axes": "netwright.anatomy.axes",
         "History": "netwright.training",
         "Recipe": "netwright.compare.recipe",
         "Stages": "netwright.stages",
@@ -33,6 +34,7 @@ face(
         "anatomy": "netwright.anatomy.anatomy",
         "applicable": "netwright.advise.applicable",
         "apply": "netwright.compare.apply",
+        "axes": "netwright.anatomy.axes",
         "changes": "netwright.reshape.change",
         "compare": "netwright.compare",
         "find": "netwright.catalogue.find",

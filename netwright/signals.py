@@ -72,6 +72,29 @@ def tensor_of(output: Any) -> Tensor:
                       "logits; wrap it in a module whose forward returns one tensor")
 
 
+def all_of(output: Any) -> Any:
+    """Return all that a model has returned where it is several tensors to learn from, or the one.
+
+    A Hugging Face output that has logits, or a last hidden state, is those, unless it has what
+    another head says beside them (`pred_boxes`, `mc_logits`).
+
+    >>> import torch
+    >>> len(all_of((torch.ones(2), torch.zeros(2))))
+    2
+    >>> all_of({"scores": torch.ones(2), "note": None})
+    tensor([1., 1.])
+    """
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "to_tuple") and isinstance(output, Mapping):
+        held = [name for name, value in output.items() if isinstance(value, Tensor)]
+        heads = [name for name in held if name.startswith("pred_") or name.endswith("_logits")]
+        if not heads and {"logits", "last_hidden_state"} & set(held):
+            return tensor_of(output)
+    learnt = [t for t in tensors(output) if t.is_floating_point() or t.is_complex()]
+    return learnt[0] if len(learnt) == 1 else output
+
+
 def tensors(value: Any) -> list[Tensor]:
     """Return the tensors inside nested tuples, lists and mappings, in their order.
 

@@ -9,10 +9,11 @@ from torch import Generator, Tensor, nn
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, check_labels, targets
+from netwright.rules.readout import padding_mask, without_padding
+from netwright.rules.rule import Rule, chain_of, check_labels, targets
 from netwright.runtime.modes import same_buffers
 from netwright.runtime.random_state import random_state, same_random_state, set_random_state
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["InferenceLearning"]
 
@@ -84,13 +85,13 @@ class InferenceLearning(Rule):
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, rate: float = 0.1,
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy, steps: int | None = None,
                  state_rate: float = 0.5, generator: Generator | None = None) -> None:
-        chain = stages(network, example)
+        super().__init__(network, generator=generator)
+        chain = chain_of(self, network, example, loss)
         steps = max(25, len(chain)) if steps is None else steps
         checks.count(len(chain), steps=steps, advice="an error travels one stage a step and would "
                      f"not reach the first of {len(chain)} stages: raise steps or cut the network "
                      "into fewer stages")
         checks.above(0, rate=rate, state_rate=state_rate, advice="try the default")
-        super().__init__(network, generator=generator)
         self.stages, self.loss, self.steps = chain, loss, steps
         self.rate, self.state_rate = rate, state_rate
 
@@ -183,7 +184,7 @@ class _Batch:
         """Return the sum of E over the targets, and each stage's n for each sample."""
         energy, norms = self.rule.loss(states[-1], self.y) * self.count, []
         for state, (output, norm) in zip(states, self._runs(states), strict=True):
-            error = state - output
+            error = without_padding(self.x, state - output)
             squares = error.square().flatten(1).sum(1) if error.ndim > 1 else error.square()
             energy = energy + (squares / (2 * self.rule.rate * norm)).sum()
             norms.append(norm)
@@ -198,7 +199,7 @@ class _Batch:
         for output, state in zip(outputs[:0:-1], states[-2::-1], strict=True):
             pulls.insert(0, torch.autograd.grad(output, state, pulls[0].to(output.dtype),
                                                 materialize_grads=True)[0])
-        steps = [self.rule.rate * _rows(norm.detach(), pull) * pull
+        steps = [self.rule.rate * _rows(norm, pull) * without_padding(self.x, pull)
                  for norm, pull in zip(norms, pulls, strict=True)]
         # where a loss that bends as the output's square would be least along these
         fall = torch.stack([(pull * step).sum() for pull, step in zip(pulls, steps, strict=True)])
@@ -241,11 +242,14 @@ class _Batch:
             return
         a = arguments[0].to(torch.promote_types(arguments[0].dtype, torch.float32))
         kernel = getattr(layer, "kernel_size", None)
-        if isinstance(kernel, tuple):  # a number is read once for each place it takes in a patch
+        mask = padding_mask(self.x, a)
+        reads: float = 1.0
+        places: float | Tensor = prod(a.shape[1:-1])
+        if mask is not None:
+            a, places = without_padding(self.x, a), (mask != 0).sum(1).clamp(min=1)
+        elif isinstance(kernel, tuple):  # a number is read once for each place it has in a patch
             reads, places = prod(kernel) / getattr(layer, "groups", 1), prod(a.shape[2:])
-        else:
-            reads, places = 1, prod(a.shape[1:-1])
-        self.heard.append(reads / places * a.square().flatten(1).sum(1))
+        self.heard.append(a.square().flatten(1).sum(1) * reads / places)
 
 
 def _rows(norm: Tensor, h: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, check_labels, targets
+from netwright.rules.readout import without_padding
+from netwright.rules.rule import Rule, chain_of, check_labels, targets
 from netwright.runtime.modes import same_buffers
 from netwright.runtime.random_state import random_state, same_random_state, set_random_state
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["PredictiveCoding"]
 
@@ -86,7 +87,8 @@ class PredictiveCoding(Rule):
                  steps: int | None = None, state_rate: float | None = None, nudge: float = 1.0,
                  incremental: bool = False, weight_rate: float = 0.001,
                  generator: Generator | None = None) -> None:
-        chain = stages(network, example)
+        super().__init__(network, generator=generator)
+        chain = chain_of(self, network, example, loss)
         least = len(chain) if incremental else len(chain) - 1
         checks.above(0, state_rate=state_rate, advice="try the default", optional=True)
         if steps is None:
@@ -96,7 +98,6 @@ class PredictiveCoding(Rule):
                      "into fewer stages")
         checks.above(0, nudge=nudge, weight_rate=weight_rate,
                      advice="try the default")
-        super().__init__(network, generator=generator)
         self.stages, self.loss, self.steps, self.state_rate = chain, loss, steps, state_rate
         self.nudge, self.incremental, self.weight_rate = nudge, incremental, weight_rate
 
@@ -234,7 +235,7 @@ class _Batch:
         """Return what of stage i is differentiated, with which weights, and the stage's error."""
         if i == len(self.rule.stages) - 1:
             return self.rule.loss(output, self.y), None, None
-        error = self.inputs[i + 1].detach() - output.detach()
+        error = without_padding(self.inputs[0], self.inputs[i + 1].detach() - output.detach())
         return output, (error / -self.scale).to(output.dtype), error
 
     def _moved(self, h: Tensor, gradient: Tensor | None, error: Tensor | None) -> Tensor:
