@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from netwright import checks
 from netwright.catalogue.facets import method
@@ -15,7 +14,12 @@ from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import without_padding
 from netwright.rules.rule import Rule, chain_of, check_labels, targets
 from netwright.runtime.modes import same_buffers
-from netwright.runtime.random_state import random_state, same_random_state, set_random_state
+from netwright.runtime.random_state import (
+    random_state,
+    same_draws,
+    same_random_state,
+    set_random_state,
+)
 from netwright.stages import Stages
 
 __all__ = ["PredictiveCoding"]
@@ -50,7 +54,8 @@ class PredictiveCoding(Rule):
     the forward pass alone.
 
     Args:
-        steps: of the states; by default (L - 1) / 0.2 (`state_rate` in its place if it is given).
+        steps: of the states; by default (L - 1) / 0.2, or `state_rate` in its place if it is
+            given, and half as many more where `incremental`.
         state_rate: the length of a step of the states, above 0; by default it follows F.
         nudge: the weight of the loss, above 0.
         incremental: whether the weights learn with every step of the states.
@@ -92,7 +97,8 @@ class PredictiveCoding(Rule):
         least = len(chain) if incremental else len(chain) - 1
         checks.above(0, state_rate=state_rate, advice="try the default", optional=True)
         if steps is None:
-            steps = max(least, ceil((len(chain) - 1) / (state_rate or START)))
+            travel = (1.5 if incremental else 1) * (len(chain) - 1)  # weights learn on the way too
+            steps = max(least, ceil(travel / (state_rate or START)))
         checks.count(least, steps=steps, advice="an error travels one stage a step and would not "
                      f"reach the first of {len(chain)} stages: raise steps or cut the network "
                      "into fewer stages")
@@ -157,7 +163,7 @@ class _Batch:
             states.append(random_state())
         self.inputs.pop()
         self.drawn = {i: before for i, (before, after) in enumerate(pairwise(states))
-                      if not all(map(torch.equal, tree_leaves(before), tree_leaves(after)))}
+                      if not same_draws(before, after)}
         if rule.loss is cross_entropy:
             check_labels(y, output.shape[-1])
         loss = rule.loss(output, y)

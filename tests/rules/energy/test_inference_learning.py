@@ -295,8 +295,8 @@ def test_all_stages_of_a_deep_network_learn_alike(depth):
     InferenceLearning(network)(x, y)
     ratios = torch.stack([layer.weight.grad.norm() / e
                           for layer, e in zip(layers[::2], exact, strict=True)])
-    assert ratios.max() < 5 * ratios.median()
-    assert ratios.min() > ratios.median() / 5
+    assert ratios.max() < 10 * ratios.median()
+    assert ratios.min() > ratios.median() / 10
 
 
 def test_tokens_count_by_their_mean():
