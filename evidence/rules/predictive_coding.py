@@ -50,8 +50,8 @@ def incremental_predictive_coding(scale: Scale) -> Outcome:
              f"{batches} batches, so that the incremental variant and backpropagation see other "
              "numbers of them. The incremental variant takes a plain gradient step on the weights "
              "at each of its inference steps, at the learning rate of the column. The paper also "
-             "uses convolutional networks and language models, which were not run here. With a state "
-             "rate of 0.05, tried before, the first layer learned next to nothing in 5 steps.",
+             "uses convolutional networks and language models, which were not run here. With "
+             "a state rate of 0.05, tried before, the first layer learned next to nothing.",
         curves={name: Curve(RATES, runs) for name, runs in accuracy.items()},
         axes=("learning rate", "test accuracy"))
 
