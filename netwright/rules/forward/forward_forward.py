@@ -310,14 +310,12 @@ class ForwardForward(Rule):
         order = torch.randperm(nodes, generator=Generator().manual_seed(0)).to(image.device)
         part = torch.empty_like(order)
         part[order] = torch.arange(nodes, device=image.device) % parts
-        scores = image.new_empty(nodes, self.num_classes)
         tries = torch.cartesian_prod(torch.arange(parts, device=image.device), classes)
-        for some in tries.split(max(1, self.max_rows // nodes)):
-            labels = some[:, 1:].where(part == some[:, :1], -100)
-            squares = self._goodness_of(x, labels.flatten())
-            for (k, label), row in zip(some.tolist(), squares.view(len(some), -1), strict=True):
-                scores[part == k, label] = row[:nodes][part == k].to(scores)
-        return scores
+        found = [self._goodness_of(x, some[:, 1:].where(part == some[:, :1], -100).flatten())
+                 .view(len(some), -1)[:, :nodes]
+                 for some in tries.split(max(1, self.max_rows // nodes))]
+        scores = torch.cat(found).view(parts, self.num_classes, nodes)
+        return scores[part, :, torch.arange(nodes, device=image.device)]
 
     def _goodness_of(self, x: Any, labels: Tensor) -> Tensor:
         """Return the goodness of all hidden stages that are read, for copies with `labels`."""

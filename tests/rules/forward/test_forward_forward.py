@@ -668,8 +668,9 @@ def test_errors_on_graphs():
 def test_running_statistics_are_those_of_the_samples_that_stages_learn_from(options):
     network = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8),
                             nn.ReLU(), nn.Linear(8, 3), nn.BatchNorm1d(3))
-    rule = ForwardForward(network, **options)
-    rule(torch.randn(6, 20), torch.tensor([0, 1, 2, 0, 1, 2]))
+    x = torch.randn(6, 20)
+    rule = ForwardForward(network, x, **options)
+    rule(x, torch.tensor([0, 1, 2, 0, 1, 2]))
     assert network[1].num_batches_tracked == 1
 
 
