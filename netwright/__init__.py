@@ -28,6 +28,7 @@ face(
         "Anatomy": "netwright.anatomy.anatomy",
         "Axes": "netwright.anatomy.axes",
         "History": "netwright.training",
+        "Masks": "netwright.masks",
         "Recipe": "netwright.compare.recipe",
         "Stages": "netwright.stages",
         "Task": "netwright.tasks",
