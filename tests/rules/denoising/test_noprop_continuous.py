@@ -157,7 +157,7 @@ def test_the_flow_of_a_sure_block_is_exact_in_one_step(schedule, solver):
         read: list[Tensor] = []
         rule.block.register_forward_pre_hook(lambda _, given, read=read: read.append(given[1]))
         assert (rule.predict(x.double()).argmax(1) == 1).all()
-        found.append(read[-1])
+        found.append(read[-1][0])
     torch.testing.assert_close(*found)
     first, last = rule.schedule(torch.tensor([0.0, 1.0]).double())[0]
     z = torch.randn(1, 7, 3, generator=Generator().manual_seed(0))[0].double()
