@@ -122,7 +122,8 @@ def test_antithetic_noise_is_calmed_in_the_last_layer_too():
 
 
 def test_what_one_mode_has_shown_of_mixing_says_nothing_of_another():
-    network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.BatchNorm1d(8),
+                            nn.Tanh(), nn.Linear(8, 3)).eval()
     rule = LikelihoodRatio(network, copies=2)
     rule(torch.randn(6, 6), classes(6))
     assert rule._mixing.known is False

@@ -422,7 +422,8 @@ def test_the_state_goes_round():
 
 
 def test_what_one_mode_has_shown_of_mixing_says_nothing_of_another():
-    network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.BatchNorm1d(8),
+                            nn.Tanh(), nn.Linear(8, 3)).eval()
     rule = ForwardGradient(network, perturb="activities")
     x, y = torch.randn(6, 6), torch.tensor([0, 1, 2, 0, 1, 2])
     rule(x, y)
