@@ -11,7 +11,6 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from netwright.errors import CannotReverse
 from netwright.runtime.attributes import Attributes
+from netwright.runtime.modes import transformed
 from netwright.runtime.passes import as_the_first
 from netwright.runtime.random_state import (
     random_state,
@@ -250,9 +250,7 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
 
 def _run(steps: Sequence[Step], streams: Sequence[Tensor], exact: bool,
          first: bool) -> list[Tensor]:
-    transformed = (forward_ad._current_level >= 0
-                   or torch._C._functorch.maybe_current_level() is not None)
-    if transformed or not (first or torch.is_grad_enabled()):
+    if transformed() or not (first or torch.is_grad_enabled()):
         return forth(steps, streams)
     wanted = torch.is_grad_enabled()
     everything = first or _elsewhere[0]
@@ -720,7 +718,7 @@ def _back(plan: _Plan, k: int, held: list[Tensor], found: dict[int, Tensor]) -> 
             *[streams[i] for i in step.reads], *[streams[i] for i in step.writes]]
         _see_same(step, record, before, outputs)
     if plan.first:
-        _no_strangers(step, outputs, [*given, *record.own])
+        no_strangers(step, outputs, [*given, *record.own])
     # From here on the outputs' numbers are in nobody's way, but where gradients begin.
     starts = [(get_gradient_edge(o), s if s.dtype == o.dtype else s.to(o.dtype))
               for o, s in zip(outputs, signals, strict=True)
@@ -917,7 +915,7 @@ def _unsound(step: Update) -> CannotReverse:
         "scale, use a wider dtype, or exact=True")
 
 
-def _no_strangers(step: Update | Stored, outputs: Sequence[Any], known: Sequence[Tensor]) -> None:
+def no_strangers(step: Any, outputs: Sequence[Any], known: Sequence[Tensor]) -> None:
     """Raise CannotReverse where a gradient would be lost: in a tensor that is not the step's."""
     own = {t.grad_fn for t in known if t.grad_fn is not None}
     leaves = {id(t) for t in known}

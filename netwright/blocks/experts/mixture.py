@@ -12,6 +12,7 @@ from netwright.blocks.experts.glu_experts import GLUExperts, bank_of
 from netwright.blocks.experts.routing import Routing, TopKRouter
 from netwright.catalogue.facets import method
 from netwright.objectives.added_loss import with_auxiliary
+from netwright.runtime.modes import transformed
 from netwright.runtime.passes import running_again
 
 __all__ = ["MixtureOfExperts", "Usage"]
@@ -160,7 +161,7 @@ class MixtureOfExperts(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _experts(self, x: Tensor, sent: "_Sent") -> Tensor:
-        plain = not self.fused or torch._C._are_functorch_transforms_active()
+        plain = not self.fused or transformed()
         bank, many = (None, 0) if plain else bank_of(self.experts)
         counts, inverse = sent.counts, sent.inverse
         cut = sum(counts[:many])
