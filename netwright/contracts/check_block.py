@@ -501,7 +501,7 @@ def any_optimizer_and_a_resume_in_the_middle_give_the_same_steps(make: Make) -> 
     plain = Course(make)
     expected = [plain.step() for _ in range(3)][-1]
     for how in ("fused", "foreach"):
-        course = Course(make, **{how: True})
+        course = Course(make, _stored, **{how: True})
         expect_course([course.step() for _ in range(3)][-1], expected, f"with {how}=True")
     for name in ("deepcopy", "load_state_dict"):
         course = Course(make)

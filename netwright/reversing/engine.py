@@ -230,7 +230,7 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
 
     `first` also looks for what takes time to see: a step that cannot be undone, that makes
     something else when it runs again, that changes a stream in place, or that uses a tensor which
-    needs a gradient and is not its own. All gradients are handed over together then.
+    needs a gradient and is not its own.
 
     Where nothing needs a gradient, and inside `torch.func` and forward-mode differentiation, the
     steps just run.
@@ -304,7 +304,10 @@ class _Plan:
         self.records = [_Record(step) for step in self.steps]
         self.stop = len(self.steps)  # no step before this one has a gradient to give
         owners = {id(deputy): given[key] for key, deputy in deputies.items()}
-        bounds = [0] if first else self._bounds()
+        # A first pass hands over all together, so that what it finds wrong changes nothing; but for
+        # one that a checkpoint runs again, when it is no longer the first.
+        listened = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        bounds = self._bounds() if listened or not first else [0]
         self.links: list[_Link] = [
             _Link(self.records[start:end], start, end, owners)
             for start, end in pairwise([*bounds, len(self.steps)])]
@@ -631,7 +634,7 @@ def _updated(step: Update, streams: list[Tensor], record: _Record, plan: _Plan) 
                                 f"{tuple(old.shape)} and made {got} of it; what is added to a "
                                 "stream must have the stream's shape")
     if plan.first:
-        record.given = _samples([*reads, *x])
+        record.given = _samples(reads or x)  # what it writes comes back by what it makes
         record.made = _samples([made] if isinstance(step, Add) else y)
     if middle is not None:
         after = plan.source.read()
@@ -683,6 +686,7 @@ def _look_back(step: Update, x: list[Tensor], y: list[Tensor], made: Any, record
                                 f"{tuple(old.shape)}; it must undo the step")
         if not (plan.first and _real(old) and old.numel()):
             continue
+        old, new, got = old.detach(), new.detach(), got.detach()
         scale = max(float(old.abs().amax()), float(got.abs().amax()) if got.numel() else 0, 1.0)
         error = float((old - new).abs().amax())
         if scale < float("inf") and not error <= scale * torch.finfo(old.dtype).eps ** 0.5:
@@ -715,7 +719,7 @@ def _back(plan: _Plan, k: int, held: list[Tensor], found: dict[int, Tensor]) -> 
                 _see_sound(step, streams[i], plan)
     if record.made:
         before = held if isinstance(step, Stored) else [
-            *[streams[i] for i in step.reads], *[streams[i] for i in step.writes]]
+            streams[i] for i in step.reads or step.writes]
         _see_same(step, record, before, outputs)
     if plan.first:
         no_strangers(step, outputs, [*given, *record.own])
