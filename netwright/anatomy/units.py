@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from netwright import checks
 from netwright.anatomy.layers import is_linear, is_transposed
 from netwright.anatomy.products import products
 from netwright.anatomy.replacing import linear_weight
@@ -58,6 +59,7 @@ class Units:
         return h.reshape(-1, self.count, 1)
 
 
+@checks.annotated
 def hidden_units(model: nn.Module, example: Any) -> list[Units]:
     """Return the hidden units of `model`, found by watching it run on `example`.
 

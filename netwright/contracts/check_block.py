@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from netwright import checks
 from netwright.catalogue.facets import Facets, facets
 from netwright.contracts.checks import (
     Make,
@@ -38,6 +39,7 @@ SAME_SHAPE = ("activation", "feedforward", "normalisation", "experts", "attentio
               "token mixing", "residual block")
 
 
+@checks.annotated
 def check_block(block: Callable[..., nn.Module], *, arguments: Mapping[str, Any] | None = None,
                 network: Callable[[], nn.Module] | None = None,
                 batch: Callable[[], Any] | None = None) -> None:

@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import SGD
 from torch.utils._pytree import tree_leaves, tree_map
 
+from netwright import checks
 from netwright.contracts.checks import (
     Make,
     broken,
@@ -25,6 +26,7 @@ __all__ = ["check_rule"]
 FEATURES, CLASSES = 20, 3
 
 
+@checks.annotated
 def check_rule(rule: Callable[..., Rule], *, arguments: Mapping[str, Any] | None = None,
                network: Callable[[], nn.Module] | None = None,
                batch: Callable[[], tuple[Any, Tensor]] | None = None) -> None:

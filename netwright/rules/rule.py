@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from netwright import checks
 from netwright.objectives.losses import cross_entropy
 from netwright.runtime.modes import evaluating
 from netwright.signals import mapped
@@ -13,6 +14,7 @@ from netwright.stages import Stages, call
 __all__ = ["Rule"]
 
 
+@checks.annotated
 class Rule(nn.Module):
     """What replaces `loss.backward()`: one call fills `.grad` and returns the loss.
 

@@ -64,8 +64,10 @@ class LossFreeRouter(nn.Module):
                  scores: Literal["sigmoid", "softmax"] = "sigmoid", normalize: bool = False,
                  generator: Generator | None = None) -> None:
         super().__init__()
+        checks.count(1, dim=dim)
         check_choice(n_experts, k)
         checks.one_of(["sigmoid", "softmax"], kind_of_scores=scores)
+        checks.at_least(0, bias_rate=bias_rate)
         self.n_experts, self.k, self.bias_rate = n_experts, k, bias_rate
         self.scores, self.normalize = scores, normalize
         self.weight = nn.Parameter(torch.empty(n_experts, dim))

@@ -87,6 +87,7 @@ class TopKRouter(nn.Module):
                  softmax: Literal["chosen", "all"] = "chosen", bias: bool = False,
                  generator: Generator | None = None) -> None:
         super().__init__()
+        checks.count(1, dim=dim)
         check_choice(n_experts, k)
         checks.one_of(["chosen", "all"], softmax=softmax)
         self.n_experts, self.k, self.softmax = n_experts, k, softmax
