@@ -91,6 +91,7 @@ def test_list(netwright):
     assert (status, "did you mean rules?" in err) == (2, True)
 
 
+@pytest.mark.check  # it reads what every experiment's code reaches
 def test_evidence_list_shows_the_verdicts(netwright):
     status, out, _ = netwright("evidence", "list", "--json")
     assert status == 0

@@ -6,18 +6,25 @@ from enum import Enum
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from netwright.anatomy.calls import Call
 from netwright.anatomy.run import Operation, Run, Value, record
-from netwright.signals import tensors
+from netwright.signals import Path, at, placed, tensors
 
 
 class Place(Enum):
     """Where something is in a sublayer's output."""
 
     STREAM = "what is added to the stream"
+
+
+@dataclass(frozen=True)
+class Given:
+    """Where a sublayer returned what it was given: the place in its (args, kwargs)."""
+
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,8 @@ class Silent(nn.Module):
     """Stands where a sublayer stood: it adds nothing to the residual stream.
 
     `width` is the size of the output's last axis where it is not the input's; `layout` is what
-    the sublayer returned, `Place.STREAM` where the stream's share was.
+    the sublayer returned, `Place.STREAM` where the stream's share was and `Given` where something
+    was passed on.
     """
 
     batch_first = False  # PyTorch's fused encoder layer looks for it
@@ -46,7 +54,9 @@ class Silent(nn.Module):
         h = tensors((args, kwargs))[0]
         shape = h.shape if self.width is None else (*h.shape[:-1], self.width)
         zeros = h.new_zeros(shape)
-        return tree_map(lambda leaf: zeros if leaf is Place.STREAM else leaf, self.layout)
+        return tree_map(lambda leaf: zeros if leaf is Place.STREAM else
+                        at((args, kwargs), leaf.path) if isinstance(leaf, Given) else leaf,
+                        self.layout)
 
     def extra_repr(self) -> str:
         """Say what is not its input's."""
@@ -125,16 +135,24 @@ def trace(model: nn.Module, x: Any) -> Trace:
     """Watch `model` run on `x`; return its sublayers in the order in which they write.
 
     A sublayer is the outermost module whose output is added to a tensor that the output was
-    computed from. Its feeders are the modules whose weights matter only through it, such as the
-    norm before it.
+    computed from, and that makes nothing else with its weights that others use, such as the first
+    layer's position bias in T5. Its feeders are the modules that matter only through it, such as
+    the norm before it.
     """
     run = record(model, x)
     silent = {name: stub for name, calls in _by_name(run).items() if (stub := _silent(calls))}
     writers = {name: number for made in sums(run) for name, number in made.writers.items()
-               if name in silent}
+               if name in silent and not _makes_more(run, name, number)}
     return Trace([Sublayer(name, tuple(outermost([
         feeder for feeder in feeders(run, name, writers[name]) if feeder in silent])))
         for name in outermost(list(writers))], silent)
+
+
+def _makes_more(run: Run, name: str, number: int) -> bool:
+    """Return whether others use what a module made with its weights besides tensor `number`."""
+    (call,) = run.called(name)
+    more = [n for n in call.gave if n != number and n not in call.taken and run.taught[n]]
+    return bool(more) and not run.ancestors(run.output, apart=[number]).isdisjoint(more)
 
 
 def outermost(names: list[str]) -> list[str]:
@@ -144,13 +162,17 @@ def outermost(names: list[str]) -> list[str]:
 
 
 def feeders(run: Run, writer: str, number: int) -> Iterator[str]:
-    """Yield the modules whose own weights matter only through what `writer` gave."""
-    lost = run.ancestors(run.output) - run.ancestors(run.output, apart=[number])
+    """Yield the modules that matter only through what `writer` gave: their weights and outputs."""
+    needed = run.ancestors(run.output, apart=[number])
+    lost = run.ancestors(run.output) - needed
     numbers = {id(p): n for p, n in run.learning()}
+    gave = {call.name: call.gave for call in run.calls}
     for name, module in run.network.named_modules():
-        own = [numbers[id(p)] for p in module.parameters(recurse=False)]
-        if (own and name != writer and not name.startswith(writer + ".")
-                and all(n in lost for n in own)):
+        if name in ("", writer) or f"{writer}.".startswith(f"{name}.") or name.startswith(
+                f"{writer}."):
+            continue
+        held = [numbers[id(p)] for p in module.parameters()]
+        if held and all(n in lost for n in held) and needed.isdisjoint(gave.get(name, ())):
             yield name
 
 
@@ -168,7 +190,9 @@ def _silent(calls: list[Call]) -> Silent | None:
         return None
     call = calls[0]
     taken, given = tensors(call.arguments)[0], tensors(call.output)[0]
+    passed = {id(t): Given(path) for path, t in placed(call.arguments)}
     layout = tree_map(lambda leaf: Place.STREAM if leaf is given else
+                      passed.get(id(leaf)) if isinstance(leaf, Tensor) else
                       leaf if isinstance(leaf, (bool, int, float, str)) else None, call.output)
     if taken.shape == given.shape:
         return Silent(None, layout)

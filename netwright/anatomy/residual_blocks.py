@@ -1,5 +1,6 @@
 """The residual blocks of a model that feed one another, and what can stand for them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,18 +9,26 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from netwright.anatomy.calls import Call, watching
+from netwright.anatomy.replacing import replace
 from netwright.anatomy.residual import Place, Silent, Sublayer, Trace
 from netwright.signals import call, tensors
 
 
 class Passed(nn.Module):
-    """Stands where a block stood that another module holds: it returns its input."""
+    """Stands where a block stood that another module holds: it returns its input.
+
+    It has what the block said of itself in numbers and words, such as a kind of attention, which
+    models read off their layers.
+    """
 
     batch_first = False  # PyTorch's encoder looks for it
 
-    def __init__(self, response: Any) -> None:
+    def __init__(self, response: Any, block: nn.Module) -> None:
         super().__init__()
         self.response = response
+        for name, value in vars(block).items():
+            if isinstance(value, (bool, int, float, str)) and not name.startswith("_"):
+                setattr(self, name, value)
 
     def forward(self, h: Tensor, *args: Any, **options: Any) -> Any:
         """Return `h` in the form in which a block returned it."""
@@ -86,6 +95,14 @@ def _blocks(model: nn.Module, x: Any, found: Trace) -> list[Block]:
                 made.name, made.module, args[0], given[0], (args[1:], options), response,
                 inside))
     return [made[0] for made in blocks.values() if len(made) == 1]
+
+
+def put_around(model: nn.Module, name: str, stack: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Put `stack`, which holds `blocks`, in the place of the module `name`; their modes stay."""
+    modes = {part: part.training for block in blocks for part in block.modules()}
+    replace(model, name, stack)
+    for part, mode in modes.items():
+        part.training = mode
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -51,13 +51,14 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
-        return self._batches(epoch)
+        return self.batches(epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass the one of `epoch`, counted from 0."""
         self.epoch = epoch
 
-    def _batches(self, epoch: int) -> Iterator[tuple[Any, Tensor]]:
+    def batches(self, epoch: int) -> Iterator[tuple[Any, Tensor]]:
+        """Yield the batches of one epoch, whichever is next."""
         order = self._order(epoch).to(self.y.device) if self.shuffle else None
         for i in range(len(self)):
             start, stop = self._share(i)

@@ -147,7 +147,6 @@ def _memory(module: nn.Module, step: Callable[[], None]) -> tuple[int, int, int,
     """Return the peak of what the step makes, its working part, its gradients, and the book."""
     allocations = Allocations()
     torch.clear_autocast_cache()
-    gc.collect()
     collecting = gc.isenabled()
     gc.disable()  # or the collector's timing would decide when a cycle's tensors die
     try:

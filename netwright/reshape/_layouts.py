@@ -4,7 +4,7 @@ from typing import Any
 
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
-from netwright.anatomy.residual import Place, Silent
+from netwright.anatomy.residual import Given, Place, Silent
 
 
 def plain_layout(layout: Any) -> dict[str, Any]:
@@ -14,13 +14,16 @@ def plain_layout(layout: Any) -> dict[str, Any]:
     True
     """
     leaves, kind = tree_flatten(layout)
-    return {"leaves": [{"stream": True} if leaf is Place.STREAM else leaf for leaf in leaves],
-            "tree": treespec_dumps(kind)}
+    return {"leaves": [{"stream": True} if leaf is Place.STREAM else
+                       {"given": list(leaf.path)} if isinstance(leaf, Given) else leaf
+                       for leaf in leaves], "tree": treespec_dumps(kind)}
 
 
 def layout_of(said: dict[str, Any]) -> Any:
     """Return what `plain_layout` described."""
-    leaves = [Place.STREAM if leaf == {"stream": True} else leaf for leaf in said["leaves"]]
+    leaves = [Place.STREAM if leaf == {"stream": True} else
+              Given(tuple(leaf["given"])) if isinstance(leaf, dict) else leaf
+              for leaf in said["leaves"]]
     return tree_unflatten(leaves, treespec_loads(said["tree"]))
 
 

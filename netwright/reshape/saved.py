@@ -16,6 +16,9 @@ from netwright.catalogue.facets import method
 from netwright.errors import CorruptCheckpoint, UnknownName
 from netwright.reshape._naming import unnamed
 from netwright.reshape.change import Reshaped, changes, history, named
+from netwright.runtime.files import digest as _digest
+from netwright.runtime.files import flush as _flush
+from netwright.runtime.files import text_digest as _text_digest
 from netwright.runtime.random_state import same_random_state
 from netwright.runtime.version import __version__
 
@@ -537,23 +540,3 @@ def _written(folder: Path) -> set[str]:
         return weights | set(_content(folder)["written"])
     except CorruptCheckpoint:
         return weights
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _text_digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -31,6 +31,73 @@ def fingerprint(*things: Any) -> str:
     return digest.hexdigest()[:12]
 
 
+def code_fingerprint(*things: Any) -> str:
+    """Return 12 hexadecimal digits that depend on code, and on the settings that it encloses.
+
+    A function counts with the functions and classes that it names in its own module, with its
+    defaults and the plain values that it encloses. What may change as a program runs does not:
+    the state of objects, weights, global values.
+
+    >>> code_fingerprint(lambda: 1) == code_fingerprint(lambda: 1)
+    True
+    >>> code_fingerprint(lambda: 1) == code_fingerprint(lambda: 2)
+    False
+    """
+    digest = hashlib.sha256()
+    for text in _codes(list(things), {}):
+        digest.update(text if isinstance(text, bytes) else text.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _codes(thing: Any, seen: dict[int, Any]) -> Iterator[str | bytes]:
+    if thing is None or isinstance(thing, (str, bytes, int, float, bool, complex)):
+        yield repr(thing)
+    elif id(thing) in seen:
+        yield "again"
+    elif isinstance(thing, Tensor) and not thing.requires_grad:
+        yield from _parts(thing, {})
+    else:
+        seen[id(thing)] = thing
+        yield from _codes_within(thing, seen)
+
+
+def _codes_within(thing: Any, seen: dict[int, Any]) -> Iterator[str | bytes]:
+    if isinstance(thing, (list, tuple)):
+        for entry in thing:
+            yield from _codes(entry, seen)
+    elif isinstance(thing, partial):
+        yield from _codes([thing.func, *thing.args, *thing.keywords.items()], seen)
+    elif inspect.ismethod(thing):
+        yield from _codes([thing.__func__, type(thing.__self__)], seen)
+    elif isinstance(thing, (FunctionType, type)) and _foreign(thing.__module__):
+        yield f"{thing.__module__}.{thing.__qualname__}"
+    elif isinstance(thing, FunctionType):
+        yield from _code(thing.__code__)
+        cells = [cell.cell_contents for cell in thing.__closure__ or () if _full(cell)]
+        yield from _codes([*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).items(),
+                           *cells], seen)
+        for name in sorted(_names(thing.__code__)):
+            value = thing.__globals__.get(name)
+            if isinstance(value, (FunctionType, type)) and value.__module__ == thing.__module__:
+                yield from _codes([name, value], seen)
+    elif isinstance(thing, type):
+        yield from _codes(list(thing.__bases__), seen)
+        for name, value in sorted(vars(thing).items()):
+            value = getattr(value, "__func__", getattr(value, "fget", value))
+            if isinstance(value, FunctionType):
+                yield from _codes([name, value], seen)
+    else:
+        yield f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _full(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
 def _parts(thing: Any, seen: dict[int, Any]) -> Iterator[str | bytes]:
     if thing is None or isinstance(thing, (str, bytes, int, float, bool, complex, Path)):
         yield repr(thing)
@@ -98,6 +165,11 @@ def _class(kind: type, seen: dict[int, Any]) -> Iterator[str | bytes]:
                 value, (str, int, float, tuple, list, dict))):
             yield name
             yield from _parts(value, seen)
+
+
+def is_foreign(kind: type) -> bool:
+    """Return whether a class is Python's own or an installed library's: its name will do."""
+    return _foreign(kind.__module__)
 
 
 def _foreign(module: str) -> bool:

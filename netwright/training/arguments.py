@@ -1,7 +1,9 @@
 """What a training is asked for, looked at before anything changes."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from netwright import checks
+from netwright.objectives.metrics import is_mean_over_targets
 from netwright.rules.rule import Rule
+from netwright.runtime.modes import rehearsing
+from netwright.signals import moved, tensors
+from netwright.training.batches import (
+    described,
+    first_batch,
+    generators,
+    pair,
+    parts,
+    targets,
+    unlabelled,
+)
 from netwright.training.history import Epoch
+from netwright.training.scoring import has_state
 
 Metric = Callable[[Tensor, Tensor], float | Tensor]
 
@@ -54,6 +69,96 @@ def check_data(name: str, data: Any) -> None:
     if isinstance(data, Iterator):
         raise ValueError(f"{name} must be something that can be passed over in every epoch, got "
                          f"{type(data).__name__}, which is used up after one; use list(...)")
+
+
+def check_functions(metric: Any, on_epoch: Any) -> None:
+    """Raise ValueError unless what is called once an epoch can be called."""
+    if not (callable(metric) or has_state(metric)):
+        raise ValueError("metric must be a function of (predictions, y), or an object with update, "
+                         f"compute and reset, got {metric!r}")
+    if on_epoch is not None and not callable(on_epoch):
+        raise ValueError(f"on_epoch must be a function of an epoch's figures, got {on_epoch!r}")
+
+
+def made_folder(name: str, given: Any) -> Path | None:
+    """Return where a folder is to be, None where none is asked for.
+
+    Raises:
+        ValueError: it is no path, or something else is there.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
+        raise ValueError(f"{name} must be the path of a folder, got {given!r}")
+    folder = Path(given)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"{name} must be a folder, got the file {folder}")
+    return folder
+
+
+@contextmanager
+def moved_to(rule: Rule, device: Any) -> Iterator[None]:
+    """Put a rule on a device, and back where the body fails.
+
+    Raises:
+        ValueError: it is no device, or none of this machine's.
+    """
+    if device is None:
+        yield
+        return
+    try:
+        if not isinstance(device, (str, torch.device)):
+            raise TypeError(f"{type(device).__name__} is no device")
+        torch.zeros((), device=device)
+    except Exception as error:  # whatever PyTorch raises for a device that is not there
+        raise ValueError(f"device must be one of this machine's, such as 'cpu', got {device!r}: "
+                         f"{error}") from error
+    before = next(rule.parameters()).device
+    rule.to(device)
+    try:
+        yield
+    except BaseException:
+        rule.to(before)
+        raise
+
+
+def rehearse(rule: Rule, train: Any, validation: Any, metric: Any) -> None:
+    """Look at the first batches, where that leaves no trace.
+
+    Where validation's is of another kind than that of training, it is judged now.
+
+    Raises:
+        ValueError: there is none, it is no batch, or the rule or the metric cannot take it.
+    """
+    seen = []
+    for name, data in (("train", train), ("validation", validation)):
+        if isinstance(data, (list, tuple)) and not data:
+            raise ValueError(f"{name} yielded no batches; it is an empty {type(data).__name__}")
+        batch = None if data is None else first_batch(data, generators(parts(data)))
+        seen.append(None if batch is None else (pair if rule.needs_labels else unlabelled)(batch))
+    first, judged = seen
+    if judged is not None and targets(judged[1]) and (first is None or _kind(first) !=
+                                                      _kind(judged)):
+        _judge(rule, *judged, metric)
+
+
+def _kind(batch: tuple[Any, Any]) -> list[Any]:
+    return [(t.dtype, t.shape[1:]) for t in tensors(batch)]
+
+
+@torch.no_grad()
+def _judge(rule: Rule, x: Any, y: Any, metric: Any) -> None:
+    device = next(rule.parameters()).device
+    x, y = moved(x, device), moved(y, device)
+    try:
+        with rehearsing(rule):
+            scores = rule.predict(x)
+            if is_mean_over_targets(metric):  # another might count its calls
+                float(metric(scores, y))
+    except Exception as error:  # whatever a network or a metric raises
+        raise ValueError(f"validation cannot be judged: x is {described(x)} and y is "
+                         f"{described(y)}; {error}; check that x fits the network and y the "
+                         "metric") from error
 
 
 def made_optimizer(rule: Rule, given: Optimizer | Callable[[list[Parameter]], Optimizer] | None,

@@ -1,6 +1,6 @@
 """What a loader yields, and what in it decides the order."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -9,8 +9,10 @@ import numpy
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset
 
-from netwright.runtime.random_state import is_generator
+from netwright.data.batches import Batches
+from netwright.runtime.random_state import from_one_start, is_generator
 from netwright.signals import tensors
 
 Data = Iterable[tuple[Any, Any]]
@@ -59,6 +61,31 @@ def length(data: Any) -> int | None:
         return len(data)
     except TypeError:  # among others a DataLoader of an IterableDataset, which has a `__len__`
         return None
+
+
+def first_batch(data: Any, drawing: Sequence[Any]) -> Any:
+    """Return the first batch of `data`, and leave it as it was; None where that is not possible.
+
+    Of a loader's data set it is the first samples, whatever the sampler says. Streams are not
+    looked at, since what is read from one is gone.
+    """
+    try:
+        with from_one_start(drawing):
+            return _first_batch(data)
+    except Exception:  # whatever a data set raises at a number; the training will meet it or not
+        return None
+
+
+def _first_batch(data: Any) -> Any:
+    if isinstance(data, Batches):
+        return next(data.batches(data.epoch))
+    if isinstance(data, (list, tuple)):
+        return data[0]
+    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
+        return None
+    if data.batch_size is None and data.batch_sampler is None:
+        return data.collate_fn(data.dataset[0])
+    return data.collate_fn([data.dataset[i] for i in range(min(2, length(data.dataset) or 0))])
 
 
 def generators(owners: Iterable[Any]) -> list[Any]:

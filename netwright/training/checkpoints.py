@@ -1,6 +1,5 @@
 """Checkpoints that a kill at any moment leaves whole: safetensors and JSON, nothing unpickled."""
 
-import hashlib
 import json
 import math
 import os
@@ -12,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from netwright.errors import CorruptCheckpoint
+from netwright.runtime.files import digest, flush, text_digest
 
 FILE = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 _TENSORS = re.compile(r"tensors-[0-9a-f]{32}\.safetensors")
 _PARTIAL = "checkpoint.partial"  # a folder: safetensors also puts a file of its own beside
 
@@ -32,6 +34,7 @@ def save(folder: str | Path, state: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: `state` holds something else.
+        OSError: the disk is full, or the folder cannot be written to; what it held stays.
 
     >>> from tempfile import mkdtemp
     >>> folder = mkdtemp()
@@ -39,29 +42,44 @@ def save(folder: str | Path, state: Mapping[str, Any]) -> None:
     >>> load(folder)
     {'weights': tensor([1., 1.]), 'step': 3}
     """
-    from safetensors.torch import save_file
     tensors: dict[str, Tensor] = {}
     packed = _pack(state, _Shelf(tensors), "state")
     folder = Path(folder)
     partial = folder / _PARTIAL
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        _write(folder, partial, tensors, packed)
+    except (OSError, SafetensorError) as error:
+        for path in partial.glob("*") if partial.is_dir() else ():
+            path.unlink(missing_ok=True)  # what is half written may be what fills the disk
+        raise OSError(f"the checkpoint could not be written to {folder}: {error}; free some space "
+                      "there, or name another folder with checkpoint=; what the folder held is "
+                      "still there") from error
 
+
+def _write(folder: Path, partial: Path, tensors: dict[str, Tensor], packed: Any) -> None:
     temporary = partial / "tensors"
-    save_file(tensors, temporary)
-    _flush(temporary)
-    digest = _digest(temporary)
-    name = f"tensors-{digest[:32]}.safetensors"
+    safetensors.torch.save_file(tensors, temporary)
+    flush(temporary)
+    written = digest(temporary)
+    name = f"tensors-{written[:32]}.safetensors"
     os.replace(temporary, folder / name)
 
-    content = {"format": FORMAT, "tensors": name, "tensors_sha256": digest, "state": packed}
-    text = json.dumps({"sha256": _text_digest(content), "content": content})
+    content = {"format": FORMAT, "tensors": name, "tensors_sha256": written, "state": packed}
+    text = json.dumps({"sha256": text_digest(content), "content": content})
     temporary = partial / FILE
     temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    _flush(folder)  # the tensors' name reaches the disk before the JSON that refers to it
+    flush(temporary)
+    flush(folder)  # the tensors' name reaches the disk before the JSON that refers to it
     os.replace(temporary, folder / FILE)
-    _flush(folder)
+    flush(folder)
     _clear(folder, name)
+
+
+def remove(folder: str | Path) -> None:
+    """Delete the checkpoint in `folder`."""
+    (Path(folder) / FILE).unlink(missing_ok=True)
+    _clear(Path(folder), kept="")
 
 
 def tidy(folder: str | Path) -> None:
@@ -83,31 +101,49 @@ def load(folder: str | Path) -> dict[str, Any] | None:
     Raises:
         CorruptCheckpoint: a file is damaged, truncated or missing.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     path = Path(folder) / FILE
-    if not path.exists():
+    if not os.path.lexists(path):  # a link to nothing is a checkpoint that was there
+        _check_nothing_is_left(path)
         return None
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         content = stored["content"]
-        if stored["sha256"] != _text_digest(content):
-            raise CorruptCheckpoint(_damaged(path, "its contents do not match its digest"))
+        if stored["sha256"] != text_digest(content):
+            raise CorruptCheckpoint(damaged(path, "its contents do not match its digest"))
         if content["format"] != FORMAT:
-            raise CorruptCheckpoint(_damaged(path, f"its format is {content['format']}, this "
-                                                   f"version of netwright reads {FORMAT}"))
+            raise CorruptCheckpoint(damaged(path, f"its format is {content['format']}, this "
+                                                  f"version of netwright reads {FORMAT}"))
+        if not _TENSORS.fullmatch(content["tensors"]):
+            raise CorruptCheckpoint(damaged(path, f"it names no file of tensors but "
+                                                  f"{content['tensors']!r}"))
         tensors_path = path.with_name(content["tensors"])
         if not tensors_path.exists():
-            raise CorruptCheckpoint(_damaged(path, f"{tensors_path.name} is missing beside it"))
-        if _digest(tensors_path) != content["tensors_sha256"]:
-            raise CorruptCheckpoint(_damaged(tensors_path, "its contents do not match its digest"))
+            raise CorruptCheckpoint(damaged(path, f"{tensors_path.name} is missing beside it"))
+        if digest(tensors_path) != content["tensors_sha256"]:
+            raise CorruptCheckpoint(damaged(tensors_path, "its contents do not match its digest"))
         # Copies, since a sum's rounding can depend on how the tensor lies in memory.
-        tensors = {name: tensor.clone() for name, tensor in load_file(tensors_path).items()}
-        return _unpack(content["state"], tensors)
+        tensors = {name: tensor.clone()
+                   for name, tensor in safetensors.torch.load_file(tensors_path).items()}
+        found = _unpack(content["state"], tensors)
+        return dict(found.items())
     except CorruptCheckpoint:
         raise
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CorruptCheckpoint(_damaged(path, f"it cannot be read ({error})")) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+            SafetensorError) as error:
+        raise CorruptCheckpoint(damaged(path, f"it cannot be read ({error})")) from error
+
+
+def _check_nothing_is_left(path: Path) -> None:
+    """Raise CorruptCheckpoint where there are tensors that a checkpoint has named.
+
+    A first writing that a kill broke off leaves tensors too, but with them the folder it wrote in.
+    """
+    folder = path.parent
+    if not folder.is_dir() or (folder / _PARTIAL).exists():
+        return
+    for other in folder.iterdir():
+        if _TENSORS.fullmatch(other.name):
+            raise CorruptCheckpoint(damaged(path, f"it is missing beside {other.name}"))
 
 
 class _Shelf:
@@ -192,26 +228,7 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return value
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _text_digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _damaged(path: Path, why: str) -> str:
+def damaged(path: Path, why: str) -> str:
+    """Return what is said of a checkpoint that cannot be resumed from."""
     return (f"{path} cannot be resumed from: {why}; restore the folder {path.parent} from a copy, "
             "or delete it (or name another with checkpoint=) to train from the start")

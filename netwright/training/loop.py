@@ -12,13 +12,18 @@ from netwright import checks
 from netwright.objectives.metrics import accuracy
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.rule import Rule
+from netwright.stages import Stages
 from netwright.training.arguments import (
     Metric,
     Options,
     check_data,
+    check_functions,
     learning,
+    made_folder,
     made_optimizer,
     made_scheduler,
+    moved_to,
+    rehearse,
 )
 from netwright.training.batches import Data
 from netwright.training.history import Epoch, History
@@ -61,12 +66,14 @@ def fit(rule: Rule | nn.Module, train: Data, *, epochs: int,
 
     Args:
         rule: a rule, or a module to train by backpropagation.
-        train: (x, y) that can be passed over again: a `Batches`, a `DataLoader`, a list.
+        train: (x, y) that can be passed over again: a `Batches`, a `DataLoader`, a list; y may be
+            several tensors where the loss is one's own.
         epochs: passes over `train`.
         optimizer: one, or a function of the parameters that returns one; by default Adam with a
             rate of 0.001.
         validation: batches like those of `train`, to judge each epoch by.
-        metric: takes predictions and targets of `validation`.
+        metric: takes all predictions and targets of `validation`, or is an object with `update`,
+            `compute` and `reset`.
         higher_is_better: whether more of `metric` is better.
         scheduler: one, or a function of the optimizer.
         scheduler_unit: when it is stepped, after each "epoch" or each "step".
@@ -94,23 +101,23 @@ def fit(rule: Rule | nn.Module, train: Data, *, epochs: int,
     >>> len(fit(network, train, epochs=2))
     2
     """
-    if not isinstance(rule, Rule):
-        rule = Unlabelled(rule) if generative(rule) else Backprop(rule)
+    rule = as_rule(rule)
     if metric is accuracy and not rule.needs_labels:
         metric = mean_score
     checks.count(1, epochs=epochs, accumulate=accumulate)
     checks.count(1, patience=patience, checkpoint_every=checkpoint_every, optional=True)
+    checks.between(0, 2**63 - 1, whole=True, seed=seed, optional=True)
+    checks.above(0, clip=clip, optional=True)
+    check_functions(metric, on_epoch)
     check_data("train", train)
     if validation is not None:
         check_data("validation", validation)
     elif patience is not None:
         raise ValueError(f"patience={patience} needs validation= to see which epoch is the best")
-    folder = None if checkpoint is None else Path(checkpoint)
+    folder = made_folder("checkpoint", checkpoint)
+    log = made_folder("tensorboard", tensorboard)
     if folder is None and checkpoint_every is not None:
         raise ValueError(f"checkpoint_every={checkpoint_every} needs checkpoint=, a folder")
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise ValueError(f"checkpoint must be a folder, got the file {folder}")
-    checks.above(0, clip=clip, optional=True)
     if autocast not in (None, torch.bfloat16):
         raise ValueError(f"autocast must be torch.bfloat16 or None, got {autocast}; float16 needs "
                          "scaled losses, which a rule's own update does not know")
@@ -120,13 +127,28 @@ def fit(rule: Rule | nn.Module, train: Data, *, epochs: int,
     if not learning(rule):
         raise ValueError("rule has no parameter to train: every one has requires_grad=False, or "
                          "there is none")
-    if device is not None:
-        rule.to(device)
-    stepper = None if rule.updates_weights else made_optimizer(rule, optimizer, accumulate, clip)
+    rehearse(rule, train, validation, metric)
     options = Options(epochs=epochs, metric=metric, higher_is_better=higher_is_better,
                        scheduler_unit=scheduler_unit, patience=patience, accumulate=accumulate,
                        clip=clip, autocast=autocast, seed=seed, folder=folder,
                        checkpoint_every=checkpoint_every, on_epoch=on_epoch,
-                       tensorboard=tensorboard, progress=progress)
-    steps = made_scheduler(stepper, scheduler, validation is not None, options)
+                       tensorboard=log, progress=progress)
+    with moved_to(rule, device):
+        stepper = None if rule.updates_weights else made_optimizer(rule, optimizer, accumulate,
+                                                                   clip)
+        steps = made_scheduler(stepper, scheduler, validation is not None, options)
     return Run(rule, train, validation, stepper, steps, options).all()
+
+
+def as_rule(given: Rule | nn.Module) -> Rule:
+    """Return a rule, or the one by which a module is trained.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(given, Rule):
+        return given
+    if not isinstance(given, (nn.Module, Stages)):
+        raise ValueError("rule must be a rule, or a module to train by backpropagation, got "
+                         f"{type(given).__name__}; write nw.rules.Backprop(network)")
+    return Unlabelled(given) if generative(given) else Backprop(given)

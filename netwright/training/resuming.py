@@ -1,21 +1,58 @@
 """What a training keeps in its checkpoint, and how it goes on from there."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from netwright.errors import CorruptCheckpoint
 from netwright.rules.rule import Rule
 from netwright.runtime import distributed
+from netwright.runtime.files import Busy, alone_in
 from netwright.runtime.random_state import every_random_state, set_every_random_state
-from netwright.training.arguments import stepped
-from netwright.training.checkpoints import FILE, load, save, tidy
+from netwright.training.checkpoints import FILE, damaged, load, remove, save, tidy
 from netwright.training.history import Epoch
+from netwright.training.identity import difference, drifted, settings
 
 if TYPE_CHECKING:
     from netwright.training.run import Run
+
+
+@contextmanager
+def held(run: "Run") -> Iterator[None]:
+    """Keep other processes from the checkpoint's folder, until this one ends.
+
+    A training that fails before its first step leaves no checkpoint behind.
+
+    Raises:
+        ValueError: another training is writing there.
+    """
+    folder = run.options.folder
+    if folder is None:
+        yield
+        return
+    with ExitStack() as stack:
+        busy, made = False, not folder.exists()
+        if distributed.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(alone_in(folder))
+            except Busy:
+                busy = True
+        if any(distributed.gather(busy) if run.world > 1 else [busy]):
+            raise ValueError(f"checkpoint={str(folder)!r} is the folder of a training that is "
+                             "running now; wait for it, or name another folder")
+        try:
+            yield
+        except Exception:
+            if distributed.rank() == 0 and not run.at.step:
+                if run.begun:
+                    remove(folder)
+                if made and not any(folder.iterdir()):
+                    folder.rmdir()
+            raise
 
 
 def found(run: "Run") -> dict[str, Any] | None:
@@ -31,9 +68,12 @@ def keep(run: "Run") -> None:
         distributed.share_buffers(run.rule)
     run.check_weights()
     now = random_states(run)
+    for way in drifted({name: run.described[name] for name in settings(run)}, settings(run)):
+        if way not in run.drifted:
+            run.drifted.append(way)
     if distributed.rank() == 0:
         save(run.options.folder, {
-            "run": description(run), "at": asdict(run.at), "best": run.best,
+            "run": run.described, "drifted": run.drifted, "at": asdict(run.at), "best": run.best,
             "history": [asdict(epoch) for epoch in run.history.epochs],
             "rule": dict(run.rule.state_dict()),
             "optimizer": None if run.optimizer is None else run.optimizer.state_dict(),
@@ -43,55 +83,62 @@ def keep(run: "Run") -> None:
 
 
 def take_up(run: "Run", stored: dict[str, Any]) -> None:
-    """Put a training where its checkpoint was written.
+    """Put a training where its checkpoint was written, or leave all as it is.
 
     Raises:
-        CorruptCheckpoint: it is another training's.
+        CorruptCheckpoint: it is another training's, or does not hold what it must.
     """
     path = Path(str(run.options.folder)) / FILE
-    different = difference(stored["run"], description(run))
+    try:
+        different = difference(stored["run"], run.described, stored["drifted"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpoint(damaged(path, f"it says of no training ({error!r})")) from error
     if different is not None:
         raise CorruptCheckpoint(f"{path} belongs to another training: {different}; give this "
                                 "one another checkpoint=, or delete that folder")
-    set_weights(run.rule, stored["rule"])
-    if run.optimizer is not None:
-        run.optimizer.load_state_dict(stored["optimizer"])
-    if run.scheduler is not None:
-        run.scheduler.load_state_dict(stored["scheduler"])
-    run.at, run.best = type(run.at)(**stored["at"]), stored["best"]
-    run.history.epochs = [Epoch(**epoch) for epoch in stored["history"]]
-    run.random_start = stored["random_start"]
-    run.weigher.put_back(stored["weigher"])
-    set_every_random_state(stored["random_now"][distributed.rank()], run.generators)
-    run.saved = (run.at.epoch, run.at.step)
+    before: dict[str, Any] = deepcopy({
+        "rule": dict(run.rule.state_dict()),
+        "optimizer": None if run.optimizer is None else run.optimizer.state_dict(),
+        "scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
+        "random": every_random_state(run.generators)})
+    try:
+        _put(run, stored, stored["random_now"][distributed.rank()])
+    except Exception as error:
+        _put_states(run, before, before["random"])
+        raise CorruptCheckpoint(damaged(path, "it does not hold what this training needs "
+                                              f"({error!r})")) from error
     if distributed.rank() == 0:
         tidy(str(run.options.folder))
 
 
-def description(run: "Run") -> dict[str, Any]:
-    """Return what a checkpoint must agree with to be this training's."""
-    options, optimizer, data = run.options, run.optimizer, run.train
-    return {
-        "rule": type(run.rule).__name__,
-        "weights": {name: str(value.dtype) if name in run.rule.resized
-                    else f"{value.dtype} {tuple(value.shape)}"
-                    for name, value in run.rule.state_dict().items()
-                    if isinstance(value, Tensor)},
-        "optimizer": {"type": type(optimizer).__name__,
-                      **{key: repr(value) for key, value in
-                         (optimizer.defaults if optimizer else {}).items()
-                         if value is not None and value is not False}},
-        "optimized parameters": len(stepped(optimizer)),
-        "scheduler": type(run.scheduler).__name__,
-        "scheduler_unit": options.scheduler_unit,
-        "train": {"type": type(data).__name__, "batches": run.batches,
-                  **{key: getattr(data, key) for key in ("batch_size", "seed", "shuffle")
-                     if isinstance(getattr(data, key, None), int)}},
-        "validation": run.validation is not None, "metric": run.history.metric,
-        "patience": options.patience, "accumulate": options.accumulate, "clip": options.clip,
-        "autocast": str(options.autocast), "seed": options.seed, "processes": run.world,
-        "generators": len(run.generators),
-    }
+def _put(run: "Run", stored: dict[str, Any], random: dict[str, Any]) -> None:
+    at = type(run.at)(**stored["at"])
+    for name, value in asdict(at).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (value < 0 and \
+                name != "best_score" and name != "loss_sum"):
+            raise ValueError(f"{name} is {value!r}")
+    history = [Epoch(**epoch) for epoch in stored["history"]]
+    if len(history) != at.epoch:
+        raise ValueError(f"{len(history)} epochs are told of {at.epoch}")
+    here = run.rule.state_dict()
+    for state in (stored["rule"], stored["best"]):
+        missing = [name for name in here if state is not None and name not in state]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+    _put_states(run, stored, random)
+    run.at, run.best, run.history.epochs = at, stored["best"], history
+    run.random_start, run.drifted = stored["random_start"], stored["drifted"]
+    run.weigher.put_back(stored["weigher"])
+    run.saved = (run.at.epoch, run.at.step)
+
+
+def _put_states(run: "Run", stored: dict[str, Any], random: dict[str, Any]) -> None:
+    if run.optimizer is not None:
+        run.optimizer.load_state_dict(stored["optimizer"])
+    if run.scheduler is not None:
+        run.scheduler.load_state_dict(stored["scheduler"])
+    set_weights(run.rule, stored["rule"])
+    set_every_random_state(random, run.generators)
 
 
 def random_states(run: "Run") -> list[dict[str, Any]]:
@@ -105,14 +152,3 @@ def set_weights(rule: Rule, stored: dict[str, Any]) -> None:
     state = rule.state_dict()  # holds the modules' versions, which a plain dictionary lacks
     state.update(stored)
     rule.load_state_dict(state)
-
-
-def difference(there: Any, here: Any, name: str = "") -> str | None:
-    """Return in words the first difference between two nested dictionaries, None if none."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in {**there, **here}:
-            found = difference(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-            if found is not None:
-                return found
-        return None
-    return None if there == here else f"its {name} is {there}, here it is {here}"

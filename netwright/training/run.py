@@ -32,6 +32,7 @@ from netwright.training.batches import Data, described, generators, length, pair
 from netwright.training.checkpoints import FILE
 from netwright.training.diagnosis import Finite, bad_batch, where_not_finite
 from netwright.training.history import Epoch, History
+from netwright.training.identity import description
 from netwright.training.scoring import Scores
 from netwright.training.steps import steps_of
 from netwright.training.weighing import Weigher
@@ -80,6 +81,9 @@ class Run:
         self.random_start: list[dict[str, Any]] = []
         self.unread: list[tuple[str, Any, Tensor, Any, Any]] = []
         self.saved: tuple[int, int] | None = None
+        self.described: dict[str, Any] = {}
+        self.drifted: list[list[str]] = []  # of what describes it, what it changes itself
+        self.begun = False  # whether the first checkpoint is this call's
         self.started, self.has_stepped = 0.0, False
         self.bar: Bar | None = None
         self.writer: Any = None
@@ -88,6 +92,12 @@ class Run:
 
     def all(self) -> History:
         """Train from the start, or from the checkpoint, to the end."""
+        with resuming.held(self):
+            return self._all()
+
+    def _all(self) -> History:
+        if self.options.folder is not None:
+            self.described = description(self)
         self._begin()
         try:
             self._show()
@@ -124,6 +134,7 @@ class Run:
         if self.world > 1:
             distributed.share_weights(self.rule)
             distributed.share_generators(generators(self.rule.modules()))
+        self.begun = True
         resuming.keep(self)
 
     def _agree(self, found: bool) -> None:

@@ -25,6 +25,7 @@ def load_worker() -> ModuleType:
 worker = load_worker()
 SAME_IN_SHARES = [name for name, how in worker.WAYS.items() if worker.build(*how).same_in_shares]
 OWN_IN_SHARES = [name for name in worker.WAYS if name not in SAME_IN_SHARES]
+pytestmark = pytest.mark.check  # a minute and more of processor time, which all of them share
 torch_distributed = pytest.mark.skipif(not torch.distributed.is_available(),
                                        reason="PyTorch was built without torch.distributed")
 

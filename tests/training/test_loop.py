@@ -474,13 +474,46 @@ def test_on_epoch_is_told_and_may_stop_by_raising() -> None:
     ({"train": [X]}, r"a batch must be a pair \(x, y\)"),
     ({"train": [(X, X, Y)]}, "several inputs go into x"),
     ({"validation": []}, "validation yielded no batches"),
+    ({"validation": [(X[:, :4], Y)]}, "validation cannot be judged: x is float32"),
+    ({"validation": [(X, Y.float()[:, None].expand(40, 7))]}, "validation cannot be judged"),
+    ({"validation": [X]}, r"a batch must be a pair \(x, y\)"),
+    ({"validation": Batches(X[:, :4], Y, 8)}, "validation cannot be judged"),
+    ({"validation": DataLoader(TensorDataset(X.double(), Y), 8)}, "validation cannot be judged"),
+    ({"metric": 3}, "metric must be a function"),
+    ({"on_epoch": 3}, "on_epoch must be a function"),
+    ({"device": torch.float64}, "device must be one of this machine's"),
+    ({"device": "gpu"}, "device must be one of this machine's"),
+    ({"device": 1.5}, "device must be one of this machine's"),
+    ({"checkpoint": ""}, "checkpoint must be the path of a folder, got ''"),
+    ({"checkpoint": 3}, "checkpoint must be the path of a folder, got 3"),
+    ({"tensorboard": __file__}, "tensorboard must be a folder, got the file"),
+    ({"seed": -1}, "seed must be"),
+    ({"seed": 1.5}, "seed must be"),
+    ({"seed": 2**70}, "seed must be"),
 ])
 def test_bad_arguments_change_nothing(options: dict, said: str) -> None:
     net = network()
     with pytest.raises(ValueError, match=said):
         nw.fit(net, **{"train": [(X, Y)], "epochs": 1, **options})
-    if options.get("validation") != []:
-        assert same(net, network())
+    assert same(net, network())
+    assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in net.parameters())
+
+
+@pytest.mark.parametrize("rule", [3, "model", None, nn.Linear])
+def test_what_is_no_module_is_refused(rule: Any) -> None:
+    with pytest.raises(ValueError, match="rule must be a rule, or a module"):
+        nw.fit(rule, [(X, Y)], epochs=1)
+
+
+def test_a_training_that_fails_before_its_first_step_leaves_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="check that x fits"):
+        nw.fit(network(), [(X[:, :5], Y)], epochs=1, checkpoint=tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="check that x fits"):
+        nw.fit(network(), [(X[:, :5], Y)], epochs=1, checkpoint=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert len(nw.fit(network(), [(X, Y)], epochs=1, checkpoint=tmp_path)) == 1
 
 
 def test_frozen_networks_and_needless_optimizers_are_refused() -> None:

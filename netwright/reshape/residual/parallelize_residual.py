@@ -9,7 +9,13 @@ from torch.utils._pytree import tree_leaves
 from netwright import checks
 from netwright.anatomy.replacing import replace
 from netwright.anatomy.residual import trace
-from netwright.anatomy.residual_blocks import Passed, example_of, respond, runs_of
+from netwright.anatomy.residual_blocks import (
+    Passed,
+    example_of,
+    put_around,
+    respond,
+    runs_of,
+)
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape._layouts import layout_of, plain_layout
@@ -126,9 +132,9 @@ def _put(model: nn.Module, run: Sequence[Mapping[str, Any]]) -> str:
     names = [block["name"] for block in run]
     modules = [model.get_submodule(name) for name in names]
     responses = [layout_of(block["response"]) for block in run]
-    for name, response in zip(names[1:], responses[1:], strict=True):
-        replace(model, name, Passed(response))
-    replace(model, names[0], ParallelSum(modules, responses[0]))
+    for name, module, response in zip(names[1:], modules[1:], responses[1:], strict=True):
+        replace(model, name, Passed(response, module))
+    put_around(model, names[0], ParallelSum(modules, responses[0]), modules)
     kinds = " and ".join(dict.fromkeys(type(module).__name__ for module in modules))
     return (f"{names[0]} to {names[-1].rpartition('.')[2]}: {len(run)} blocks ({kinds}) "
             "side by side")

@@ -1,4 +1,5 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any, Literal
@@ -8,9 +9,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright import checks
+from netwright.anatomy.calls import Call, watching
 from netwright.anatomy.replacing import replace, standing_in, without_fused_paths
 from netwright.anatomy.residual import Silent, Trace, trace
-from netwright.anatomy.residual_blocks import Block, Passed, example_of, respond, runs_of
+from netwright.anatomy.residual_blocks import (
+    Block,
+    Passed,
+    example_of,
+    put_around,
+    respond,
+    runs_of,
+)
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
@@ -235,9 +244,23 @@ class _Branch(nn.Module):
 
     def forward(self, h: Tensor, *args: Any, **options: Any) -> Tensor:
         """Return f(h), of the shape of h."""
-        with standing_in(self.block, {name: stub for name, (stub,) in self.silent}):
+        with (standing_in(self.block, {name: stub for name, (stub,) in self.silent}),
+              _without_checkpoints(self.block)):
             output = self.block(h, *args, **options)
         return next(t for t in tree_leaves(output) if isinstance(t, Tensor)) - h
+
+
+@contextmanager
+def _without_checkpoints(block: nn.Module) -> Iterator[None]:
+    """Hold back transformers' checkpoints: there is nothing to store, and parts change places."""
+    on = [part for part in block.modules() if part.__dict__.get("gradient_checkpointing")]
+    try:
+        for part in on:
+            part.__dict__["gradient_checkpointing"] = False
+        yield
+    finally:
+        for part in on:
+            part.__dict__["gradient_checkpointing"] = True
 
 
 @torch.no_grad()
@@ -265,7 +288,22 @@ def _parts(block: Block, found: Trace) -> list[tuple[str, dict[str, Silent]]]:
         h = h + _Branch(other, silent)(h, *args, **options)
     coarse = max(torch.finfo(h.dtype).eps, 1e-7) ** 0.5
     near = bool((h - expected).abs().amax() <= 0.3 * coarse * expected.abs().amax())
-    return parts if near else whole
+    return parts if near and _apart(other, parts, block) else whole
+
+
+def _apart(module: nn.Module, parts: Sequence[tuple[str, dict[str, Silent]]],
+           block: Block) -> bool:
+    """Return whether nothing with weights runs in two parts, which a cache would see twice."""
+    args, options = block.rest
+    weighted = {part for part in module.modules() if part is not module
+                and any(True for _ in part.parameters())}
+    ran: list[nn.Module] = []
+    for _, silent in parts:
+        calls: list[Call] = []
+        with watching(module, calls, everywhere=True):
+            _Branch(module, silent)(block.taken, *args, **options)
+        ran += {made.module for made in calls if made.module in weighted}
+    return len(ran) == len(set(ran))
 
 
 def _put(model: nn.Module, run: Sequence[Mapping[str, Any]], gamma: float | None,
@@ -273,7 +311,7 @@ def _put(model: nn.Module, run: Sequence[Mapping[str, Any]], gamma: float | None
     """Put the stack in the run's place; return where the blocks' parameters are now."""
     outer = run[0]["name"].rpartition(".")[0]
     parent = model.get_submodule(outer)
-    turn, blocks = 0, list[ReversibleBlock]()
+    turn, blocks = 0, list[Coupled | Momentum]()
     for block in run:
         module = model.get_submodule(block["name"])
         parts = [(name, {short: silent_of(stub) for short, stub in silent.items()})
@@ -284,8 +322,8 @@ def _put(model: nn.Module, run: Sequence[Mapping[str, Any]], gamma: float | None
     responses = [layout_of(block["response"]) for block in run]
     stack = ReversibleStack(blocks, responses[0], momentum=gamma is not None, exact=exact)
     for block, response in zip(run[1:], responses[1:], strict=True):
-        replace(model, block["name"], Passed(response))
-    replace(model, run[0]["name"], stack)
+        replace(model, block["name"], Passed(response, model.get_submodule(block["name"])))
+    put_around(model, run[0]["name"], stack, [block.block for block in blocks])
     moves = {f"{name}.": f"{names[0]}.blocks.{k}.block." for k, name in enumerate(names)}
     parent._register_load_state_dict_pre_hook(partial(_moved, moves))
     outer = f"{outer}." if outer else ""

@@ -414,3 +414,99 @@ def test_errors():
     compiled._orig_mod = nn.Identity()  # as torch.compile calls it
     with pytest.raises(NothingToReshape, match="compiled"):
         reversible(compiled, x)
+
+
+def llama(**options):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=4, intermediate_size=32, vocab_size=20, initializer_range=0.2, **options))
+
+
+def post_norm(kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 32, "vocab_size": 20,
+             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}{'Text' * (kind == 'Gemma3')}Config")(**sizes)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["Olmo2", "Gemma2", "Gemma3", "Glm4"])
+def test_attention_behind_a_norm_runs_once_and_feeds_its_cache_once(kind):
+    model = post_norm(kind)
+    result = reversible(model, {"input_ids": IDS})
+    assert all("each in 2 parts" in said for said in result.reversible_changes)
+    ran = []
+    for name, module in result.named_modules():
+        if name.endswith("self_attn"):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    with torch.no_grad():
+        output = result(input_ids=IDS, use_cache=True)
+    assert len(ran) == len(set(ran)) == 3
+    assert output.past_key_values.get_seq_length() == IDS.shape[1]
+    written = result.generate(IDS, max_new_tokens=5, min_new_tokens=5, do_sample=False,
+                              use_cache=True)
+    assert torch.equal(written, result.generate(
+        IDS, max_new_tokens=5, min_new_tokens=5, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("how", ["coupling", "momentum"])
+@pytest.mark.parametrize("first", [False, True])
+def test_checkpointing_that_is_switched_on_changes_nothing(how, first):
+    model = llama()
+    if first:
+        model.gradient_checkpointing_enable()
+    result = reversible(model, {"input_ids": IDS}, how=how).train()
+    if not first:
+        result.gradient_checkpointing_enable()
+    grads = []
+    for _ in range(2):
+        result.zero_grad()
+        result(input_ids=IDS).logits.square().mean().backward()
+        grads.append([p.grad.clone() for p in result.parameters()])
+        result.gradient_checkpointing_disable()
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("change", [nw.reshape.reversible, nw.reshape.parallelize_residual])
+def test_blocks_say_what_they_said_where_models_read_it(change):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=4, intermediate_size=32,
+        vocab_size=20, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1,
+        sep_token_id=2)).eval()
+    result = change(model, {"input_ids": IDS})
+    assert result(input_ids=IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("change", [nw.reshape.reversible, nw.reshape.parallelize_residual])
+def test_each_module_keeps_its_own_mode(change):
+    model = residual().train()
+    model[2].mlp[2].eval()
+    model[3].eval()
+    result = change(model, torch.randn(2, 5))
+    modes = [m.training for m in result.modules() if isinstance(m, nn.Dropout)]
+    assert modes == [m.training for m in model.modules() if isinstance(m, nn.Dropout)]
+    assert [m.training for m in result.modules() if isinstance(m, Residual)] == [
+        True, True, False, True]
+
+
+@pytest.mark.parametrize("change", [
+    lambda m, x: reversible(m, x), lambda m, x: reversible(m, x, how="momentum"),
+    lambda m, x: nw.reshape.parallelize_residual(m, x),
+    lambda m, x: nw.reshape.parallelize_residual(m, x, group=2)])
+def test_what_was_trained_goes_back_to_the_network_as_it_was(change, tmp_path):
+    model = gpt(20, context=8, width=16, depth=4, heads=2)
+    result = change(model, IDS)
+    with torch.no_grad():
+        for p in result.parameters():
+            p.add_(1)
+    nw.save(result, tmp_path)
+    again = nw.load(tmp_path, model)
+    expected = {name: p + 1 for name, p in model.named_parameters()}
+    model.load_state_dict(nw.reshape.original_state(again))
+    assert all(torch.allclose(p, expected[name]) for name, p in model.named_parameters())
