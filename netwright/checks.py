@@ -122,7 +122,7 @@ def _unfit(name: str, value: Any, kind: Any) -> str:
 def _within(name: str, value: Any, kind: Any) -> str:
     """Return why a part of a row or of a mapping does not fit."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (list, Sequence, Iterable, set, frozenset) and isinstance(value, (list, tuple)):
+    if origin in (list, Sequence, set, frozenset) and isinstance(value, (list, tuple)):
         entries: Iterable[tuple[Any, Any, Any]] = (
             (i, each, parts[0]) for i, each in enumerate(value))
     elif origin is tuple and isinstance(value, (list, tuple)):
@@ -137,7 +137,7 @@ def _within(name: str, value: Any, kind: Any) -> str:
     else:
         return ""
     return next(filter(None, (_unfit(f"{name}[{key!r}]", each, part)
-                              for key, each, part in entries)), "")
+                              for key, each, part in entries if not _is_number(each, part))), "")
 
 
 @cache
@@ -176,7 +176,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if what in (dict, Mapping):
         return hasattr(value, "keys") and (len(parts) != 2 or not isinstance(value, Mapping) or all(
             not _unfit("", each, parts[1]) for each in value.values()))
-    return isinstance(value, what)
+    return isinstance(value, Tensor if what is torch.nn.Parameter else what)
 
 
 def _is_row(value: Any, what: Any, parts: tuple[Any, ...]) -> bool:
@@ -190,10 +190,18 @@ def _is_row(value: Any, what: Any, parts: tuple[Any, ...]) -> bool:
         return value.ndim > 0
     if not parts or not isinstance(value, (list, tuple)):
         return True
+    if what is Iterable or Any in parts:
+        return True  # parameters or their groups, a batch: what they hold is looked at elsewhere
     if what is tuple and Ellipsis not in parts and len(parts) != len(value):
         return False
     each = parts if what is tuple and Ellipsis not in parts else [parts[0]] * len(value)
-    return not any(_unfit("", part, kind) for part, kind in zip(value, each, strict=True))
+    return all(_is_number(part, kind) or not _unfit("", part, kind)
+               for part, kind in zip(value, each, strict=True))
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    """Return whether a part is a number where one is asked for; its method says what is wrong."""
+    return kind is float and isinstance(value, float)
 
 
 def _is_float(value: Any) -> bool:
@@ -218,7 +226,7 @@ _SIMPLE: dict[Any, Check] = {
 }
 _WORDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string",
           complex: "a finite number",
-          Tensor: "a tensor", torch.nn.Module: "a module", type(None): "None"}
+          Tensor: "a tensor", torch.nn.Module: "an nn.Module", type(None): "None"}
 
 
 def _words(kind: Any) -> str:
@@ -251,10 +259,10 @@ def seen(value: Any) -> str:
     """Return a value as a message can hold it."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    if value is None or isinstance(value, (bool, int, float, str, bytes, list, tuple, dict)):
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, list, tuple)):
         text = " ".join(repr(value).split())
         return text if len(text) <= 80 else f"{text[:77]}... ({type(value).__name__})"
-    return value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
+    return value.__name__ if isinstance(value, type) else type(value).__name__
 
 
 def count(least: int, /, *, advice: str = "", optional: bool = False, **numbers: Any) -> None:

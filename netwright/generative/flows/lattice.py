@@ -239,6 +239,7 @@ class GaugeTransform(Transform):
                  hidden: int = 8) -> None:
         super().__init__()
         checks.between(0, 1, whole=True, direction=direction, parity=parity)
+        checks.count(1, hidden=hidden)
         self.direction, self.parity = direction, parity
         if net is None:
             last = nn.Conv2d(hidden, 2, 3, padding=1, padding_mode="circular")
