@@ -71,6 +71,7 @@ class _Arguments:
         self.function = function
         self.known: dict[str, tuple[Any, Any]] | None = None
         self.names: list[str] = []
+        self.own = _checked_by(function)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.known is None:
@@ -78,7 +79,7 @@ class _Arguments:
         for name, value in (*zip(self.names, args, strict=False), *kwargs.items()):
             kind, default = self.known.get(name, (Any, None))
             if kind is not Any and value is not default:
-                must = _unfit(name, value, kind)
+                must = "" if name in self.own and _is_odd(value) else _unfit(name, value, kind)
                 if must:
                     raise ValueError(must)
 
@@ -90,6 +91,24 @@ class _Arguments:
         places = [name for name, p in found.items()
                   if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         return places, known
+
+
+def _checked_by(function: Callable[..., Any]) -> set[str]:
+    """Return the arguments that a function checks itself, and can say more of when they are odd.
+
+    Those are the ones that it gives by name to a check, or begins a message with.
+    """
+    code = inspect.unwrap(function).__code__
+    given = [each for each in code.co_consts if isinstance(each, tuple)]
+    said = " ".join(each for each in code.co_consts if isinstance(each, str))
+    by_name = {name for each in given for name in each} if "checks" in code.co_names else set()
+    places = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+    return {name for name in places if name in by_name or f"{name} must" in said}
+
+
+def _is_odd(value: Any) -> bool:
+    """Return whether a value is a number that few arguments take: not finite, or not whole."""
+    return isinstance(value, float) and not value.is_integer()
 
 
 def _kind(annotation: Any, scope: Mapping[str, Any]) -> Any:

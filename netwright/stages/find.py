@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from netwright import checks
 from netwright.anatomy.calls import Call, watch
 from netwright.errors import CannotStage, UnknownName
 from netwright.runtime.modes import evaluating, rehearsing
@@ -33,7 +32,6 @@ __all__ = ["stages"]
 _TRIES = 6
 
 
-@checks.annotated
 def stages(network: nn.Module | Stages, example: Any = None,
            cuts: Sequence[str] | None = None) -> Stages:
     """Read `network` as a chain of stages, which share its parameters.

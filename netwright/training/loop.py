@@ -33,7 +33,6 @@ from netwright.training.unlabelled import Unlabelled, generative, mean_score
 __all__ = ["fit"]
 
 
-@checks.annotated
 def fit(rule: Rule | nn.Module, train: Data, *, epochs: int,
         optimizer: Optimizer | Callable[[list[Parameter]], Optimizer] | None = None,
         validation: Data | None = None,

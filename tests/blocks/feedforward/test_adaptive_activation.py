@@ -98,7 +98,7 @@ def test_dtypes_shapes_and_states(make):
 
 @pytest.mark.parametrize(("run", "says"), [
     (lambda: APA(1.0, 0.0), "lam must be at least 0.0001, got 0.0"),
-    (lambda: AGLU(1.0, float("nan")), "lam must be a finite number, got nan"),
+    (lambda: AGLU(1.0, float("nan")), "lam must be at least"),
     (lambda: APA(channels=0), "channels must be at least 1, got 0"),
     (lambda: AGLU(channels=3)(torch.randn(2, 4)), "z must be .*, 3."),
 ])

@@ -279,7 +279,7 @@ def test_it_stands_in_a_transformer_of_any_width():
     ({"hidden": 12}, "hidden must be leaf x 8, since depth=3, got hidden=12 with leaf=1"),
     ({"hidden": 16, "leaf": 4}, "got hidden=16 with leaf=4; give one of the two"),
     ({"hardening": -1.0}, "hardening must be at least 0, got -1.0"),
-    ({"balance": float("nan")}, "balance must be a finite number, got nan"),
+    ({"balance": float("nan")}, "balance must be at least 0, got nan"),
     ({"master_leaf": -1}, "master_leaf must be at least 0, got -1")])
 def test_what_cannot_be_built(options, words):
     with pytest.raises(ValueError, match=words):
