@@ -103,7 +103,7 @@ def test_finite_looks_at_numbers_and_at_tensors():
 @checks.annotated
 def made(width: int, rate: float = math.inf, *, name: str = "", flag: bool = False,
          sizes: Sequence[int] = (), pair: tuple[int, float] = (1, 1.0),
-         rows: "list[Tensor] | tuple[()]" = (),
+         rows: "list[Tensor] | None" = None,
          by: Mapping[str, int] | None = None, module: nn.Module | None = None,
          kind: Literal["sum", "mean"] = "sum", generator: Generator | None = None,
          function: Callable[[int], int] = abs) -> int:
@@ -122,8 +122,8 @@ def made(width: int, rate: float = math.inf, *, name: str = "", flag: bool = Fal
     ({"sizes": 3}, "sizes must be a list of a whole number, got 3"),
     ({"sizes": [1, 2.5]}, r"sizes\[1\] must be a whole number, got 2.5"),
     ({"pair": (1,)}, r"pair must be \(a whole number, a finite number\), got \(1,\)"),
-    ({"rows": [3]}, r"rows must be a list of a tensor or"),
-    ({"by": {"a": 0.5}}, "by must be a mapping to a whole number or None, got dict"),
+    ({"rows": [3]}, r"rows\[0\] must be a tensor, got 3"),
+    ({"by": {"a": 0.5}}, r"by\['a'\] must be a whole number, got 0.5"),
     ({"by": [1]}, r"by must be a mapping to a whole number or None, got \[1\]"),
     ({"module": "net"}, "module must be an nn.Module or None, got 'net'"),
     ({"module": nn.Linear}, "module must be an nn.Module or None, got Linear"),
