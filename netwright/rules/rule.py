@@ -205,7 +205,7 @@ def _warn_of_few(rule: type[Rule], net: Stages) -> None:
         warnings.warn(
             f"network reads as {len(net)} stages ({', '.join(net.names)}) of {layers} layers, and "
             f"within a stage {rule.__name__} is backpropagation; give nw.stages(network, example, "
-            "cuts=[...]) with more of its modules to cut at", FewStages, stacklevel=4)
+            "cuts=[...]) with more of its modules to cut at", FewStages, stacklevel=6)
 
 
 def matrix_layers(stage: Stage) -> list[nn.Module]:
