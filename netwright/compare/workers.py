@@ -200,7 +200,7 @@ def _inquire(process: "Worker", log: Any, deaths: int) -> None:
         return
     log.seek(0)
     lines = log.read().decode(errors="replace").strip().splitlines()
-    if process.returncode > 0 or deaths > 10:
+    if (process.returncode or 0) > 0 or deaths > 10:
         raise RuntimeError(f"a worker process ended with status {process.returncode}: "
                            f"{lines[-1] if lines else 'it said nothing'}; "
                            "workers=1 runs everything in this process")

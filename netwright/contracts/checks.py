@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from netwright import checks
 from netwright.catalogue.facets import Facets, facets
 from netwright.errors import BrokenContract, MissingExtra, UnknownName
 from netwright.runtime.random_state import same_random_state
@@ -87,7 +86,6 @@ def check_once(run: Callable[[Make], None]) -> Check:
     return Check(run.__name__.strip("_").replace("_", " "), run, thorough=False)
 
 
-@checks.annotated
 def checks(kind: str) -> list[Check]:
     """Return what every method of `kind` is held to, each check by itself.
 
