@@ -34,7 +34,7 @@ def calls(value):
     for arguments in variants(value).values():
         try:
             found.append(_recorded(value, said, dict(arguments)))
-        except nw.errors.MissingExtra:
+        except (nw.errors.MissingExtra, TypeError):  # not here, or not by its contract
             continue
     return [each for each in found if each is not None]
 
