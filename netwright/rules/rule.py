@@ -1,6 +1,6 @@
 import inspect
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from netwright.rules.batches import labels_apart
 from netwright.rules.processes import Processes, is_parallel, refuse_parts
 from netwright.rules.scaling import note_call
 from netwright.runtime.modes import evaluating, rehearsing
+from netwright.runtime.padding import held, holding, real_positions
 from netwright.signals import all_of, apply, mapped, tensor_of
 from netwright.stages import Stage, Stages, stages
 
@@ -92,18 +93,23 @@ class Rule(nn.Module):
             options = {name: _cut_off(value) for name, value in options.items()}
         x, y = labels_apart(self.network, _cut_off(x), _cut_off(y))
         given = (y, *map(_cut_off, rest)) if y is not None or rest or self._must_be_told() else ()
-        if not self._begun:  # the network may have been cut up since it was given
-            if not self.runs_whole:
-                refuse_parts(self, self.network)
-            self._begun = True
+        self._begin()
+        if self._processes is not None:
+            self._processes.before(self)
+        # Stages that are run one by one are called with no mask; mixtures in them ask for it here.
+        with holding(real_positions(x) if isinstance(x, Mapping) else held()):
+            loss = super().__call__(x, *given, **options)
+        if self._processes is not None:
+            self._processes.after(self)
+        return loss
+
+    def _begin(self) -> None:
+        """Look at what has to be right before a call."""
+        if not self._begun and not self.runs_whole:
+            refuse_parts(self, self.network)  # it may have been cut up since it was given
+        self._begun = True
         if not self.updates_weights:
             note_call(self)
-        if self._processes is None:
-            return super().__call__(x, *given, **options)
-        self._processes.before(self)
-        loss = super().__call__(x, *given, **options)
-        self._processes.after(self)
-        return loss
 
     def _must_be_told(self) -> bool:
         """Whether `forward` takes a y that may be None but not left out.
@@ -115,7 +121,7 @@ class Rule(nn.Module):
         y = others[0] if others else None
         if y is None or y.default is not y.empty or y.kind is y.VAR_POSITIONAL:
             return False
-        if "None" not in str(y.annotation):
+        if self.needs_labels and y.annotation is not y.empty and "None" not in str(y.annotation):
             raise ValueError('y must hold the targets, got None and no "labels" in x; give '
                              f'{type(self).__name__}(...)(x, y), or x as a mapping with "labels"')
         return True

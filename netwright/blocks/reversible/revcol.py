@@ -12,6 +12,7 @@ from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
 from netwright.reversing.engine import Stored, Update, chained, run
+from netwright.runtime.attributes import Memo
 
 __all__ = ["ColumnLevel", "ColumnSupervision", "RevCol", "RevColumn"]
 
@@ -171,7 +172,7 @@ class RevCol(nn.Module):
         self.columns = ReversibleSequential(*[
             RevColumn([make(t) for make in make_level], channels, shortcut_scale=shortcut_scale,
                       least_scale=least_scale, dim=dim) for t in range(1, columns)], exact=exact)
-        self._seen = False
+        self._seen = Memo()
 
     @classmethod
     def convolutional(cls, channels: Sequence[int], blocks: Sequence[int], columns: int, *,
@@ -210,14 +211,15 @@ class RevCol(nn.Module):
             step = Stored(f"level {k} of column 0", level, [level])
             streams += run([step], streams[-1:])
         ends, parts = self._kept(torch.is_grad_enabled()) | set(wanted), [*self.columns]
-        start = 0
+        start, kind = 0, (torch.is_grad_enabled(), self.training)
         for end in sorted(ends):
             steps = chained([cast(RevColumn, part).steps() for part in parts[start:end]])
             if steps:
-                streams = run(steps, streams, exact=self.exact, first=not self._seen)
+                streams = run(steps, streams, exact=self.exact,
+                              first=kind not in self._seen)
             levels, start = tuple(streams[1:]), end
             found[end] = levels if self.level is None else levels[self.level]
-        self._seen = True
+        self._seen.add(kind)
         return found[number - 1] if taps is None else [found[t] for t in wanted]
 
     @torch.no_grad()
