@@ -4,6 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from netwright.signals import tensors
+
+ROWS = 2  # of a batch: the least with which batch normalisation runs in train mode
 
 
 def batches_of(calibration: Any) -> list[Any]:
@@ -38,6 +43,20 @@ def batches_of(calibration: Any) -> list[Any]:
         raise ValueError("calibration must hold at least one sample, got none; a few hundred "
                          "tokens or some tens of images are enough")
     return batches
+
+
+def few(x: Any) -> Any:
+    """Return the first rows of a batch, or `x` where it does not look like one.
+
+    >>> import torch
+    >>> few({"x": torch.ones(8, 3)})["x"].shape
+    torch.Size([2, 3])
+    """
+    sizes = {t.shape[:1] for t in tensors(x)}
+    if len(sizes) != 1 or not (size := sizes.pop()) or size[0] <= ROWS:
+        return x
+    return tree_map(lambda t: t[:ROWS] if isinstance(t, Tensor) else t,
+                    dict(x) if isinstance(x, Mapping) else x)
 
 
 def _inputs(batch: Any) -> Any:
