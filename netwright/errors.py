@@ -16,6 +16,10 @@ class CannotReverse(NetwrightError, ValueError):
     """A step of a reversible network cannot be undone, or not without losing a gradient."""
 
 
+class FewStages(UserWarning):
+    """The network's chain is so short that a rule which teaches stages apart is backpropagation."""
+
+
 class NothingToReshape(NetwrightError, ValueError):
     """A reshape found nothing in the network that it could change."""
 

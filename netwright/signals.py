@@ -72,6 +72,27 @@ def tensor_of(output: Any) -> Tensor:
                       "logits; wrap it in a module whose forward returns one tensor")
 
 
+def all_of(output: Any) -> Any:
+    """Return all that a model has returned where it is several tensors to learn from, or the one.
+
+    A Hugging Face output that has logits, or a last hidden state, is those.
+
+    >>> import torch
+    >>> len(all_of((torch.ones(2), torch.zeros(2))))
+    2
+    >>> all_of({"scores": torch.ones(2), "note": None})
+    tensor([1., 1.])
+    """
+    if isinstance(output, Tensor):
+        return output
+    named = hasattr(output, "to_tuple") and any(isinstance(getattr(output, name, None), Tensor)
+                                                for name in ("logits", "last_hidden_state"))
+    if named:
+        return tensor_of(output)
+    learnt = [t for t in tensors(output) if t.is_floating_point() or t.is_complex()]
+    return learnt[0] if len(learnt) == 1 else output
+
+
 def tensors(value: Any) -> list[Tensor]:
     """Return the tensors inside nested tuples, lists and mappings, in their order.
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from netwright.anatomy.calls import Call, watching
 from netwright.anatomy.replacing import plain_paths
 from netwright.errors import CannotStage
-from netwright.runtime.modes import evaluating, rehearsing, same_attributes
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.random_state import same_random_state
 from netwright.signals import apply, copied, tensor_of, tensors
 
@@ -160,8 +160,7 @@ def record(network: nn.Module, example: Any, **options: Any) -> Run:
             apply(network, copied(example))  # its first run makes its parameters
     run, example = Run(network), copied(example)
     recorder = _Recorder(run, example)
-    with (evaluating(network), rehearsing(network), same_attributes(network),
-          plain_paths(kernels=True),
+    with (evaluating(network), rehearsing(network), plain_paths(kernels=True),
           watching(network, run.calls, everywhere=True, values=recorder.numbers) as stack):
         recorder.stack = stack
         with _Dropouts(recorder), recorder:

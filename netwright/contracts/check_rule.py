@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.functional import gaussian_nll_loss
 from torch.optim import SGD
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -469,3 +470,158 @@ def the_networks_own_names_are_kept(make: Make) -> None:
            sorted({*names} ^ {*case.names}), "keep what is added on the rule")
     expect(call(case.network, case.x).shape == shape, "a network that runs as before",
            tuple(call(case.network, case.x).shape), "leave the network's own pass as it is")
+
+
+class TwoHeads(nn.Module):
+    """A mean and a log-variance for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.mean, self.spread = (nn.Linear(FEATURES, 8), nn.Linear(8, 1),
+                                             nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.body(x))
+        return self.mean(h), self.spread(h)
+
+
+def likelihood(output: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+    return gaussian_nll_loss(output[0].flatten(), y.to(output[0].dtype), output[1].flatten().exp())
+
+
+@check
+def a_loss_of_ones_own_teaches_all_that_the_network_returns(make: Make) -> None:
+    method, arguments, *_ = make.args  # type: ignore[attr-defined]
+    if not offered(method, loss=None):
+        return
+    try:
+        case = Case(method, {**arguments, "loss": likelihood}, TwoHeads, ordinary_batch)
+        before = case.weights()
+        loss = case()
+    except (ValueError, TypeError, AttributeError) as error:
+        expect("network" in str(error) or "stage" in str(error),
+               "a call, or an error that says what the network must return", repr(error),
+               "see netwright.rules.rule.output_for and chain_of")
+        return
+    expect_finite(loss)
+    taught = {name for name, g in case.gradients().items() if g.any()}
+    moved = {name for name, w in case.weights().items() if not torch.equal(w, before[name])}
+    expect(any("spread" in name for name in taught | moved),
+           "an update of the second head", "none", "give the loss all of output_for(…)")
+
+
+class Reused(nn.Module):
+    """A network that runs one of its layers twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.within, self.out = (nn.Linear(FEATURES, 12), nn.Linear(12, 12),
+                                            nn.Linear(12, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.within(torch.tanh(self.into(x))))
+        scores: Tensor = self.out(torch.tanh(self.within(h)))
+        return scores
+
+
+class TiedHead(nn.Module):
+    """Scores of tokens, read off by the matrix that they were embedded with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(CLASSES, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.head = nn.Linear(8, CLASSES, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embedding(x)
+        for layer in self.layers:
+            h = torch.tanh(layer(h))
+        scores: Tensor = self.head(h)
+        return scores
+
+
+def token_batch() -> tuple[Tensor, Tensor]:
+    return torch.arange(12).view(4, 3) % CLASSES, (torch.arange(12).view(4, 3) + 1) % CLASSES
+
+
+@check
+def weights_that_are_used_twice_train_and_are_kept(make: Make) -> None:
+    method, arguments, *_ = make.args  # type: ignore[attr-defined]
+    for network, batch in ((Reused, ordinary_batch), (TiedHead, token_batch)):
+        try:
+            case = Case(method, arguments, network, batch)
+            case()
+        except (ValueError, TypeError) as refused:
+            expect("KeyError" not in repr(refused), "a call, or why it is refused", refused,
+                   "name state by its place in the chain, or by its weight")
+            continue
+        expect_some_gradient(case)
+        expect_finite_gradients(case)
+        fresh = Case(method, arguments, network, batch, seed=5)
+        fresh.rule.load_state_dict(case.rule.state_dict())
+        case.rule.zero_grad()
+        mend = "keep what belongs to a weight once, and what belongs to a stage for each of them"
+        expect(torch.equal(case(), fresh()), "the same loss from the same state_dict", "another",
+               mend)
+        expect_same(fresh.gradients(), case.gradients(), "the same gradients", mend)
+
+
+class Reader(nn.Module):
+    """A transformer that reads tokens, those that count, and says one of three things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 8)
+        self.layers = nn.ModuleList([ReaderLayer() for _ in range(3)])
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        h = self.embedding(input_ids)
+        for layer in self.layers:
+            h = layer(h, attention_mask)
+        counted = attention_mask.unsqueeze(-1).to(h.dtype)
+        scores: Tensor = self.head((h * counted).sum(1) / counted.sum(1))
+        return scores
+
+
+class ReaderLayer(nn.Module):
+    """Tokens attend to those that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.read, self.write = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, h: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.read(self.norm(h)).chunk(3, -1)
+        scores = (q @ k.transpose(1, 2)).masked_fill(mask.unsqueeze(1) == 0, -torch.inf)
+        return h + self.write(torch.tanh(scores.softmax(-1) @ v))
+
+
+def padded_batch() -> tuple[dict[str, Tensor], Tensor]:
+    mask = torch.ones(6, 5, dtype=torch.int64)
+    mask[1, 3:] = mask[2, 2:] = mask[4, 4:] = 0
+    return {"input_ids": torch.randint(9, (6, 5)), "attention_mask": mask}, ordinary_batch()[1]
+
+
+@check
+def what_stands_under_the_mask_changes_nothing(make: Make) -> None:
+    method, arguments, *_ = make.args  # type: ignore[attr-defined]
+    try:
+        case, other = (Case(method, arguments, Reader, padded_batch) for _ in range(2))
+        loss = case()
+    except (ValueError, TypeError):
+        return  # it takes other networks
+    ids, mask = case.x["input_ids"], case.x["attention_mask"]
+    again = other({"input_ids": torch.where(mask == 0, (ids + 4) % 9, ids),
+                   "attention_mask": mask})
+    mend = "leave padding out, see netwright.rules.readout.without_padding"
+    expect(torch.allclose(loss, again, rtol=1e-5), f"a loss of {loss:.6f}", f"{again:.6f}", mend)
+    for name, gradient in case.gradients().items():
+        found = other.gradients()[name]
+        expect(torch.allclose(found, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max())
+                              + 1e-9), f"the same gradient of {name}", "another", mend)
+    for name, weight in case.weights().items():
+        expect(torch.allclose(other.weights()[name], weight, rtol=1e-5, atol=1e-7),
+               f"the same {name}", "another", mend)

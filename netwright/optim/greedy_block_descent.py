@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -68,6 +68,8 @@ class GreedyBlockDescent(Optimizer):
     `backward`: the optimizer differentiates it, as often as it needs. It returns the loss before
     the step. The last block is in `last_block`.
 
+    Parameters without `requires_grad` have no coordinates; one that loses it later stays as it is.
+
     Args:
         params: what is minimised over.
         blocks: the size of a block, "parameters", or index tensors.
@@ -112,7 +114,11 @@ class GreedyBlockDescent(Optimizer):
                              "the place of groups")
         self.select, self.update, self.variable = select, update, variable
         self.l1, self.generator = l1, generator
-        self._parameters: list[Tensor] = self.param_groups[0]["params"]
+        self._parameters: list[Tensor] = [p for p in self.param_groups[0]["params"]
+                                          if p.requires_grad]
+        if not self._parameters:
+            raise ValueError("params must hold a parameter to step on, got none that requires "
+                             "grad; set requires_grad on some")
         sizes = [p.numel() for p in self._parameters]
         self.bound = bound
         self._check(sum(sizes), lipschitz, blocks)
@@ -141,8 +147,7 @@ class GreedyBlockDescent(Optimizer):
                              "optimizer differentiates it itself")
         with torch.enable_grad():
             f = closure()
-            gradients = torch.autograd.grad(f, self._parameters, materialize_grads=True,
-                                            create_graph=self.update == "newton")
+            gradients = self._gradients(f, create_graph=self.update == "newton")
         g = torch.cat([part.detach().to_dense().reshape(-1) for part in gradients])
         x = torch.cat([p.reshape(-1) for p in self._parameters])
         f = f.detach()
@@ -156,6 +161,17 @@ class GreedyBlockDescent(Optimizer):
         self.last_block = block
         self.param_groups[0]["turn"] += 1
         return f
+
+    def _gradients(self, f: Tensor, *, retain_graph: bool | None = None,
+                   create_graph: bool = False) -> list[Tensor]:
+        """Return df/dp of each parameter, zeros where it has none."""
+        learning = [p for p in self._parameters if p.requires_grad]
+        found: Iterator[Tensor | None] = iter(torch.autograd.grad(
+            f, learning, retain_graph=retain_graph, create_graph=create_graph,
+            allow_unused=True) if learning and f.requires_grad else [None] * len(learning))
+        every = [next(found) if p.requires_grad else None for p in self._parameters]
+        return [torch.zeros_like(p) if g is None else g
+                for p, g in zip(self._parameters, every, strict=True)]
 
     # Which block
 
@@ -227,13 +243,12 @@ class GreedyBlockDescent(Optimizer):
         return goal.sign() * (goal.abs() - self.l1 / L).clamp_min(0) - x
 
     def _newton(self, closure: Callable[[], Tensor], f: Tensor, x: Tensor, block: Tensor,
-                gradients: tuple[Tensor, ...]) -> None:
+                gradients: Sequence[Tensor]) -> None:
         H = x.new_zeros(len(block), len(block))
         with torch.enable_grad():
             flat = torch.cat([part.reshape(-1) for part in gradients])[block]
             for i in range(len(block) if flat.requires_grad else 0):  # not so where f is linear
-                rows = torch.autograd.grad(flat[i], self._parameters, retain_graph=True,
-                                           materialize_grads=True)
+                rows = self._gradients(flat[i], retain_graph=True)
                 H[i] = torch.cat([part.reshape(-1) for part in rows])[block]
         values, vectors = torch.linalg.eigh((H + H.T) / 2)
         least = 1e-8 * values.abs().amax().clamp_min(1)
@@ -254,7 +269,8 @@ class GreedyBlockDescent(Optimizer):
         moved = x.index_add(0, block, d)
         for p, part in zip(self._parameters, moved.split([p.numel() for p in self._parameters]),
                            strict=True):
-            p.copy_(part.view_as(p))
+            if p.requires_grad:
+                p.copy_(part.view_as(p))
 
     def _check(self, n: int, lipschitz: float, blocks: object) -> None:
         if self.bound is not None and self.bound.shape != (n, n):

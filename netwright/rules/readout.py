@@ -100,10 +100,28 @@ def mean_of_tokens(a: Tensor, x: Any) -> Tensor:
 
 
 def padding_mask(x: Any, h: Tensor) -> Tensor | None:
-    """Return the `attention_mask` of the mapping `x` where it is one entry a token of `h`."""
-    mask = x.get("attention_mask") if isinstance(x, Mapping) else None
+    """Return the `attention_mask` of the mapping `x` where it is one entry a token of `h`.
+
+    Where `x` has a decoder's input too, and `h` is of its length, it is the decoder's mask.
+    """
+    if not isinstance(x, Mapping):
+        return None
+    decoded = x.get("decoder_input_ids")
+    of_decoder = isinstance(decoded, Tensor) and decoded.shape[:2] == h.shape[:2]
+    mask = x.get("decoder_attention_mask" if of_decoder else "attention_mask")
     fits = isinstance(mask, Tensor) and h.ndim == 3 and mask.shape == h.shape[:2]
     return mask if fits else None
+
+
+def without_padding(x: Any, signal: Tensor) -> Tensor:
+    """Return `signal` with zeros for the tokens that `x` calls padding, which shall teach nothing.
+
+    >>> x = {"attention_mask": torch.tensor([[1, 0]])}
+    >>> without_padding(x, torch.ones(1, 2, 3)).sum(2)
+    tensor([[3., 0.]])
+    """
+    mask = padding_mask(x, signal)
+    return signal if mask is None else signal.masked_fill((mask == 0).unsqueeze(-1), 0)
 
 
 def widths(net: Stages, example: Any) -> tuple[list[int | None], list[bool]]:

@@ -1,14 +1,21 @@
+import inspect
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from netwright.errors import CannotStage, FewStages
 from netwright.objectives.losses import cross_entropy
-from netwright.runtime.modes import evaluating
-from netwright.signals import mapped
-from netwright.stages import Stages, call
+from netwright.rules.batches import labels_apart
+from netwright.rules.processes import Processes, is_parallel, refuse_parts
+from netwright.rules.scaling import note_call
+from netwright.runtime.modes import evaluating, rehearsing
+from netwright.signals import all_of, apply, mapped, tensor_of
+from netwright.stages import Stage, Stages, stages
 
 __all__ = ["Rule"]
 
@@ -26,7 +33,11 @@ class Rule(nn.Module):
     behind in the state than `.grad`: what the next update will need. `resized` has the names in
     the state of weights whose shapes change as it trains. `needs_labels` is False where a batch
     is x alone, and `same_in_shares` where processes that share a batch out do not train as one
-    with all of it would, whatever is averaged.
+    with all of it would, whatever is averaged. `runs_whole` says that all it does is one run of
+    the network and one backward pass, so that what is wrapped around the network sees them.
+
+    In a loop of one's own, several processes train `Rule(DistributedDataParallel(network), ...)`:
+    each call ends with `.grad` averaged over them, that of the rule's own parameters too.
 
     Args:
         network: what is trained: a module or its `Stages`.
@@ -42,20 +53,75 @@ class Rule(nn.Module):
     needs_labels = True
     same_in_shares = True
     resized: Collection[str] = ()
+    runs_whole = False
 
     def __init__(self, network: nn.Module | Stages, *, generator: Generator | None = None) -> None:
         super().__init__()
-        self.network: nn.Module = network.model if isinstance(network, Stages) else network
+        model: Any = network.model if isinstance(network, Stages) else network
+        self._processes: Processes | None = None
+        self._begun = False
+        if not self.runs_whole:
+            refuse_parts(self, model)
+            if is_parallel(model):
+                self._processes, model = Processes(self, model), model.module
+        self.network: nn.Module = model
         self.generator = generator
 
-    def __call__(self, x: Any, *rest: Any, **options: Any) -> Any:
-        """Return `forward`'s loss, with gradients on and `x` cut off from whatever made it."""
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+            raise ValueError("fully_shard must be given the network, not the rule, whose backward "
+                             "passes it would not see; write Backprop(fully_shard(network))")
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """What DistributedDataParallel asks for when it is put around a module."""
+        raise ValueError("DistributedDataParallel must be put around the network, not around the "
+                         "rule, whose backward passes it would not see; write "
+                         f"{type(self).__name__}(DistributedDataParallel(network), ...)")
+
+    def __call__(self, x: Any, y: Any = None, *rest: Any, **options: Any) -> Any:
+        """Return `forward`'s loss, with gradients on and `x` cut off from whatever made it.
+
+        `y` may be left out where `x` is a mapping that holds "labels", as a Hugging Face batch.
+        """
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.enable_grad():
-                return self(x, *rest, **options)
+                return self(x, y, *rest, **options)
         if options:
             options = {name: _cut_off(value) for name, value in options.items()}
-        return super().__call__(_cut_off(x), *[_cut_off(value) for value in rest], **options)
+        x, y = labels_apart(self.network, _cut_off(x), _cut_off(y))
+        given = (y, *map(_cut_off, rest)) if y is not None or rest or self._must_be_told() else ()
+        self._begin()
+        if self._processes is None:
+            return super().__call__(x, *given, **options)
+        self._processes.before(self)
+        loss = super().__call__(x, *given, **options)
+        self._processes.after(self)
+        return loss
+
+    def _begin(self) -> None:
+        """Look at what has to be right before a call."""
+        if not self._begun and not self.runs_whole:
+            refuse_parts(self, self.network)  # it may have been cut up since it was given
+        self._begun = True
+        if not self.updates_weights:
+            note_call(self)
+
+    def _must_be_told(self) -> bool:
+        """Whether `forward` takes a y that may be None but not left out.
+
+        Raises:
+            ValueError: it takes no None either.
+        """
+        _, *others = inspect.signature(self.forward).parameters.values()
+        y = others[0] if others else None
+        if y is None or y.default is not y.empty or y.kind is y.VAR_POSITIONAL:
+            return False
+        if self.needs_labels and y.annotation is not y.empty and "None" not in str(y.annotation):
+            raise ValueError('y must hold the targets, got None and no "labels" in x; give '
+                             f'{type(self).__name__}(...)(x, y), or x as a mapping with "labels"')
+        return True
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the batch's update to `.grad` of the parameters; return the detached loss."""
@@ -66,9 +132,13 @@ class Rule(nn.Module):
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
-        """Return the network's output for `x`, in eval mode, without a graph."""
+        """Return the network's output for `x`, in eval mode, without a graph.
+
+        Where the rule has a loss of one's own, it is what that loss is given.
+        """
         with evaluating(self):
-            return call(self.network, x)
+            output: Tensor = output_for(getattr(self, "loss", cross_entropy), self.network, x)
+            return output
 
 
 def _cut_off(value: Any) -> Any:
@@ -82,6 +152,80 @@ def _cut_off(value: Any) -> Any:
 def _detached(t: Tensor) -> Tensor:
     t = t.detach() if t.requires_grad else t
     return t.clone() if t.is_inference() else t
+
+
+def output_for(loss: Callable[..., Tensor], network: nn.Module, x: Any) -> Any:
+    """Return what `loss` is given of the network's output for `x`.
+
+    A loss of one's own gets all of an output that is several tensors, so that it can teach each.
+    """
+    return meant_for(loss, network(x) if isinstance(x, Tensor) else apply(network, x))
+
+
+def meant_for(loss: Callable[..., Tensor], output: Any) -> Any:
+    """Return what `loss` is given of what a network has returned."""
+    if isinstance(output, Tensor):
+        return output
+    return tensor_of(output) if loss is cross_entropy else all_of(output)
+
+
+def chain_of(rule: Rule, network: nn.Module | Stages, example: Any,
+             loss: Callable[..., Tensor] = cross_entropy, *, apart: bool = True) -> Stages:
+    """Return the stages by which `rule` teaches the network.
+
+    Where it teaches them `apart`, it warns of FewStages: within a stage it is backpropagation.
+
+    Raises:
+        CannotStage: no chain was found, or the network returns several tensors, of which a `loss`
+            of one's own would see the first alone.
+    """
+    if example is not None:
+        example, _ = labels_apart(rule.network, example, None)
+    if example is not None and loss is not cross_entropy:
+        _check_single(rule.network, example, loss)
+    net = network if isinstance(network, Stages) else stages(rule.network, example)
+    if apart and len(net) < 3:
+        _warn_of_few(type(rule), net)
+    return net
+
+
+def _warn_of_few(rule: type[Rule], net: Stages) -> None:
+    """Warn of a chain that leaves little to teach apart.
+
+    Two stages of one layer each are what many rules' papers begin with; a local rule's loss is the
+    network's own in one of them.
+    """
+    layers = [len(matrix_layers(stage)) for stage in net]
+    if len(net) == 1 or max(layers) > 1 or rule.__module__.startswith("netwright.rules.local."):
+        warnings.warn(
+            f"network reads as {len(net)} stages ({', '.join(net.names)}) of {layers} layers, and "
+            f"within a stage {rule.__name__} is backpropagation; give nw.stages(network, example, "
+            "cuts=[...]) with more of its modules to cut at", FewStages, stacklevel=4)
+
+
+def matrix_layers(stage: Stage) -> list[nn.Module]:
+    """Return the modules in `stage` that hold a matrix of weights, each once."""
+    every = dict.fromkeys(m for module in stage.modules for m in module.modules())
+    return [m for m in every if any(is_lazy(p) or p.ndim > 1
+                                    for p in m.parameters(recurse=False))]
+
+
+def _check_single(network: nn.Module, example: Any, loss: Callable[..., Tensor]) -> None:
+    """Raise CannotStage where `loss` should be given several tensors."""
+    try:
+        with evaluating(network), rehearsing(network):
+            output = output_for(loss, network, example)
+    except Exception:  # what is wrong with the example is said by `stages`
+        return
+    if not isinstance(output, Tensor):
+        raise CannotStage(f"network must return one tensor for the loss that was given, got "
+                          f"{type(output).__name__} of several, of which a chain of stages ends in "
+                          "the first alone; use Backprop, which hands on all of it")
+
+
+def precise(t: Tensor) -> Tensor:
+    """Return `t` in float32 at least, where it holds floating-point numbers."""
+    return t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t
 
 
 def checked(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from netwright.anatomy.layers import reversible, weighted
 from netwright.errors import CannotStage
 from netwright.signals import tensor_of
 from netwright.stages._bind import bound
+from netwright.stages._chains import unique
 from netwright.stages.stage import Context, Stage, Stages
 
 _LEAVES = ("torch.nn", "torch.ao.nn", "torch_geometric.nn", "transformers.")
@@ -334,7 +335,7 @@ def _plan(groups: list[list[_Segment]], made: dict[str, Any], cuts: list[str] | 
         targets.append(([str(n.target) for n in nodes if n.op == "call_module"],
                         [str(a.target) for n in nodes for a in n.all_input_nodes
                          if a.op == "get_attr" and str(a.target) not in made]))
-    return _Plan(steps, signals, weights, cuts or names, targets)
+    return _Plan(steps, signals, weights, cuts or unique(names), targets)
 
 
 def _name(weights: list[str], taken: list[str]) -> str:

@@ -217,3 +217,30 @@ def test_errors():
     with pytest.raises(ArithmeticError, match="keeps no step of block 0"):
         GreedyBlockDescent([x], blocks=4).step(lambda: x.sum() * float("nan"))
     assert torch.equal(x.detach(), torch.ones(4))
+
+
+@pytest.mark.parametrize("how", [{}, {"select": "cyclic", "blocks": "parameters"},
+                                 {"update": "newton"}, {"l1": 0.01}], ids=str)
+def test_frozen_parameters_have_no_coordinates(how):
+    problem = Logistic()
+    frozen = Parameter(torch.ones(3).double(), requires_grad=False)
+    optimizer = GreedyBlockDescent([frozen, problem.x], **how)
+    assert sum(map(len, optimizer.blocks)) == len(problem.x)
+    losses = [float(optimizer.step(lambda: problem() + frozen.sum()).detach()) for _ in range(9)]
+    assert losses[-1] < losses[0]
+    assert frozen.eq(1).all()
+
+
+def test_a_parameter_that_is_frozen_later_stays_as_it_is():
+    problem, other = Logistic(), Parameter(torch.ones(3).double())
+    optimizer = GreedyBlockDescent([problem.x, other], blocks=15)
+    other.requires_grad_(False)
+    before = float(problem().detach())
+    optimizer.step(lambda: problem() + other.square().sum())
+    assert other.eq(1).all()
+    assert float(problem().detach()) < before
+
+
+def test_parameters_that_are_all_frozen_are_refused():
+    with pytest.raises(ValueError, match="none that requires grad; set requires_grad on some"):
+        GreedyBlockDescent([Parameter(torch.ones(3), requires_grad=False)])

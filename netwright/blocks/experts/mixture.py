@@ -12,6 +12,7 @@ from netwright.blocks.experts.glu_experts import GLUExperts, bank_of
 from netwright.blocks.experts.routing import Routing, TopKRouter
 from netwright.catalogue.facets import method
 from netwright.objectives.added_loss import with_auxiliary
+from netwright.runtime.passes import running_again
 
 __all__ = ["MixtureOfExperts", "Usage"]
 
@@ -70,7 +71,8 @@ class MixtureOfExperts(nn.Module):
             one, with `n_experts`; or a `GLUExperts`.
         router: a module (x (tokens, dim), token_ids) -> `Routing`; a `TopKRouter(dim, n_experts,
             k)` where none is given. If it has a method `observe(load)`, that is called with the
-            tokens of each expert after each pass in training.
+            tokens that each expert was asked for, before any capacity, after each pass in training;
+            not when a pass runs again in the backward pass.
         n_experts: how many, where neither `experts` nor `router` says it.
         k: how many a token uses, for the router that is made here.
         capacity: None, and no token is dropped; or a factor: each expert takes at most
@@ -150,10 +152,11 @@ class MixtureOfExperts(nn.Module):
                 raise ValueError(f"shared module {i} must return {tuple(y.shape)}, as the experts "
                                  f"do, got {tuple(more.shape)}")
             y = y + more
-        self.usage = usage
-        observe = getattr(self.router, "observe", None)
-        if self.training and observe is not None:
-            observe(self.usage.load)
+        if not running_again():
+            self.usage = usage
+            observe = getattr(self.router, "observe", None)
+            if self.training and observe is not None:
+                observe(sent.asked)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _experts(self, x: Tensor, sent: "_Sent") -> Tensor:

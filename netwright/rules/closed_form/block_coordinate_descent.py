@@ -10,9 +10,9 @@ from torch.nn.parameter import is_lazy
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import UnknownName
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, chain_of, check_labels
 from netwright.runtime.modes import evaluating
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 from netwright.stages.stage import Stage
 
 __all__ = ["BlockCoordinateDescent"]
@@ -112,7 +112,7 @@ class BlockCoordinateDescent(Rule):
         _check(splitting, output_loss, gamma, rho, alpha, sweeps, keep)
         self.splitting, self.output_loss = splitting, output_loss
         self.gamma, self.rho, self.alpha, self.sweeps = gamma, rho, alpha, sweeps
-        self.stages = stages(network, example)
+        self.stages = chain_of(self, network, example, apart=False)
         self._layers = [_layer(stage, self.stages) for stage in self.stages]
         weights = [id(layer.linear.weight) for layer in self._layers]
         if len(set(weights)) < len(weights):

@@ -12,9 +12,9 @@ from netwright.catalogue.facets import method
 from netwright.numerics.closed_form import boosted_map, linear_readout, loss
 from netwright.rules.readout import mean_of_tokens
 from netwright.rules.residual_path import is_added
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, chain_of, check_labels
 from netwright.runtime.modes import evaluating
-from netwright.stages import Stages, call, stages
+from netwright.stages import Stages, call
 from netwright.stages.stage import Stage
 
 __all__ = ["RandomFeatureBoosting"]
@@ -104,7 +104,7 @@ class RandomFeatureBoosting(Rule):
         checks.count(0, keep=keep)
         self.ridge, self.ridge_readout, self.shrinkage = ridge, ridge_readout, shrinkage
         self.output_loss, self.squared, self.keep = output_loss, output_loss == "squared", keep
-        self.stages = stages(network, example)
+        self.stages = chain_of(self, network, example, apart=False)
         if keep:
             self._make_room(_single(example))
 

@@ -14,9 +14,9 @@ from netwright.rules.denoising.label_denoiser import (
     spread_times,
     waves,
 )
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, chain_of, check_labels
 from netwright.runtime.modes import evaluating
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["DiffusionBlocks"]
 
@@ -108,7 +108,7 @@ class DiffusionBlocks(Rule):
         if not isinstance(example, Tensor):
             raise ValueError("example must be a tensor of data as x, by which the shapes of the "
                              f"stages are found, got {type(example).__name__}")
-        self.stages = stages(network, example)
+        self.stages = chain_of(self, network, example, apart=False)
         signal = _shapes(self.stages, example, blocks)
         self.size = example.shape[1:]
         self.sigma_data, self.noise_mean, self.noise_std = sigma_data, noise_mean, noise_std

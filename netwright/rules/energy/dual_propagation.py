@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, checked, targets
+from netwright.rules.rule import Rule, checked, output_for, targets
 from netwright.runtime.modes import same_buffers
 from netwright.runtime.random_state import random_state, same_random_state, set_random_state
 from netwright.stages import Stages, call
@@ -100,7 +100,10 @@ class DualPropagation(Rule):
         state = random_state() if self.means == "dyads" else None
         units = _Units(self.alpha, by_mean=self.means == "dyads")
         with units:
-            logits = call(self.network, x)
+            logits = output_for(self.loss, self.network, x)
+        if not isinstance(logits, Tensor):
+            raise ValueError("network must return one tensor to be nudged, got "
+                             f"{type(logits).__name__} of several; use Backprop")
         loss = checked(self.loss, logits, y)
         units.nudge = self.beta * targets(logits, y)
         if state is None:

@@ -9,10 +9,11 @@ from torch import Generator, Tensor, nn
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, check_labels, targets
+from netwright.rules.readout import without_padding
+from netwright.rules.rule import Rule, chain_of, check_labels, targets
 from netwright.runtime.modes import same_buffers
 from netwright.runtime.random_state import random_state, same_random_state, set_random_state
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["InferenceLearning"]
 
@@ -76,13 +77,13 @@ class InferenceLearning(Rule):
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, rate: float = 0.1,
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy, steps: int | None = None,
                  state_rate: float = 0.5, generator: Generator | None = None) -> None:
-        chain = stages(network, example)
+        super().__init__(network, generator=generator)
+        chain = chain_of(self, network, example, loss)
         steps = max(25, len(chain)) if steps is None else steps
         checks.count(len(chain), steps=steps, advice="an error travels one stage a step and would "
                      f"not reach the first of {len(chain)} stages: raise steps or cut the network "
                      "into fewer stages")
         checks.above(0, rate=rate, state_rate=state_rate, advice="try the default")
-        super().__init__(network, generator=generator)
         self.stages, self.loss, self.steps = chain, loss, steps
         self.rate, self.state_rate = rate, state_rate
 
@@ -175,7 +176,7 @@ class _Batch:
         energy, norms, h = self.rule.loss(states[-1], self.y) * self.count, [], self.x
         for stage, state, dtype in zip(self.rule.stages, states, self.dtypes, strict=True):
             self.heard.clear()
-            error = state - stage(h, self.context)
+            error = without_padding(self.x, state - stage(h, self.context))
             norm = torch.ones(len(error), dtype=error.dtype, device=error.device)
             for squares in self.heard:
                 norm = norm + (squares if len(squares) == len(norm) else squares.sum() / len(norm))
@@ -191,6 +192,7 @@ class _Batch:
                 and arguments[0].is_floating_point()):
             return
         a = arguments[0].to(torch.promote_types(arguments[0].dtype, torch.float32))
+        a = without_padding(self.x, a)
         kernel, stride = getattr(layer, "kernel_size", ()), getattr(layer, "stride", ())
         reads = prod(kernel) / prod(stride) if isinstance(kernel, tuple) else 1
         self.heard.append(reads * a.square().flatten(1).sum(1))

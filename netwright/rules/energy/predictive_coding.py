@@ -10,10 +10,11 @@ from torch.utils._pytree import tree_leaves
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, check_labels, targets
+from netwright.rules.readout import without_padding
+from netwright.rules.rule import Rule, chain_of, check_labels, targets
 from netwright.runtime.modes import same_buffers
 from netwright.runtime.random_state import random_state, same_random_state, set_random_state
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["PredictiveCoding"]
 
@@ -80,7 +81,8 @@ class PredictiveCoding(Rule):
                  steps: int | None = None, state_rate: float = 0.05, nudge: float = 1.0,
                  incremental: bool = False, weight_rate: float = 0.001,
                  generator: Generator | None = None) -> None:
-        chain = stages(network, example)
+        super().__init__(network, generator=generator)
+        chain = chain_of(self, network, example, loss)
         least = len(chain) if incremental else len(chain) - 1
         steps = max(least, 2 * len(chain) - 4) if steps is None else steps
         checks.count(least, steps=steps, advice="an error travels one stage a step and would not "
@@ -88,7 +90,6 @@ class PredictiveCoding(Rule):
                      "into fewer stages")
         checks.above(0, state_rate=state_rate, nudge=nudge, weight_rate=weight_rate,
                      advice="try the default")
-        super().__init__(network, generator=generator)
         self.stages, self.loss, self.steps, self.state_rate = chain, loss, steps, state_rate
         self.nudge, self.incremental, self.weight_rate = nudge, incremental, weight_rate
 
@@ -216,8 +217,8 @@ class _Batch:
     def _errors(self, start: int) -> tuple[dict[int, Tensor], list[Tensor], list[Tensor | None]]:
         """Return the stages' errors, and what is to be differentiated with which weights."""
         last = len(self.outputs) - 1
-        errors = {i: self.inputs[i + 1].detach() - self.outputs[i].detach()
-                  for i in range(start, last)}
+        errors = {i: without_padding(self.inputs[0], self.inputs[i + 1].detach()
+                                     - self.outputs[i].detach()) for i in range(start, last)}
         learnt = [i for i in errors if self.outputs[i].requires_grad]
         signals = [(errors[i] / -self.scale).to(self.outputs[i].dtype) for i in learnt]
         return errors, [*(self.outputs[i] for i in learnt), self.loss], [*signals, None]

@@ -10,9 +10,9 @@ from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.estimators._evolution import Evolution
-from netwright.rules.rule import Rule, checked
+from netwright.rules.rule import Rule, chain_of, checked
 from netwright.runtime.modes import evaluating, rehearsing
-from netwright.stages import Stages, call, stages
+from netwright.stages import Stages, call
 
 __all__ = ["BlackBoxPrompt"]
 
@@ -132,8 +132,10 @@ class BlackBoxPrompt(Rule):
                              "take; give an input as example=")
         self.tokens = tokens if token_numbers(example) is not None else 0
         self.after, self.loss = after, loss
-        chain = stages(network, example)
-        seen = self._signals(chain.names, example)
+        chain = chain_of(self, network, example, loss, apart=False)
+        modules = dict(self.network.named_modules())
+        # a module that runs twice has one prompt, under its own name
+        seen = self._signals([name for name in chain.names if name in modules], example)
         made = [Prompt(name, seen[name], self.tokens, dimension=dimension, population=population,
                        step=step, generator=generator) for name in chain.names if name in seen]
         made = [prompt for prompt in made if self._reaches(prompt, example)]

@@ -9,10 +9,11 @@ from torch.nn import functional
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.readout import without_padding
+from netwright.rules.rule import Rule, chain_of, check_labels
 from netwright.runtime.modes import rehearsing, same_buffers
 from netwright.runtime.random_state import same_random_state
-from netwright.stages import Stage, Stages, stages
+from netwright.stages import Stage, Stages
 
 __all__ = ["LikelihoodRatio"]
 
@@ -90,7 +91,7 @@ class LikelihoodRatio(Rule):
                              f"even with control='antithetic', got copies={copies} with "
                              f"control={control!r}; try 16")
         self.noise, self.copies, self.control, self.loss = noise, copies, control, loss
-        self.stages = stages(network, example)
+        self.stages = chain_of(self, network, example, loss, apart=False)
         self._mixes: bool | None = None
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ class LikelihoodRatio(Rule):
                 h = h + scale * e
                 if signal is not None and out.requires_grad:
                     shape = (-1, *[1] * (e.ndim - 1))
-                    out.backward(e * signal.to(e.dtype).view(shape))
+                    out.backward(without_padding(x, e * signal.to(e.dtype).view(shape)))
         return h
 
     def _losses(self, output: Tensor, y: Tensor) -> Tensor:

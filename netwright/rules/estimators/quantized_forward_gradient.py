@@ -11,9 +11,10 @@ from torch.overrides import TorchFunctionMode
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, checked
+from netwright.rules.rule import Rule, checked, output_for, precise
 from netwright.runtime.modes import evaluating, rehearsing
-from netwright.stages import Stages, call
+from netwright.signals import mapped
+from netwright.stages import Stages
 
 __all__ = ["QuantizedForwardGradient"]
 
@@ -138,15 +139,15 @@ class QuantizedForwardGradient(Rule):
     def predict(self, x: Any) -> Tensor:
         """Return the network's scores in its own whole numbers, in eval mode, without a graph."""
         with evaluating(self), self._in_bits({}, 0):
-            return call(self.network, x)
+            scores: Tensor = output_for(self.loss, self.network, x)
+            return scores
 
     def _loss(self, x: Any, y: Tensor, shifts: Mapping[int, Tensor], sign: int, *,
               kept: bool) -> Tensor:
         """Return the loss of the shifted weights; buffers and random state change where `kept`."""
         with nullcontext() if kept else rehearsing(self.network), self._in_bits(shifts, sign):
-            scores = call(self.network, x)
-            return checked(self.loss, scores.to(torch.promote_types(scores.dtype, torch.float32)),
-                           y)
+            scores = output_for(self.loss, self.network, x)
+            return checked(self.loss, mapped(scores, precise), y)
 
     def _step(self, updates: Mapping[int, Tensor]) -> None:
         parameters = list(self.network.parameters())

@@ -10,9 +10,10 @@ from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.errors import CannotStage
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, checked
+from netwright.rules.rule import Rule, chain_of, checked, output_for, precise
 from netwright.runtime.modes import rehearsing
-from netwright.stages import Stages, call, stages
+from netwright.signals import mapped
+from netwright.stages import Stages
 
 __all__ = ["ZerothOrder"]
 
@@ -97,7 +98,7 @@ class ZerothOrder(Rule):
         self.epsilon, self.directions, self.difference = epsilon, directions, difference
         self.updates_weights, self.rate, self.loss = in_place, rate, loss
         try:
-            self.stages: Stages | None = stages(network, example)
+            self.stages: Stages | None = chain_of(self, network, example, loss, apart=False)
         except CannotStage:
             self.stages = None  # it is shifted as a whole
 
@@ -165,14 +166,14 @@ class ZerothOrder(Rule):
               shift: float) -> Tensor:
         if self.stages is None:
             with _shifted([*learning.values()], seed, shift):
-                h = call(self.network, x)
+                h = output_for(self.loss, self.network, x)
         else:
             context, h = self.stages.context(x), x
             for stage in self.stages:
                 own = [learning[id(p)] for p in stage.parameters() if id(p) in learning]
                 with _shifted(own, seed, shift):
                     h = stage(h, context)
-        return checked(self.loss, h.to(torch.promote_types(h.dtype, torch.float32)), y)
+        return checked(self.loss, mapped(h, precise), y)
 
 
 @contextmanager

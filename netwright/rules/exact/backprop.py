@@ -5,8 +5,8 @@ from torch import Generator, Tensor, nn
 
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, checked
-from netwright.stages import Stages, call
+from netwright.rules.rule import Rule, checked, output_for
+from netwright.stages import Stages
 
 __all__ = ["Backprop"]
 
@@ -35,6 +35,8 @@ class Backprop(Rule):
     torch.Size([8, 4])
     """
 
+    runs_whole = True
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
@@ -51,4 +53,4 @@ class Backprop(Rule):
 
     def loss_with_graph(self, x: Any, y: Tensor) -> Tensor:
         """Return the loss, for an optimizer that differentiates it itself."""
-        return checked(self.loss, call(self.network, x), y)
+        return checked(self.loss, output_for(self.loss, self.network, x), y)

@@ -11,9 +11,9 @@ from netwright import checks
 from netwright.anatomy.units import Units, hidden_units
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, checked
+from netwright.rules.rule import Rule, checked, output_for
 from netwright.runtime.distributed import world
-from netwright.stages import Stages, call
+from netwright.stages import Stages
 
 __all__ = ["ContinualBackprop"]
 
@@ -130,7 +130,7 @@ class ContinualBackprop(Rule):
                 def watch(_: nn.Module, inputs: tuple, i: int = i, units: Units = units) -> None:
                     found[i] = self._watched(units, inputs[0].detach())
                 stack.callback(units.reader.register_forward_pre_hook(watch).remove)
-            loss = checked(self.loss, call(self.network, x), y)
+            loss = checked(self.loss, output_for(self.loss, self.network, x), y)
         if not loss.requires_grad:
             raise ValueError("network has no trainable parameters; set requires_grad on some")
         loss.backward()

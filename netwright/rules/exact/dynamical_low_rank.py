@@ -13,10 +13,10 @@ from netwright import checks
 from netwright.anatomy.replacing import replace
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, checked
+from netwright.rules.rule import Rule, checked, output_for
 from netwright.runtime.modes import same_buffers
 from netwright.runtime.random_state import same_random_state
-from netwright.stages import Stages, call
+from netwright.stages import Stages
 
 __all__ = ["DynamicalLowRank"]
 
@@ -123,7 +123,7 @@ class DynamicalLowRank(Rule):
         others = [p for p in self.network.parameters()
                   if p.requires_grad and id(p) not in factors]
         with same_random_state(), same_buffers(self.network), _doubled(layers) as doubled:
-            loss = checked(self.loss, call(self.network, x), y)
+            loss = checked(self.loss, output_for(self.loss, self.network, x), y)
             found = torch.autograd.grad(loss, doubled, materialize_grads=True) \
                 if loss.requires_grad and doubled else ()
         before = [(layer, layer.left.data, layer.core.data, layer.right.data) for layer in layers]
@@ -134,7 +134,7 @@ class DynamicalLowRank(Rule):
                     self._widen(layer, found[2 * i], found[2 * i + 1])
             torch.clear_autocast_cache()  # it knows a weight by its place, not by its value
             learning = [*(layer.core for layer in layers), *others]
-            second = checked(self.loss, call(self.network, x), y)
+            second = checked(self.loss, output_for(self.loss, self.network, x), y)
             if learning and second.requires_grad:
                 steps = torch.autograd.grad(second, learning, allow_unused=True)
                 with torch.no_grad(), precisely:

@@ -9,8 +9,8 @@ from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.exact.links import Link, run_linked
 from netwright.rules.residual_path import is_added
-from netwright.rules.rule import Rule
-from netwright.stages import Stages, stages
+from netwright.rules.rule import Rule, chain_of
+from netwright.stages import Stages
 
 __all__ = ["HighwayBackprop"]
 
@@ -76,7 +76,8 @@ class HighwayBackprop(Rule):
         checks.count(0, iterations=iterations,
                      advice="0 is the residual path alone, and the number of stages gives the "
                             "exact gradient")
-        self.stages, self.loss, self.iterations = stages(network, example), loss, iterations
+        self.stages = chain_of(self, network, example, loss, apart=False)
+        self.loss, self.iterations = loss, iterations
         self.residual = None if residual is None else list(residual)
         for name in self.residual or ():
             checks.one_of(self.stages.names, stage=name)

@@ -11,8 +11,8 @@ from torch.nn import Parameter
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, checked
-from netwright.stages import Stages, call, stages
+from netwright.rules.rule import Rule, chain_of, checked, output_for
+from netwright.stages import Stages
 
 __all__ = ["PipelinedBackprop"]
 
@@ -93,7 +93,7 @@ class PipelinedBackprop(Rule):
                        "which scaled_to_batch finds for small batches")
         checks.one_of(["velocity", "difference"], prediction=prediction, optional=True)
         checks.at_least(0, horizon=horizon, advice="it is in times of the delay; try 1")
-        self.stages, self.loss = stages(network, example), loss
+        self.stages, self.loss = chain_of(self, network, example, loss, apart=False), loss
         n = len(self.stages)
         self.delays = [2 * (n - 1 - s) for s in range(n)] if delays is None else list(delays)
         if len(self.delays) != n or min(self.delays) < 0:
@@ -133,7 +133,7 @@ class PipelinedBackprop(Rule):
         if delayed:
             self._advance(_vector(delayed))
         with self._forward_weights(delayed):
-            loss = checked(self.loss, call(self.network, x), y)
+            loss = checked(self.loss, output_for(self.loss, self.network, x), y)
         if not loss.requires_grad:
             raise ValueError("network has no trainable parameters; set requires_grad on some")
         gradients = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)

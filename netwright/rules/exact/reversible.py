@@ -10,9 +10,10 @@ from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse, CannotStage
 from netwright.objectives.losses import cross_entropy
 from netwright.reversing.engine import Step, Stored, chained, run
-from netwright.rules.rule import Rule, checked
-from netwright.signals import apply, tensor_of
-from netwright.stages import Stages, stages
+from netwright.rules.rule import Rule, chain_of, checked, meant_for
+from netwright.runtime.attributes import Memo
+from netwright.signals import apply
+from netwright.stages import Stages
 from netwright.stages._sequential import SequentialStage
 
 __all__ = ["Reversible"]
@@ -76,12 +77,12 @@ class Reversible(Rule):
         self.loss, self.checkpoint = loss, checkpoint
         self.exact = exact or any(module.exact for module in self.network.modules()
                                   if isinstance(module, ReversibleSequential))
-        self._seen: set[bool] = set()
+        self._seen = Memo()
         self.stages: Stages | None = None
         self._parts: list[_Part] = []
         if not isinstance(self.network, ReversibleSequential):
             try:
-                self.stages = stages(network, example)
+                self.stages = chain_of(self, network, example, loss, apart=False)
                 self._parts = [part for stage in self.stages for part in _parts(stage)]
             except CannotStage:  # a U-Net, say, whose reversible parts need no stages
                 if not any(isinstance(m, ReversibleSequential) for m in self.network.modules()):
@@ -89,7 +90,7 @@ class Reversible(Rule):
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add dL/dw to `.grad`; return the detached loss."""
-        h = tensor_of(self._chain(x) if self.stages is not None else apply(
+        h = meant_for(self.loss, self._chain(x) if self.stages is not None else apply(
             self._alone if isinstance(self.network, ReversibleSequential) else self.network, x))
         self._seen.add(self.training)
         loss = checked(self.loss, h, y)

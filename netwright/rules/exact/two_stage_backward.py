@@ -10,8 +10,8 @@ from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.exact.links import run_linked
-from netwright.rules.rule import Rule
-from netwright.stages import Stages, stages
+from netwright.rules.rule import Rule, chain_of
+from netwright.stages import Stages
 
 __all__ = ["TwoStageBackward"]
 
@@ -58,7 +58,7 @@ class TwoStageBackward(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        self.stages, self.loss = stages(network, example), loss
+        self.stages, self.loss = chain_of(self, network, example, loss, apart=False), loss
         self._delayed: list[Delayed] = []
 
     def forward(self, x: Any, y: Tensor, *, delay: bool = False) -> Tensor:

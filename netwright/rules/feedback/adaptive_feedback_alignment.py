@@ -19,14 +19,15 @@ from netwright.rules.feedback.inputs import (
     projected,
     send,
     shared_axes,
+    shift_size,
     with_part,
 )
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.forward._forward_mode import plain_kernels
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, chain_of, check_labels
 from netwright.runtime.modes import evaluating, rehearsing, same_buffers
 from netwright.runtime.random_state import random_state, set_random_state
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 from netwright.stages.stage import Context
 
 __all__ = ["AdaptiveFeedbackAlignment"]
@@ -56,7 +57,9 @@ class AdaptiveFeedbackAlignment(Rule):
 
     F reaches x, a tuple's first part or a mapping's first part that is neither of whole numbers
     nor a mask. Where that is token ids, v_1 = F e in place of the first stage's answer: that stage
-    learns by direct feedback alignment. Under autocast the v_l keep the parameters' precision.
+    learns by direct feedback alignment, and F is as much larger or smaller as its output is than 1.
+    Padding, where an `attention_mask` is 0, teaches nothing. Under autocast the v_l keep the
+    parameters' precision.
 
     Args:
         scale: of F, and so of the hidden updates.
@@ -88,7 +91,7 @@ class AdaptiveFeedbackAlignment(Rule):
         if example is None:
             raise ValueError("example must be an input of the network, got None; the feedback "
                              "matrix takes its size from it")
-        self.stages, self.loss = stages(network, example), loss
+        self.stages, self.loss = chain_of(self, network, example, loss), loss
         self.feedback = Matrices(learned=False)
         self._ends = list(dict.fromkeys(end for stage in self.stages for end in ends_of(stage)))
         with evaluating(self.network), rehearsing(self.network):
@@ -97,8 +100,8 @@ class AdaptiveFeedbackAlignment(Rule):
         self._lead = shared_axes(start, logits)
         check_axes("what F reaches", start, logits, self._lead)
         size, rows = start.shape[self._lead:], logits.shape[self._lead:].numel()
-        self.feedback.add("F", draw((rows, *size), scale * (2 / size.numel()) ** 0.5, start,
-                                    generator))
+        deviation = shift_size(start, place_of(example), self._lead, scale)
+        self.feedback.add("F", draw((rows, *size), deviation, start, generator))
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the update of adaptive feedback alignment to `.grad`; return the detached loss."""
@@ -118,7 +121,7 @@ class AdaptiveFeedbackAlignment(Rule):
         set_random_state(after)
         send(outputs.pop(), error)
         while outputs:  # what a stage stored for its derivative is freed before the one below
-            send(outputs.pop(), -answers.pop() / count)
+            send(outputs.pop(), -answers.pop() / count, x)
         return loss.detach()
 
     def _outputs(self, x: Any, context: Context) -> list[Tensor]:

@@ -11,8 +11,8 @@ from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.matrices import draw
 from netwright.rules.readout import first_parameter, mean_of_tokens, widths
-from netwright.rules.rule import Rule, check_labels
-from netwright.stages import Stage, Stages, stages
+from netwright.rules.rule import Rule, chain_of, check_labels
+from netwright.stages import Stage, Stages
 
 __all__ = ["CounterCurrent"]
 
@@ -73,7 +73,7 @@ class CounterCurrent(Rule):
         if example is None:
             raise ValueError("example must be an input of the network, got None; the feedback "
                              "network takes its sizes from it")
-        self.stages, self.loss = stages(network, example), loss
+        self.stages, self.loss = chain_of(self, network, example, loss), loss
         self._signals = _signals(self.stages, example)
         like = first_parameter(self.stages)
         self.feedback = nn.ModuleList(

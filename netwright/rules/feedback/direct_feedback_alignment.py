@@ -7,10 +7,18 @@ from torch import Generator, Tensor, nn
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.feedback.matrices import Matrices, draw
-from netwright.rules.rule import Rule, check_labels, targets
+from netwright.rules.feedback.matrices import (
+    Matrices,
+    accumulate,
+    counted_apart,
+    draw,
+    matrices_of,
+    size_of,
+)
+from netwright.rules.readout import without_padding
+from netwright.rules.rule import Rule, chain_of, check_labels, targets
 from netwright.runtime.modes import evaluating
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["DirectFeedbackAlignment"]
 
@@ -28,19 +36,23 @@ __all__ = ["DirectFeedbackAlignment"]
 class DirectFeedbackAlignment(Rule):
     """Train every stage with a random projection of the output error of its own.
 
-    e = dL/dlogits;  dL/dh_i := e B_i in hidden stages, e in the last;  B_i ~ N(0, 1/classes).
-    share: B_i = the first prod(size_i) columns of one B ~ N(0, 1/its columns).
+    e = dL/dlogits;  dL/dh_i := e B_i in hidden stages, e in the last;  B_i ~ N(0, mean(W_last^2)).
+    share: B_i = the first prod(size_i) columns of one B, drawn likewise.
     sign_symmetric: B_i = |B_i| sign(W_last ... W_(i+1)), where those are all linear layers.
     kolen_pollack: dL/dB_i := e^T h_i, the update that W_last would have if it read h_i.
 
     Within a stage the derivatives are exact; between stages nothing flows. Where the leading axes
     of h_i are those of the logits (tokens, nodes), each of their positions receives the
-    projection of its own error; else all of a sample's error is projected to all of its h_i.
-    An h_i with shorter axes than the example's takes the part of B_i that it has.
+    projection of its own error, and padding (an `attention_mask` of 0) none; else all of a
+    sample's error is projected to all of its h_i. An h_i with shorter axes than the example's takes
+    the part of B_i that it has.
 
-    How B is drawn is a choice of this rule: Launay's program too divides the shared B by the root
-    of its columns, but draws it evenly from [-1, 1). `sign_symmetric`, which these papers do not
-    have, is what Liao, Leibo and Poggio do in feedback alignment.
+    How B is drawn is a choice of this rule, made so that a stage receives an error of the size that
+    the last one hands down, whatever the network was initialised with: W_last is the last matrix
+    of weights in the last stage. The error does not fade from stage to stage, so that in a deep
+    network whose gradients do, the first stages learn faster than by backpropagation.
+    `sign_symmetric`, which these papers do not have, is what Liao, Leibo and Poggio do in feedback
+    alignment.
 
     `ternary` and `noise` simulate an optical projector between the output and the hidden stages.
     `ternary` is a threshold for the error n e of one label, where the loss is a mean over n:
@@ -51,8 +63,10 @@ class DirectFeedbackAlignment(Rule):
     noise grows with the signal is a choice of this rule. An undecided network's error is 1/classes
     for each wrong class, so a `ternary` below that sends ones for all of them, and does not train.
 
-    With `kolen_pollack`, W_last - B of the last hidden stage shrinks by the optimizer's weight
-    decay and by nothing else, so give the optimizer one that is decoupled (SGD's, AdamW's).
+    With `kolen_pollack`, where the last stage is one linear layer, B of the last hidden stage takes
+    all that the call adds to `W_last.grad`, that of an embedding which shares it among it. So
+    W_last - B shrinks by the optimizer's weight decay and by nothing else: give the optimizer one
+    that is decoupled (SGD's, AdamW's).
 
     Args:
         feedback: "random", "sign_symmetric" or "kolen_pollack".
@@ -105,7 +119,7 @@ class DirectFeedbackAlignment(Rule):
         if example is None:
             raise ValueError("example must be an input of the network, got None; the feedback "
                              "matrices take their sizes from it")
-        self.stages, self.loss, self.share = stages(network, example), loss, share
+        self.stages, self.loss, self.share = chain_of(self, network, example, loss), loss, share
         self.ternary, self.noise = ternary, noise
         self.feedback = Matrices(learned=feedback == "kolen_pollack")
         with evaluating(self.network), torch.no_grad():
@@ -114,10 +128,22 @@ class DirectFeedbackAlignment(Rule):
             raise ValueError("network must return (batch, classes) or (batch, *, classes), got "
                              f"{tuple(logits.shape)}; keep the batch axis and a class axis")
         self._draw(hidden, logits)
+        self._last = self._last_layer() if self.feedback.learned else []
         self._linears = self._linears_after_first() if feedback == "sign_symmetric" else []
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the update of direct feedback alignment to `.grad`; return the detached loss."""
+        below = self.stages[len(self.stages) - 2].parameters()
+        # a frozen stage reads no feedback, and its B stays with it
+        weights = [layer.weight for layer in self._last if any(p.requires_grad for p in below)]
+        with counted_apart(weights):
+            loss = self._update(x, y)
+            for weight in weights:
+                if weight.grad is not None:
+                    accumulate(self.feedback[self._hidden[-1].name], weight.grad)
+        return loss
+
+    def _update(self, x: Any, y: Tensor) -> Tensor:
         outputs = self._outputs(x)
         logits = outputs.pop()
         output = logits.detach().requires_grad_()
@@ -144,15 +170,16 @@ class DirectFeedbackAlignment(Rule):
                 signal = projected[lead][:, :h.shape[lead:].numel()]
             else:
                 B = self.feedback[name]
-                if B.requires_grad:
+                if B.requires_grad and not (self._last and name == self._hidden[-1].name):
                     exact = error.flatten(0, lead - 1).flatten(1)
-                    update = exact.T @ h.detach().flatten(0, lead - 1).flatten(1).to(exact.dtype)
+                    read = without_padding(x, h.detach()).flatten(0, lead - 1).flatten(1)
+                    update = exact.T @ read.to(exact.dtype)
                     _accumulate(B, update.view(rows, *h.shape[lead:]))
                 B = B.detach()[_part(h.shape[lead:], size)].flatten(1)
                 if products:
                     B = B.copysign(products[name])
                 signal = self._project(flat, B)
-            h.backward(signal.view(h.shape).to(h.dtype))
+            h.backward(without_padding(x, signal.view(h.shape).to(h.dtype)))
         return loss.detach()
 
     def _project(self, errors: Tensor, B: Tensor) -> Tensor:
@@ -173,7 +200,8 @@ class DirectFeedbackAlignment(Rule):
         return outputs
 
     def _draw(self, hidden: list[Tensor], logits: Tensor) -> None:
-        classes, widths = logits.shape[-1], dict[int, int]()
+        weights, widths = matrices_of(list(self.stages)[-1]), dict[int, int]()
+        deviation = size_of(weights[-1] if weights else logits[:0], logits.shape[-1] ** -0.5)
         self._hidden: list[_Hidden] = []
         for name, h in zip(self.stages.names, hidden, strict=False):
             together = h.shape[:logits.ndim - 1] == logits.shape[:-1]
@@ -187,12 +215,22 @@ class DirectFeedbackAlignment(Rule):
             self._hidden.append(_Hidden(name, lead, rows, size))
             widths[rows] = max(widths.get(rows, 0), size.numel())
             if not self.share:
-                self.feedback.add(name, draw((rows, *size), classes ** -0.5, logits,
-                                             self.generator))
+                self.feedback.add(name, draw((rows, *size), deviation, logits, self.generator))
         if self.share:
             for rows, width in widths.items():
-                self.feedback.add(str(rows), draw((rows, width), width ** -0.5, logits,
+                self.feedback.add(str(rows), draw((rows, width), deviation, logits,
                                                   self.generator))
+
+    def _last_layer(self) -> list[nn.Linear]:
+        """Return the last stage's layer where it is one linear layer whose W the last B can follow.
+
+        It is in a list, for the network's own module not to become the rule's too.
+        """
+        weights = matrices_of(list(self.stages)[-1])
+        found = [m for m in self.network.modules() if isinstance(m, nn.Linear)
+                 and len(weights) == 1 and m.weight is weights[0]][:1]
+        follows = self._hidden and self.feedback[self._hidden[-1].name].shape
+        return [layer for layer in found if follows == layer.weight.shape]
 
     def _linears_after_first(self) -> list[nn.Linear]:
         owners = {id(m.weight): m for m in self.network.modules() if isinstance(m, nn.Linear)}

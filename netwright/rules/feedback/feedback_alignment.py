@@ -11,9 +11,15 @@ from torch.nn.parameter import Parameter, UninitializedParameter
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.feedback.matrices import Matrices, draw
-from netwright.rules.rule import Rule, check_labels
-from netwright.stages import Stages, call
+from netwright.rules.feedback.matrices import (
+    Matrices,
+    accumulate,
+    counted_apart,
+    draw,
+    size_of,
+)
+from netwright.rules.rule import Rule, check_labels, output_for
+from netwright.stages import Stages
 
 __all__ = ["FeedbackAlignment"]
 
@@ -24,7 +30,7 @@ __all__ = ["FeedbackAlignment"]
 class FeedbackAlignment(Rule):
     """Train with matrices of their own, instead of the weights, carrying the error backwards.
 
-    y = W x + b;  dL/dx := B^T dL/dy;  dL/dW = dL/dy x^T;  B ~ N(0, 1/outputs), fixed.
+    y = W x + b;  dL/dx := B^T dL/dy;  dL/dW = dL/dy x^T;  B ~ N(0, mean(W^2)), fixed.
     sign_symmetric: B = |B| sign(W).  kolen_pollack: B takes W's update, dL/dB := dL/dW.
 
     Holds for linear and (transposed) convolutional layers, Hugging Face's `Conv1D` and PyTorch
@@ -34,12 +40,16 @@ class FeedbackAlignment(Rule):
     their weights themselves: recurrent layers, `nn.MultiheadAttention`, subclasses of a layer
     with a forward of their own. Any network does: it need not be a chain of stages.
 
-    How B is drawn is a choice of this rule, made so that an error keeps its size from layer to
-    layer. Of Liao's magnitudes beside W's signs (all equal, drawn anew for each batch, drawn
-    once) these are the ones that are drawn once.
+    How B is drawn is a choice of this rule, made so that an error has the size that the weights
+    would give it, whatever they were initialised with; where W is all zeros, B ~ N(0, 1/outputs).
+    Of Liao's magnitudes beside W's signs (all equal, drawn anew for each batch, drawn once) these
+    are the ones that are drawn once.
 
-    With `kolen_pollack`, W - B shrinks by the optimizer's weight decay and by nothing else, so
-    give the optimizer one that is decoupled (SGD's, AdamW's).
+    With `kolen_pollack`, dL/dW is all that the call adds to `W.grad`: that of every layer that
+    shares W, and of a tied embedding. So W - B shrinks by the optimizer's weight decay and by
+    nothing else where the optimizer treats both alike: give it one that is decoupled (SGD's, which
+    decays both by the same factor, AdamW's), and the same options for both. Clipping by each
+    parameter's own norm would not.
 
     Args:
         feedback: "random", "sign_symmetric" or "kolen_pollack".
@@ -72,16 +82,26 @@ class FeedbackAlignment(Rule):
         self.feedback = Matrices(learned=feedback == "kolen_pollack")
         layers, self.exact = find_layers(self.network)
         self._layers: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        self._followed: dict[str, Any] = {}  # modules, whose weights may be put in others' places
         for module, name in layers:
             if self.network.get_submodule(name) is module:  # else its weight has its B already
                 self.feedback.add(name, _drawn(module, self.generator))
+                if self.feedback.learned and isinstance(module.weight, Parameter):
+                    self._followed[name] = module
             forward: Any = forward_of(module)
             self._layers.append((module, partial(forward, module, self.feedback, name,
                                                  self.signed)))
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the update of feedback alignment to `.grad`; return the detached loss."""
-        return send_back(self.network, self._layers, self.loss, x, y)
+        weights = {name: module.weight for name, module in self._followed.items()}
+        self.feedback.used.clear()
+        with counted_apart([*weights.values()]):
+            loss = send_back(self.network, self._layers, self.loss, x, y)
+            for name, weight in weights.items():
+                if name in self.feedback.used and weight.grad is not None:
+                    accumulate(self.feedback[name], weight.grad)
+        return loss
 
 
 def send_back(network: nn.Module, layers: list[tuple[nn.Module, Callable[..., Tensor]]],
@@ -91,7 +111,7 @@ def send_back(network: nn.Module, layers: list[tuple[nn.Module, Callable[..., Te
     try:  # around the backward pass too: checkpoints run forward there
         for module, forward in layers:
             module.__dict__["forward"] = forward
-        logits = call(network, x)
+        logits = output_for(loss, network, x)
         if loss is cross_entropy:
             check_labels(y, logits.shape[-1])
         value = loss(logits, y)
@@ -188,17 +208,27 @@ class _Convolution(Function):
         return dx, dw, db, dw if of_feedback else None, None, None, None
 
 
+def carrier(module: Any, feedback: Any, name: str) -> Tensor:
+    """Return the matrix that carries errors back, without a graph where W's `.grad` teaches it.
+
+    A weight that is made anew in each pass, as by `weight_norm`, has no `.grad`.
+    """
+    matrix: Tensor = feedback[name]
+    feedback.used.add(name)
+    return matrix.detach() if isinstance(module.weight, Parameter) else matrix
+
+
 def _linear(module: Any, feedback: Matrices, name: str, signed: bool, x: Tensor) -> Tensor:
     if not x.requires_grad:  # the first layer sends nothing back
         return functional.linear(x, module.weight, module.bias)
-    return _Linear.apply(x, module.weight, module.bias, feedback[name], signed)
+    return _Linear.apply(x, module.weight, module.bias, carrier(module, feedback, name), signed)
 
 
 def _transposed_linear(module: Any, feedback: Matrices, name: str, signed: bool,
                        x: Tensor) -> Tensor:
     if not x.requires_grad:
         return type(module).forward(module, x)
-    return _Linear.apply(x, module.weight.T, module.bias, feedback[name].T, signed)
+    return _Linear.apply(x, module.weight.T, module.bias, carrier(module, feedback, name).T, signed)
 
 
 def _convolution(module: Any, feedback: Matrices, name: str, signed: bool, x: Tensor) -> Tensor:
@@ -214,7 +244,7 @@ def _convolution(module: Any, feedback: Matrices, name: str, signed: bool, x: Te
     run = partial(_CONVOLUTIONS[rank], stride=module.stride, padding=padding,
                   dilation=module.dilation, groups=module.groups)
     how = (module.stride, padding, module.dilation, False, (0,) * rank, module.groups)
-    return _convolve(module, feedback[name], signed, x, run, how)
+    return _convolve(module, carrier(module, feedback, name), signed, x, run, how)
 
 
 def _transposed_convolution(module: Any, feedback: Matrices, name: str, signed: bool, x: Tensor,
@@ -227,7 +257,7 @@ def _transposed_convolution(module: Any, feedback: Matrices, name: str, signed: 
     run = partial(_TRANSPOSED[rank], stride=module.stride, padding=module.padding,
                   output_padding=extra, dilation=module.dilation, groups=module.groups)
     how = (module.stride, module.padding, module.dilation, True, extra, module.groups)
-    return _convolve(module, feedback[name], signed, x, run, how)
+    return _convolve(module, carrier(module, feedback, name), signed, x, run, how)
 
 
 def _convolve(module: Any, feedback: Tensor, signed: bool, x: Tensor,
@@ -261,4 +291,4 @@ def forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
 def _drawn(module: Any, generator: Generator | None) -> Tensor:
     weight, swapped = module.weight, outputs_axis(module)
     inputs = weight.shape[0] if swapped else weight.shape[1] * getattr(module, "groups", 1)
-    return draw(weight.shape, (inputs / weight.numel()) ** 0.5, weight, generator)
+    return draw(weight.shape, size_of(weight, (inputs / weight.numel()) ** 0.5), weight, generator)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from netwright.rules.feedback.matrices import size_of
+from netwright.rules.readout import without_padding
 from netwright.stages import Stage
 
 INSIDE = "the first stage's output"
@@ -101,10 +103,20 @@ def _pass(module: nn.Module, function: Callable[[Tensor], Tensor], h: Tensor) ->
     return _Pass.apply(h.clone() if getattr(module, "inplace", False) else h, function)
 
 
-def send(out: Tensor, signal: Tensor) -> None:
-    """Let `signal` be the gradient of `out`."""
+def send(out: Tensor, signal: Tensor, x: Any = None) -> None:
+    """Let `signal` be the gradient of `out`, without the tokens that `x` calls padding."""
     if out.requires_grad:  # a frozen stage has nothing to learn
-        out.backward(signal.to(out.dtype))
+        out.backward(without_padding(x, signal.to(out.dtype)))
+
+
+def shift_size(start: Tensor, place: Any, lead: int, scale: float) -> float:
+    """Return the deviation of an F that shifts `start`, at `place` of the input, by some `scale`.
+
+    An input is taken to be of size 1; what the first stage makes of token ids is as large as its
+    weights are, and so is its shift.
+    """
+    size = size_of(start, 1.0) if place is INSIDE else 1.0
+    return scale * size * (2 / start.shape[lead:].numel()) ** 0.5
 
 
 def labels_in(logits: Tensor, y: Tensor) -> Tensor | int:

@@ -1,9 +1,13 @@
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
+
+from netwright.stages import Stage
 
 
 class Matrices(nn.Module):
@@ -18,6 +22,7 @@ class Matrices(nn.Module):
     def __init__(self, *, learned: bool) -> None:
         super().__init__()
         self.learned = learned
+        self.used: set[str] = set()  # the names of those that carried an error in the last call
         self._held: Any = self._parameters if learned else self._buffers  # read at every step
 
     def add(self, name: str, matrix: Tensor) -> None:
@@ -43,3 +48,46 @@ def draw(shape: Sequence[int], deviation: float, like: Tensor,
     device = "cpu" if generator is None else generator.device
     drawn = torch.randn(*shape, generator=generator, device=device)
     return (drawn * deviation).to(like)  # drawn in float32, so that one seed is one network
+
+
+def size_of(weight: Tensor, otherwise: float) -> float:
+    """Return the root mean square of `weight`, or `otherwise` where it is 0 or not finite.
+
+    An error keeps the size that the weights would give it when the matrices that carry it instead
+    are drawn with it.
+
+    >>> size_of(torch.full((3, 2), -0.5), 1.0)
+    0.5
+    """
+    size = float(weight.detach().double().square().mean().sqrt()) if weight.numel() else 0.0
+    return size if 0 < size < math.inf else otherwise
+
+
+@contextmanager
+def counted_apart(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Let `weights` have no `.grad` but the body's while it lasts; add what was there behind it."""
+    before = [weight.grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.grad = None
+        yield
+    finally:
+        for weight, was in zip(weights, before, strict=True):
+            found = weight.grad
+            if was is not None and found is not None:
+                weight.grad = found.add(was) if was.is_sparse else was.add_(found)
+            elif was is not None:
+                weight.grad = was
+
+
+@torch.no_grad()
+def accumulate(matrix: Tensor, update: Tensor) -> None:
+    """Add `update` to the `.grad` of a matrix that learns."""
+    if matrix.requires_grad:
+        update = (update.to_dense() if update.is_sparse else update).to(matrix.dtype)
+        matrix.grad = update.clone() if matrix.grad is None else matrix.grad.add_(update)
+
+
+def matrices_of(stage: Stage) -> list[Parameter]:
+    """Return the parameters of `stage` that are matrices, in their order."""
+    return [p for p in stage.parameters() if p.ndim > 1]

@@ -20,13 +20,14 @@ from netwright.rules.feedback.inputs import (
     projected,
     send,
     shared_axes,
+    shift_size,
     with_part,
 )
 from netwright.rules.feedback.matrices import Matrices, draw
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, chain_of, check_labels
 from netwright.runtime.modes import evaluating, rehearsing, same_buffers
 from netwright.runtime.random_state import random_state, set_random_state
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 from netwright.stages.stage import Context
 
 __all__ = ["Pepita"]
@@ -60,7 +61,8 @@ class Pepita(Rule):
 
     F shifts x, a tuple's first part or a mapping's first part that is neither of whole numbers
     nor a mask. Where that is token ids, F shifts the first stage's output instead, which then
-    changes by F e alone: that stage learns by direct feedback alignment.
+    changes by F e alone: that stage learns by direct feedback alignment, and F is as much larger or
+    smaller as that output is than 1. Padding, where an `attention_mask` is 0, teaches nothing.
 
     With `mirror` each B_l is a parameter, dL/dB_l := B_l - the covariance of N(0, 1) and what the
     stage makes of it, and c keeps F at the size it was drawn with. The minus
@@ -114,7 +116,8 @@ class Pepita(Rule):
         if example is None:
             raise ValueError("example must be an input of the network, got None; the feedback "
                              "matrix takes its size from it")
-        self.stages, self.loss, self.presynaptic = stages(network, example), loss, presynaptic
+        self.stages = chain_of(self, network, example, loss)
+        self.loss, self.presynaptic = loss, presynaptic
         self.feedback = Matrices(learned=feedback == "mirror")
         self._ends = list(dict.fromkeys(end for stage in self.stages for end in ends_of(stage)))
         with evaluating(self.network), rehearsing(self.network):
@@ -142,13 +145,14 @@ class Pepita(Rule):
                     out = out + (start - out.detach())
                 h, last = out.detach(), not clean
                 change = error if last else (own.detach() - h) / count
+                padded = None if last else x
                 if self.presynaptic == "modulated":
-                    send(out, change)
+                    send(out, change, padded)
                 elif self.presynaptic == "clean" or last:
-                    send(own, change)
+                    send(own, change, padded)
                 else:
-                    send(own, own.detach() / count)
-                    send(out, -h / count)
+                    send(own, own.detach() / count, padded)
+                    send(out, -h / count, padded)
         if self.feedback.learned:
             self._mirror(x, start.shape[:self._lead], context)
         return loss.detach()
@@ -173,14 +177,14 @@ class Pepita(Rule):
         for name, h in chain.items() if self.feedback.learned else ():
             check_axes(name, h, logits, lead, ", or feedback='random'")
         self._size, rows = start.shape[lead:], logits.shape[lead:].numel()
-        self._deviation = scale * (2 / self._size.numel()) ** 0.5
+        deviation = shift_size(start, place, lead, scale)
         if not self.feedback.learned:
-            self.feedback.add("F", draw((rows, *self._size), self._deviation, start,
-                                        self.generator))
+            self.feedback.add("F", draw((rows, *self._size), deviation, start, self.generator))
             return
+        self.register_buffer("deviation", start.new_tensor(deviation))  # F's, whatever B becomes
         self._sizes = [self._size, *(h.shape[lead:] for h in chain.values())]
         widths = [size.numel() for size in self._sizes]
-        each = (self._deviation / prod(widths[1:-1]) ** 0.5) ** (1 / max(len(chain), 1))
+        each = (deviation / prod(widths[1:-1]) ** 0.5) ** (1 / max(len(chain), 1))
         for name, (inputs, outputs_) in zip(chain, pairwise(widths), strict=True):
             self.feedback.add(name, draw((outputs_, inputs), each, start, self.generator))
 
@@ -192,7 +196,7 @@ class Pepita(Rule):
         product = self.feedback[names[-1]].detach()
         for name in names[-2::-1]:
             product = product @ self.feedback[name].detach()
-        size = self._deviation * product.numel() ** 0.5
+        size = self.get_buffer("deviation") * product.numel() ** 0.5
         return (product * (-size / product.norm())).view(-1, *self._size)
 
     def _shifted(self, h: Tensor, error: Tensor) -> Tensor:

@@ -5,18 +5,25 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.autograd import Function
-from torch.nn import functional
+from torch.nn import Parameter, functional
 
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.feedback_alignment import (
+    carrier,
     find_layers,
     forward_of,
     outputs_axis,
     send_back,
 )
-from netwright.rules.feedback.matrices import Matrices, draw
+from netwright.rules.feedback.matrices import (
+    Matrices,
+    accumulate,
+    counted_apart,
+    draw,
+    size_of,
+)
 from netwright.rules.rule import Rule
 from netwright.stages import Stages
 
@@ -28,13 +35,15 @@ class ProductFeedback(Rule):
     """Train with the product of two matrices, one fixed and one learned, carrying the error back.
 
     y = W x + b;  r = C^T dL/dy;  dL/dx := R^T r;  dL/dW = dL/dy x^T;  dL/dR := r x^T = C^T dL/dW.
-    C ~ N(0, 1/m), fixed;  R ~ N(0, 2/(m + inputs));  m = expansion * outputs.
+    C ~ N(0, 1/m), fixed;  R ~ N(0, mean(W^2));  m = expansion * outputs.
 
     The error goes through m units of its own, so that no weight has one that mirrors it: R takes
     the update C^T dL/dW, and C R takes C C^T dL/dW, which is nearly dL/dW since C C^T is nearly 1
-    for many units. R - C^T W shrinks by the optimizer's weight decay and by nothing else, so give
-    the optimizer one that is decoupled (SGD's, AdamW's); then C R comes to be C C^T W. That is
-    exact with SGD: other optimizers scale R's update and W's differently.
+    for many units. dL/dW is all that the call adds to `W.grad`: that of every layer that shares W,
+    and of a tied embedding. R - C^T W shrinks by the optimizer's weight decay and by nothing else,
+    so give the optimizer one that is decoupled (SGD's, AdamW's); then C R comes to be C C^T W. That
+    is exact with SGD: other optimizers scale R's update and W's differently. C R begins with the
+    size of W, a choice of this rule (the paper's R ~ N(0, 2/(m + inputs)) stands where W is zero).
 
     Holds for the layers that `FeedbackAlignment` serves, whose `exact` this rule has too. A
     kernel is R's with C across its outputs. Layers that share a weight share its C and R.
@@ -69,16 +78,26 @@ class ProductFeedback(Rule):
         self.loss, self.feedback = loss, Products()
         layers, self.exact = find_layers(self.network)
         self._layers: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        self._followed: dict[str, Any] = {}
         for module, name in layers:
             if self.network.get_submodule(name) is module:  # else its weight has its C and R
                 self.feedback.add(name, module.weight, outputs_axis(module), expansion,
                                   generator)
+                if isinstance(module.weight, Parameter):
+                    self._followed[name] = module
             forward: Any = _linear if module.weight.ndim == 2 else forward_of(module)
             self._layers.append((module, partial(forward, module, self.feedback, name, False)))
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the update of product feedback alignment to `.grad`; return the detached loss."""
-        return send_back(self.network, self._layers, self.loss, x, y)
+        weights = {name: module.weight for name, module in self._followed.items()}
+        self.feedback.used.clear()
+        with counted_apart([*weights.values()]):
+            loss = send_back(self.network, self._layers, self.loss, x, y)
+            for name, weight in weights.items():
+                if name in self.feedback.used and weight.grad is not None:
+                    self.feedback.learn(name, weight.grad)
+        return loss
 
 
 class Products(nn.Module):
@@ -88,6 +107,7 @@ class Products(nn.Module):
         super().__init__()
         self.fixed, self.learned = Matrices(learned=False), Matrices(learned=True)
         self.axes: dict[str, int] = {}
+        self.used: set[str] = set()
 
     def add(self, name: str, weight: Any, axis: int, expansion: int,
             generator: Generator | None) -> None:
@@ -96,8 +116,16 @@ class Products(nn.Module):
         self.axes[name], size[axis] = axis, expansion * outputs
         total = torch.Size(size).numel()
         self.fixed.add(name, draw((outputs, size[axis]), size[axis] ** -0.5, weight, generator))
-        self.learned.add(name, draw(size, (2 / (total / size[0] + total / size[1])) ** 0.5, weight,
-                                    generator))
+        usual = (2 / (total / size[0] + total / size[1])) ** 0.5
+        self.learned.add(name, draw(size, size_of(weight, usual), weight, generator))
+
+    @torch.no_grad()
+    def learn(self, name: str, update: Tensor) -> None:
+        """Add C^T times a weight's update to `.grad` of its R."""
+        axis, fixed = self.axes[name], self.fixed[name]
+        dense = (update.to_dense() if update.is_sparse else update).to(fixed.dtype)
+        accumulate(self.learned[name],
+                   torch.tensordot(fixed, dense, dims=([0], [axis])).movedim(0, axis))
 
     def __getitem__(self, name: str) -> Tensor:
         """Return C R, of the weight's shape."""
@@ -130,7 +158,8 @@ class _Linear(Function):
 def _linear(module: Any, feedback: Products, name: str, signed: bool, x: Tensor) -> Tensor:
     if not x.requires_grad:  # the first layer sends nothing back
         return type(module).forward(module, x)
-    weight, C, R = module.weight, feedback.fixed[name], feedback.learned[name]
+    weight, C, R = module.weight, feedback.fixed[name], carrier(module, feedback.learned, name)
+    feedback.used.add(name)
     if feedback.axes[name]:
         weight, R = weight.T, R.T
     return _Linear.apply(x, weight, module.bias, C, R)

@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, checked
-from netwright.stages import Stages, call
+from netwright.rules.rule import Rule, checked, output_for
+from netwright.stages import Stages
 
 __all__ = ["StationaryFeedback"]
 
@@ -110,7 +110,7 @@ class StationaryFeedback(Rule):
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the approximate gradient to `.grad`; return the detached loss."""
         with self._carrying():
-            loss = checked(self.loss, call(self.network, x), y)
+            loss = checked(self.loss, output_for(self.loss, self.network, x), y)
         if not loss.requires_grad:
             raise ValueError("network has no trainable parameters; set requires_grad on some")
         loss.backward()

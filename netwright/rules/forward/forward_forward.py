@@ -32,9 +32,9 @@ from netwright.rules.forward._samples import (
 )
 from netwright.rules.forward._softmax import softmax, trained_softmax
 from netwright.rules.readout import Readout, count_classes, first_parameter, widths
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, chain_of, check_labels
 from netwright.runtime.modes import evaluating, rehearsing
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["ForwardForward"]
 
@@ -188,7 +188,7 @@ class ForwardForward(Rule):
         self.links = negatives == "virtual_nodes"
         if self.links:
             check_network(self.network)
-        self.stages = stages(network, example)
+        self.stages = chain_of(self, network, example)
         depth = len(self.stages) - classifier
         if depth < 1:
             raise ValueError("network must have a hidden stage before its classifier, got one "

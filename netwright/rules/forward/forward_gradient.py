@@ -17,9 +17,9 @@ from netwright.rules.forward._forward_mode import (
     run_with,
 )
 from netwright.rules.forward._guesses import one_by_one, owned
-from netwright.rules.readout import count_classes, first_parameter
-from netwright.rules.rule import Rule, check_labels
-from netwright.stages import Stages, call, stages
+from netwright.rules.readout import count_classes, first_parameter, without_padding
+from netwright.rules.rule import Rule, chain_of, check_labels, output_for
+from netwright.stages import Stages
 
 __all__ = ["ForwardGradient"]
 
@@ -123,7 +123,7 @@ class ForwardGradient(Rule):
         self.perturb, self.directions, self.distribution = perturb, directions, distribution
         self.guess, self.chunk, self.loss = guess, chunk, loss
         chained = perturb == "activities" or guess == "local_loss"
-        self.stages = stages(network, example) if chained else None
+        self.stages = chain_of(self, network, example, loss, apart=False) if chained else None
         self.heads = nn.ModuleList()
         if self.stages is not None and guess == "local_loss":
             found, last = signals(self.stages, example)
@@ -155,8 +155,10 @@ class ForwardGradient(Rule):
                 state: RandomState | None = None) -> DirectionalDerivative:
         """Return the loss as a function of the parameters `learning`."""
         def function(buffers: Sequence[Tensor], *weights: Tensor) -> Tensor:
-            return run_with(self.network, lambda: self._loss(call(self.network, x), y),
-                            [*self.network.buffers(), *learning], [*buffers, *weights])
+            def run() -> Tensor:
+                return self._loss(output_for(self.loss, self.network, x), y)
+            return run_with(self.network, run, [*self.network.buffers(), *learning],
+                            [*buffers, *weights])
 
         return DirectionalDerivative(self.network, function, vectorised=self._vectorised,
                                      state=state)
@@ -238,7 +240,7 @@ class ForwardGradient(Rule):
         learning = {i: h.detach() for i, h in enumerate(hidden) if h.requires_grad}
         signals = self._signals(slopes, list(learning.values()), error, guesses)
         for i, signal in zip(learning, signals, strict=True):
-            hidden[i].backward(signal)
+            hidden[i].backward(without_padding(x, signal))
         if logits.requires_grad:
             logits.backward(error)
         _add(gradients.items())

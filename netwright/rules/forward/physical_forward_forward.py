@@ -9,9 +9,9 @@ from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.rules.forward._samples import check_written, image_of, overlaid
 from netwright.rules.readout import first_parameter
-from netwright.rules.rule import Rule
+from netwright.rules.rule import Rule, chain_of
 from netwright.runtime.modes import evaluating, rehearsing
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 from netwright.stages._sequential import SequentialStage
 
 __all__ = ["PhysicalForwardForward"]
@@ -81,7 +81,7 @@ class PhysicalForwardForward(Rule):
                  max_rows: int = 4096, generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
         checks.above(0, sharpness=sharpness, amplitude=amplitude, max_rows=max_rows)
-        net = stages(network, example)
+        net = chain_of(self, network, example)
         self._runs = _runs(net)
         sizes = _widths(self._runs, example)
         self.num_classes = sizes[-1] if num_classes is None else num_classes

@@ -17,9 +17,9 @@ from netwright.rules.forward._graphs import (
     with_nodes,
 )
 from netwright.rules.readout import count_classes, first_parameter
-from netwright.rules.rule import Rule, check_labels
+from netwright.rules.rule import Rule, chain_of, check_labels
 from netwright.runtime.modes import evaluating, rehearsing
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["SingleForward"]
 
@@ -114,7 +114,7 @@ class SingleForward(Rule):
             raise ValueError("predict_by must be 'sum' with classifier=False, since no stage gives "
                              "class scores then, got 'last'")
         checks.above(0, temperature=temperature)
-        self.stages = stages(network, example)
+        self.stages = chain_of(self, network, example)
         features, *sizes = _widths(self.stages, example)
         self.depth = len(sizes) - classifier
         hidden = sizes[:self.depth]

@@ -9,8 +9,8 @@ from torch.nn.parameter import is_lazy
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.rule import Rule, checked
-from netwright.stages import Stages, stages
+from netwright.rules.rule import Rule, chain_of, checked
+from netwright.stages import Stages
 from netwright.stages.stage import Stage
 
 __all__ = ["SoftHebb"]
@@ -87,7 +87,7 @@ class SoftHebb(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        self.stages, self.loss = stages(network, example), loss
+        self.stages, self.loss = chain_of(self, network, example, loss), loss
         self.layers = [_layer(stage) for stage in list(self.stages)[:-1]]
         self.temperatures = _each(temperature, len(self.layers))
         checks.at_least(0, norm_power=norm_power,

@@ -8,9 +8,9 @@ from torch import Generator, Tensor, nn
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import Readout, count_classes, first_parameter, mean_of_tokens, widths
-from netwright.rules.rule import Rule, checked
+from netwright.rules.rule import Rule, chain_of, checked
 from netwright.runtime.modes import evaluating
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["CascadedForward"]
 
@@ -71,7 +71,7 @@ class CascadedForward(Rule):
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        self.stages, self.loss = stages(network, example), loss
+        self.stages, self.loss = chain_of(self, network, example, loss), loss
         if len(self.stages) < 2:
             raise ValueError("network must have a hidden stage to read a guess off, got the one "
                              f"stage {self.stages.names[0]!r}; use Backprop, or cut it by cuts=")

@@ -10,8 +10,8 @@ from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import count_classes, first_parameter, mean_of_tokens, widths
-from netwright.rules.rule import Rule, checked
-from netwright.stages import Stages, stages
+from netwright.rules.rule import Rule, chain_of, checked
+from netwright.stages import Stages
 
 __all__ = ["LLS"]
 
@@ -89,7 +89,7 @@ class LLS(Rule):
         checks.one_of(["cosine", "square"], basis=basis)
         checks.above(0, temperature=temperature, advice="try 0.5")
         checks.count(1, pool=pool, advice="it is a number of positions an axis; try 2")
-        self.stages, self.loss = stages(network, example), loss
+        self.stages, self.loss = chain_of(self, network, example, loss), loss
         self.variant, self.basis, self.temperature, self.pool = variant, basis, temperature, pool
         (*hidden, last), (*self._channels_first, _) = widths(self.stages, example)
         self.num_classes = count_classes(self.stages, num_classes, last)

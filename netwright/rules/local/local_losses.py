@@ -9,8 +9,8 @@ from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.auxiliary_heads import AuxiliaryHead, blocks_of, needed, signals
 from netwright.rules.readout import count_classes, first_parameter
-from netwright.rules.rule import Rule, checked
-from netwright.stages import Stages, stages
+from netwright.rules.rule import Rule, chain_of, checked
+from netwright.stages import Stages
 
 __all__ = ["LocalLosses"]
 
@@ -77,7 +77,7 @@ class LocalLosses(Rule):
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
         checks.count(1, width=width, advice="the default is 128")
-        self.stages, self.loss = stages(network, example), loss
+        self.stages, self.loss = chain_of(self, network, example, loss), loss
         self.blocks = blocks_of(self.stages, blocks)
         found, last = signals(self.stages, example)
         self.num_classes = count_classes(self.stages, num_classes, last)

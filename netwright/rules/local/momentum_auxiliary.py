@@ -11,8 +11,8 @@ from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.auxiliary_heads import AuxiliaryHead, blocks_of, needed, signals
 from netwright.rules.readout import count_classes, first_parameter
-from netwright.rules.rule import Rule, checked
-from netwright.stages import Stage, Stages, stages
+from netwright.rules.rule import Rule, chain_of, checked
+from netwright.stages import Stage, Stages
 
 __all__ = ["MomentumAuxiliary"]
 
@@ -82,7 +82,8 @@ class MomentumAuxiliary(Rule):
         checks.count(1, width=width, advice="the default is 128")
         checks.between(0, 1, momentum=momentum, advice="0 takes the following stage's weights as "
                        "they are, 1 as they were at first; try 0.995")
-        self.stages, self.loss, self.momentum = stages(network, example), loss, momentum
+        self.stages = chain_of(self, network, example, loss)
+        self.loss, self.momentum = loss, momentum
         self.blocks = blocks_of(self.stages, blocks)
         found, last = signals(self.stages, example)
         self.num_classes = count_classes(self.stages, num_classes, last)

@@ -8,9 +8,9 @@ from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import Readout, count_classes, first_parameter, mean_of_tokens, widths
-from netwright.rules.rule import Rule, checked
+from netwright.rules.rule import Rule, chain_of, checked
 from netwright.runtime.modes import evaluating
-from netwright.stages import Stages, stages
+from netwright.stages import Stages
 
 __all__ = ["MonoForward"]
 
@@ -65,7 +65,8 @@ class MonoForward(Rule):
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
         checks.one_of(["last", "sum"], way_of_predicting=predict_by)
-        self.stages, self.loss, self.predict_by = stages(network, example), loss, predict_by
+        self.stages = chain_of(self, network, example, loss)
+        self.loss, self.predict_by = loss, predict_by
         (*hidden, last), channels_first = widths(self.stages, example)
         self.num_classes = count_classes(self.stages, num_classes, last)
         self.projections = nn.ModuleList(

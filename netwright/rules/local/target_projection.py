@@ -11,8 +11,8 @@ from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.inputs import MIXING
 from netwright.rules.feedback.matrices import Matrices, draw
 from netwright.rules.readout import first_parameter, mean_of_tokens, widths
-from netwright.rules.rule import Rule, check_labels, checked
-from netwright.stages import Stage, Stages, stages
+from netwright.rules.rule import Rule, chain_of, check_labels, checked
+from netwright.stages import Stage, Stages
 
 __all__ = ["TargetProjection"]
 
@@ -36,9 +36,11 @@ class TargetProjection(Rule):
 
     h_i = stage_i(h_{i-1}), h_{i-1} cut off from its graph;  a_i = the mean of h_i over positions;
     t_i = act_i(y* P_i);  L_i = mean distance(a_i, t_i);  L_n = loss(h_n, y);  stage i descends L_i.
-    squared: (a - t)^2;  absolute: |a - t|;  or any function of a and t, unit by unit;
-    direct: -a t with t = y* P, so that dL/da_i = -y* P_i: direct random target projection.
+    squared: (a - t)^2;  absolute: |a - t|;  or any function of a and t, unit by unit, the mean over
+    units;  direct: -a t with t = y* P, their sum over units, so that a sample's own dL_i/da_i is
+    -y* P_i: direct random target projection. All are means over samples.
     P_i ~ N(0, scale^2), fixed;  y* is the one-hot label, or `y` itself where it is like the output.
+    Stages that use the same weights, such as a layer that runs twice, have one P.
 
     No gradient passes from one stage to another, and a stage's activations are freed before the
     next stage runs. Labels of -100 do not count. The returned loss is the last stage's.
@@ -86,7 +88,8 @@ class TargetProjection(Rule):
         if example is None:
             raise ValueError("example must be an input of the network, got None; the projections "
                              "take their sizes from it")
-        self.stages, self.loss, self.distance = stages(network, example), loss, distance
+        self.stages = chain_of(self, network, example, loss)
+        self.loss, self.distance = loss, distance
         shapes = [row["shape"] for row in self.stages.table(example)]
         _, channels_first = widths(self.stages, None)
         self._tokens = [len(shape) == 3 and not first
@@ -95,10 +98,18 @@ class TargetProjection(Rule):
         self._ends = [[] if distance == "direct" else _ends_of(stage) for stage in self.stages]
         self.projections = Matrices(learned=False)
         like = first_parameter(self.stages)
-        for name, shape, tokens in zip(self.stages.names[:-1], shapes, self._tokens, strict=False):
+        drawn: dict[tuple[frozenset[int], int], str] = {}
+        self._homes: list[str] = []  # the name under which each hidden stage's P is kept
+        for stage, shape, tokens in zip(list(self.stages)[:-1], shapes, self._tokens,
+                                        strict=False):
             width = shape[-1] if tokens else shape[1]
-            self.projections.add(name, draw((self._output.numel(), width), scale,
-                                            torch.empty(0) if like is None else like, generator))
+            # weights that run twice cannot go towards two targets
+            home = drawn.setdefault((frozenset(map(id, stage.parameters())), width), stage.name)
+            self._homes.append(home)
+            if home == stage.name:
+                self.projections.add(home, draw((self._output.numel(), width), scale,
+                                                torch.empty(0) if like is None else like,
+                                                generator))
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add each stage's own gradient to `.grad`; return the loss of the network's output."""
@@ -126,7 +137,8 @@ class TargetProjection(Rule):
                 f"{tuple(a.shape)}, got targets of {tuple(t.shape)} from y of {tuple(y.shape)}; "
                 "give as many as there are samples, and build the rule with an example like x")
         distance = DISTANCES[self.distance] if isinstance(self.distance, str) else self.distance
-        apart = distance(a, t.to(a.dtype)).mean(-1)
+        each = distance(a, t.to(a.dtype))
+        apart = each.sum(-1) if self.distance == "direct" else each.mean(-1)
         if y.is_floating_point():
             return apart.mean()
         counted = y != -100
@@ -138,7 +150,7 @@ class TargetProjection(Rule):
         return h if h.ndim == 2 else h.flatten(2).mean(2)
 
     def _targets(self, i: int, y: Tensor) -> Tensor:
-        P = self.projections[self.stages.names[i]]
+        P = self.projections[self._homes[i]]
         if y.is_floating_point():
             t = y.flatten(2 if self._tokens[-1] else 1).to(P.dtype) @ P
         else:

@@ -223,14 +223,46 @@ def test_a_shared_matrix_gives_each_stage_its_first_columns(gradients: Gradients
     assert_same(gradients(shared, x, CLASSES), gradients(apart, x, CLASSES))
 
 
-def test_feedback_has_the_variance_of_its_paper_and_repeats_with_its_generator() -> None:
+def test_feedback_has_the_size_of_the_last_weights_and_repeats_with_its_generator() -> None:
     network, x = nn.Sequential(nn.Linear(4, 4000), nn.ReLU(), nn.Linear(4000, 4)), torch.ones(1, 4)
     own, again = (DirectFeedbackAlignment(network, x, generator=torch.Generator().manual_seed(1))
                   for _ in range(2))
     assert torch.equal(own.feedback["0"], again.feedback["0"])
-    assert own.feedback["0"].std().item() == pytest.approx(4 ** -0.5, rel=0.03)
+    size = network[2].weight.square().mean().sqrt().item()
+    assert own.feedback["0"].std().item() == pytest.approx(size, rel=0.03)
     shared = DirectFeedbackAlignment(network, x, share=True)
-    assert shared.feedback["4"].std().item() == pytest.approx(4000 ** -0.5, rel=0.03)
+    assert shared.feedback["4"].std().item() == pytest.approx(size, rel=0.03)
+    nn.init.zeros_(network[2].weight)
+    without = DirectFeedbackAlignment(network, x)
+    assert without.feedback["0"].std().item() == pytest.approx(4 ** -0.5, rel=0.03)
+
+
+def test_a_tied_last_layer_is_followed_in_all_that_its_weight_learns() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(7, 6)
+            self.hidden = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+            self.head = nn.Sequential(nn.Linear(6, 7, bias=False))
+            self.head[0].weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.head(self.hidden(self.embedding(x)))
+            return scores
+
+    network, x = Tied().double(), torch.arange(8).view(2, 4) % 7
+    net = stages(network, x, cuts=["embedding", "hidden", "head"])
+    rule = DirectFeedbackAlignment(net, x, feedback="kolen_pollack")
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, weight_decay=0.5)
+    W, B = network.embedding.weight, rule.feedback["hidden"]
+    before = (W - B).detach()
+    for step in range(10):
+        if step % 3 == 0:  # gradients of some calls are added up
+            optimizer.zero_grad()
+        rule(x, (x + 1) % 7)
+    assert_same({"": W.grad}, {"": B.grad})
+    optimizer.step()
+    torch.testing.assert_close((W - B).detach(), before * (1 - 0.1 * 0.5))
 
 
 def test_the_learned_feedback_of_the_last_hidden_stage_turns_to_the_weights(
@@ -403,3 +435,49 @@ def test_what_the_rule_cannot_do_is_refused() -> None:
         DirectFeedbackAlignment(
             nn.Sequential(nn.Conv1d(1, 2, 3), nn.Conv1d(2, 2, 3), nn.Flatten(), nn.Linear(8, 3)),
             torch.ones(1, 1, 8), feedback="sign_symmetric")
+
+
+class Twice(nn.Module):
+    """A chain of stages of which two are one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.within, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.within(torch.tanh(self.into(x))))
+        scores: Tensor = self.out(torch.tanh(self.within(h)))
+        return scores
+
+
+@torch.no_grad()
+def test_a_layer_that_runs_twice_has_the_signs_of_each_place(gradients: Gradients) -> None:
+    network, x = Twice().double(), torch.randn(4, 4).double()
+    rule = DirectFeedbackAlignment(network, x, feedback="sign_symmetric")
+    assert rule.stages.names == ["into", "within", "within (2)", "out"]
+    for matrix in rule.feedback.buffers():
+        matrix.fill_(1)
+    found = gradients(rule, x, CLASSES)
+    a = torch.tanh(network.into(x))
+    b = torch.tanh(network.within(a))
+    c = torch.tanh(network.within(b))
+    e = (network.out(c).softmax(1) - functional.one_hot(CLASSES, 3)) / 4
+    V, W = network.out.weight, network.within.weight
+    first = e @ (V @ W @ W).sign() * (1 - a ** 2)
+    second, third = e @ (V @ W).sign() * (1 - b ** 2), e @ V.sign() * (1 - c ** 2)
+    torch.testing.assert_close(found["into.weight"], first.T @ x)
+    torch.testing.assert_close(found["within.weight"], second.T @ a + third.T @ b)
+
+
+def test_a_layer_that_runs_twice_has_a_learned_matrix_for_each_place() -> None:
+    network, x = Twice().double(), torch.randn(4, 4).double()
+    rule = DirectFeedbackAlignment(network, x, feedback="kolen_pollack")
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, weight_decay=0.5)
+    before = (network.out.weight - rule.feedback["within (2)"]).detach()
+    for _ in range(10):
+        optimizer.zero_grad()
+        rule(torch.randn(4, 4).double(), CLASSES)
+        optimizer.step()
+    assert not torch.equal(rule.feedback["within"], rule.feedback["within (2)"])
+    torch.testing.assert_close((network.out.weight - rule.feedback["within (2)"]).detach(),
+                               before * (1 - 0.1 * 0.5) ** 10)

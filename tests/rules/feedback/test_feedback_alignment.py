@@ -213,6 +213,57 @@ def test_kolen_pollack_differences_shrink_by_the_weight_decay_alone(
     torch.testing.assert_close(after, before * (1 - 0.1 * 0.5) ** 20)
 
 
+@pytest.mark.parametrize("shared", ["embedding", "layer"])
+def test_kolen_pollack_follows_all_that_a_shared_weight_learns(shared: str) -> None:
+    network = nn.Sequential(nn.Embedding(7, 7), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 7))
+    network[3].weight = network[0 if shared == "embedding" else 1].weight
+    network.double()
+    rule, x = FeedbackAlignment(network, feedback="kolen_pollack"), torch.arange(8).view(2, 4) % 7
+    name = "3" if shared == "embedding" else "1"
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1, weight_decay=0.5)
+    before = network[3].weight.detach() - rule.feedback[name].detach()
+    for _ in range(20):
+        optimizer.zero_grad()
+        rule(x, (x + 1) % 7)
+        rule(x, x)
+        optimizer.step()
+    after = network[3].weight.detach() - rule.feedback[name].detach()
+    torch.testing.assert_close(after, before * (1 - 0.1 * 0.5) ** 20)
+
+
+def test_the_feedback_of_a_frozen_weight_stays_as_it_is(
+        make_chain: Callable[..., nn.Sequential]) -> None:
+    network = make_chain(4, 8, 8, 3)
+    network[2].weight.requires_grad_(False)
+    rule = FeedbackAlignment(network, feedback="kolen_pollack")
+    rule(torch.randn(4, 4), CLASSES)
+    assert rule.feedback["2"].grad is None
+    assert rule.feedback["4"].grad is not None
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0])
+def test_feedback_is_as_large_as_the_weights(scale: float) -> None:
+    network = nn.Sequential(nn.Linear(50, 40), nn.Conv2d(4, 30, 3), nn.Linear(40, 60))
+    for p in network.parameters():
+        nn.init.normal_(p, std=scale)
+    nn.init.zeros_(network[2].weight)
+    rule = FeedbackAlignment(network)
+    assert float(rule.feedback["0"].std()) == pytest.approx(scale, rel=0.1)
+    assert float(rule.feedback["1"].std()) == pytest.approx(scale, rel=0.1)
+    assert float(rule.feedback["2"].std()) == pytest.approx(60 ** -0.5, rel=0.1)
+
+
+def test_a_deep_network_receives_errors_of_the_size_that_backpropagation_has(
+        make_chain: Callable[..., nn.Sequential], gradients: Gradients) -> None:
+    torch.manual_seed(0)
+    network = make_chain(20, *[24] * 15, 3, activation=nn.Tanh)
+    x, y = torch.randn(32, 20), torch.randint(3, (32,))
+    ours, exact = gradients(FeedbackAlignment(network), x, y), gradients(Backprop(network), x, y)
+    ratios = torch.stack([ours[name].norm() / exact[name].norm() for name in ours])
+    assert ratios.max() < 30 * ratios.median()
+    assert ratios.min() > ratios.median() / 30
+
+
 def test_kolen_pollack_feedback_turns_to_the_weights_and_fixed_feedback_does_not(
         make_chain: Callable[..., nn.Sequential], cosine: Callable[..., float]) -> None:
     angles = {}
@@ -319,7 +370,8 @@ def test_stages_and_a_deep_copy_do_as_the_network_does(gradients: Gradients) -> 
 
 
 def test_feedback_repeats_with_its_generator() -> None:
-    first, second = (FeedbackAlignment(nn.Linear(4, 3), generator=torch.Generator().manual_seed(1))
+    layer = nn.Linear(4, 3)
+    first, second = (FeedbackAlignment(layer, generator=torch.Generator().manual_seed(1))
                      for _ in range(2))
     assert torch.equal(first.feedback[""], second.feedback[""])
 

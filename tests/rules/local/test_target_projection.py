@@ -48,7 +48,8 @@ def test_gradients_are_those_of_each_layer_alone(distance, activation):
         else:
             t = rule.projections[str(i)][Y]
             t = t if distance == "direct" else activation()(t)
-            loss = DISTANCES[distance](out, t).mean()
+            each = DISTANCES[distance](out, t)
+            loss = each.sum(-1).mean() if distance == "direct" else each.mean()
         for name, gradient in zip(("weight", "bias"), torch.autograd.grad(
                 loss, list(layer.parameters())), strict=True):
             expected[f"network.{i}.{name}"] = gradient
@@ -61,8 +62,23 @@ def test_direct_is_direct_random_target_projection():
     rule = TargetProjection(network, X, distance="direct")
     found = gradients(rule, X, Y)
     a = network[:2](X).detach()
-    signal = -rule.projections["0"][Y] * (1 - a ** 2) / a.numel()
+    signal = -rule.projections["0"][Y] * (1 - a ** 2) / len(a)
     torch.testing.assert_close(found["network.0.weight"], signal.T @ X)
+
+
+def test_a_layer_that_runs_twice_has_one_target():
+    network = small(nn.Tanh)
+    layer = nn.Linear(6, 6).double()
+    twice = nn.Sequential(nn.Linear(len(X[0]), 6).double(), nn.Tanh(), layer, nn.Tanh(), layer,
+                          nn.Tanh(), nn.Linear(6, len(network[4].weight)).double())
+    rule = TargetProjection(twice, X)
+    assert list(rule.projections.state_dict()) == ["/0", "/2"]
+    found, h = gradients(rule, X, Y), twice[:2](X).detach()
+    first = twice[2:4](h)
+    second, t = twice[4:6](first.detach()), torch.tanh(rule.projections["2"][Y])
+    loss = ((first - t) ** 2).mean() + ((second - t) ** 2).mean()
+    torch.testing.assert_close(found["network.2.weight"],
+                               torch.autograd.grad(loss, layer.weight)[0])
 
 
 @pytest.mark.parametrize("layer", [0, 2, 4])
