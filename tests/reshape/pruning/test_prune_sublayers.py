@@ -446,7 +446,7 @@ def test_weights_are_not_copied_while_sublayers_are_tried():
     model.append(Watching())
     seen = {}
     model.register_forward_pre_hook(
-        lambda m, _: seen.setdefault(next(m.parameters()).data_ptr(), True))
+        lambda m, _: seen.update({next(m.parameters()).data_ptr(): True}))
     prune_sublayers.decide(model, tokens(), remove=2)
     assert list(seen) == [first.data_ptr()]
     assert held
@@ -495,10 +495,10 @@ def test_the_position_bias_that_later_layers_share_is_not_removed():
     assert not any(name.endswith("block.0.layer.0.SelfAttention") for name in names)
     second = next(name for name in names if "block.1.layer.0" in name)
     without = without_sublayers(model, x, [second])
-    third = {}
+    third = []
     for network in (model, without):
         network.encoder.block[2].layer[0].SelfAttention.register_forward_hook(
-            lambda m, a, k, out: third.setdefault(len(third), k["position_bias"]),
+            lambda m, a, k, out: third.append(k["position_bias"]),
             with_kwargs=True)
         network(**x)
     assert torch.equal(third[0], third[1])
@@ -521,7 +521,7 @@ def test_a_search_that_was_broken_off_goes_on(tmp_path):
     before = len(tried)
     pruned = prune_sublayers(model, x, remove=4, distance=angle, checkpoint=path)
     assert pruned.removed_sublayers == expected
-    assert len(tried) - before < 8 + 7 + 6 + 5 - 8
+    assert len(tried) - before <= 7 + 6 + 5  # the first removal is not sought again
     assert nw.changes(pruned)[0].arguments.keys() == {"remove", "distance"}
     more = prune_sublayers(model, x, remove=5, distance=angle, checkpoint=path)
     assert more.removed_sublayers[:4] == expected
@@ -531,7 +531,7 @@ def test_a_search_of_other_data_another_model_or_distance_is_refused(tmp_path):
     model, x, path = gpt(64, context=10), tokens(), tmp_path / "search.json"
     prune_sublayers(model, x, remove=1, checkpoint=path)
     with pytest.raises(CorruptCheckpoint, match="belongs to another call, with other model or"):
-        prune_sublayers(model, x + 1, remove=1, checkpoint=path)
+        prune_sublayers(model, x.flip(0), remove=1, checkpoint=path)
     with pytest.raises(CorruptCheckpoint, match="belongs to another call, with other distance"):
         prune_sublayers(model, x, remove=1, checkpoint=path, distance="euclidean")
     path.write_text("{")
