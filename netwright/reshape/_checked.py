@@ -1,5 +1,6 @@
 """The result of a reshape is run, beside the model that it was made from, before it is returned."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -174,6 +175,9 @@ def _cache_moves(model: Any, prompt: Mapping[str, Tensor]) -> tuple[float, float
         return_dict_in_generate=True, pad_token_id=0, bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id, decoder_start_token_id=own.decoder_start_token_id)
     given = {key: value for key, value in prompt.items() if not key.startswith("decoder_")}
+    if "input_ids" in given and "attention_mask" in inspect.signature(model.forward).parameters:
+        # Otherwise tokens that happen to be the padding's would be taken for padding.
+        given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
     with evaluating(model), rehearsing(model), same_attributes(model):
         written = model.generate(**copied(given), generation_config=settings)
         tokens = written.sequences[:, :-1]

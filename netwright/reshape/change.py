@@ -27,7 +27,7 @@ H = TypeVar("H", bound=Half)
 P = ParamSpec("P")
 
 # What a record leaves out.
-_DATA = ("calibration", "checkpoint", "example", "generator", "progress")
+_DATA = ("calibration", "example", "generator", "progress", "resume")
 _OWN: dict[str, "Reshape"] = {}  # reshapes of the user's, by module and name
 
 

@@ -232,14 +232,17 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
     something else when it runs again, that changes a stream in place, or that uses a tensor which
     needs a gradient and is not its own. All gradients are handed over together then.
 
-    Where nothing needs a gradient, and inside `torch.func` and forward-mode differentiation, the
-    steps just run.
+    Where nothing needs a gradient, in an exported graph, and inside `torch.func` and forward-mode
+    differentiation, the steps just run.
 
     Raises:
         CannotReverse: a step changed its streams' shapes, or did what `first` looks for, or a
             stream was not finite when it came back though it had ended so; buffers, attributes and
             random states are then as they were, and no gradient of that place is handed over.
     """
+    if torch.compiler.is_exporting() or (torch.compiler.is_compiling()
+                                         and not torch.is_grad_enabled()):
+        return forth(steps, streams)
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break("reconstruction runs modules inside a backward pass; compile the "
                                   "modules inside the reversible blocks instead")

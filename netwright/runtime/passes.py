@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from netwright.runtime.attributes import Attributes
 from netwright.runtime.modes import same_attributes, same_buffers
+from netwright.runtime.padding import held, holding
 from netwright.runtime.random_state import random_state, same_random_state, set_random_state
 
 _restored = [0]
@@ -24,6 +25,8 @@ def running_again() -> bool:
     Where everything is as the first time and will be put back, as in reversible stacks, a module
     runs as it did and this is False.
     """
+    if torch.compiler.is_compiling():  # a compiler runs a pass again by graphs of its own
+        return False
     return not _restored[0] and torch._C._current_graph_task_id() != -1
 
 
@@ -40,7 +43,8 @@ def as_the_first() -> Iterator[None]:
 class Pass:
     """What a pass of `network` finds, noted before it, so that it can be run again the same.
 
-    Held are the random states and, of the network's modules, buffers and attributes.
+    Held are the random states, which positions are padding and, of the network's modules, buffers
+    and attributes.
 
     >>> network = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     >>> this, x = Pass(network), torch.ones(1, 2)
@@ -51,7 +55,7 @@ class Pass:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.network, self.random = network, random_state()
+        self.network, self.random, self.real = network, random_state(), held()
         self.attributes = Attributes(network.modules())
         self.buffers = [(module, name, buffer, buffer.detach().clone())
                         for module in network.modules() for name, buffer in module._buffers.items()
@@ -61,7 +65,7 @@ class Pass:
     def again(self) -> Iterator[None]:
         """Let the body run the pass again, and then have everything as it is now."""
         with (same_random_state(), same_attributes(self.network), same_buffers(self.network),
-              as_the_first()):
+              as_the_first(), holding(self.real)):
             set_random_state(self.random)
             self.attributes.put_back()
             for module, name, buffer, value in self.buffers:

@@ -210,3 +210,15 @@ def test_running_the_result_leaves_no_trace():
     for network in (model, result):
         assert network[2].passes == network[2].seen == network[1].num_batches_tracked == 0
         assert network.training
+
+
+def test_tokens_that_are_those_of_padding_are_read_when_generation_is_checked():
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=8, pad_token_id=0))
+        x = torch.zeros(2, 4, dtype=torch.long)
+        swapped = nw.reshape.swap_feedforward(model, nw.blocks.GLU, x, progress=False)
+        assert len(nw.changes(swapped)) == 1

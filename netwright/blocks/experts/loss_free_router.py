@@ -51,7 +51,8 @@ class LossFreeRouter(nn.Module):
     Shapes: x (tokens, dim); experts and weights (tokens, k); bias (n_experts,).
 
     Raises:
-        ValueError: `k` is below 1 or above `n_experts`, or `scores` is another word.
+        ValueError: `k` is below 1 or above `n_experts`, or 1 with `normalize`, or `scores` is
+            another word.
 
     Paper: Wang, Gao, Zhao, Sun, Dai, 2024, Auxiliary-Loss-Free Load Balancing Strategy for
     Mixture-of-Experts.
@@ -71,6 +72,9 @@ class LossFreeRouter(nn.Module):
         super().__init__()
         check_choice(n_experts, k)
         checks.one_of(["sigmoid", "softmax"], kind_of_scores=scores)
+        if normalize and k == 1:
+            raise ValueError("normalize must be False with k=1, got True: the only weight would "
+                             "always be 1, and the router would learn nothing")
         self.n_experts, self.k, self.bias_rate = n_experts, k, bias_rate
         self.scores, self.normalize = scores, normalize
         self.weight = nn.Parameter(torch.empty(n_experts, dim))

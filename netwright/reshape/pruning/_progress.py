@@ -1,4 +1,4 @@
-"""What a search for sublayers has found so far, in a file from which it goes on."""
+"""What a search for sublayers has found so far, in a folder from which it goes on."""
 
 import json
 import os
@@ -9,18 +9,20 @@ from typing import Any
 from netwright.errors import CorruptCheckpoint
 from netwright.reshape._naming import plain
 
-FORMAT = 1
+FILE, FORMAT = "sublayers.json", 1
 PAUSE = 1.0  # seconds between two writes
 
 
 class Found:
     """The sublayers that were removed, and how far the outputs move without each of the others.
 
-    With a `path` it is read from there and kept there, after every second at the latest.
+    With a `folder` it is read from there and kept there, after every second at the latest.
     """
 
-    def __init__(self, path: str | Path | None, settings: dict[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
+    def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
+        if not (folder is None or isinstance(folder, (str, Path))) or folder == "":
+            raise ValueError(f"resume must be a folder's path, got {folder!r}; or leave it out")
+        self.path = None if folder is None else Path(folder) / FILE
         self.settings = {name: plain(value) for name, value in settings.items()}
         self.removed: list[str] = []
         self.tried: dict[str, float] = {}
@@ -57,13 +59,13 @@ class Found:
             kind, settings = content["format"], dict(content["settings"])
             self.removed, self.tried = list(content["removed"]), dict(content["tried"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CorruptCheckpoint(f"checkpoint {path} cannot be read ({error}); remove it to "
+            raise CorruptCheckpoint(f"resume: {path} cannot be read ({error}); remove it to "
                                     "begin anew") from error
         if kind != FORMAT:
-            raise CorruptCheckpoint(f"checkpoint {path} is of format {kind}, and this version "
+            raise CorruptCheckpoint(f"resume: {path} is of format {kind}, and this version "
                                     f"reads {FORMAT}; remove it to begin anew")
         other = [name for name, value in self.settings.items() if settings.get(name) != value]
         if other:
-            raise CorruptCheckpoint(f"checkpoint {path} belongs to another call, with other "
-                                    f"{' and '.join(other)}; name another file, or remove it to "
+            raise CorruptCheckpoint(f"resume: {path} belongs to another call, with other "
+                                    f"{' and '.join(other)}; name another folder, or remove it to "
                                     "begin anew")

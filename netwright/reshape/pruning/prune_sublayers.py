@@ -39,7 +39,7 @@ __all__ = ["prune_sublayers", "sublayers", "without_sublayers"]
 @torch.no_grad()
 def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
                     distance: Distance = "angular",
-                    checkpoint: str | Path | None = None) -> nn.Module:
+                    resume: str | Path | None = None) -> nn.Module:
     """Return a copy without the `remove` sublayers whose absence changes the outputs least.
 
     s_k = argmin_s d(f(x), f_k(x)),  f_k = f without s_1, ..., s_k-1 and s.
@@ -69,8 +69,8 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
         calibration: inputs that the outputs are compared on.
         remove: how many sublayers go.
         distance: d: "angular", "euclidean", "jensen-shannon" or a function of two outputs.
-        checkpoint: a file that keeps what was tried, from which a call that was broken off goes
-            on.
+        resume: a folder where what was tried is kept. A call that was broken off goes on from
+            there.
 
     Shapes: calibration is what the model takes (a tensor, a tuple of positional or a mapping of
     keyword arguments) or a list of such batches; outputs (batch, *, classes).
@@ -78,7 +78,7 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     Raises:
         NothingToReshape: no module's output is added to a stream that it was computed from.
         UnknownName: `distance` is none of the three.
-        CorruptCheckpoint: `checkpoint` cannot be read, or is of another model or other data.
+        CorruptCheckpoint: what `resume` holds cannot be read, or is another call's.
         ValueError: `remove` is not between 1 and the number of sublayers, or `calibration` is
             empty or gives outputs that are not finite.
 
@@ -99,8 +99,8 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
                    advice=f"the model has {len(found.sublayers)} sublayers, {_some(found)}")
     with same_random_state(), evaluating(trial), same_buffers(trial), plain_paths():
         trials = Trials(trial, found, batches, distances)
-        known = Found(checkpoint, {"distance": distance, "model or data": None
-                                   if checkpoint is None else trials.digest()})
+        known = Found(resume, {"distance": distance, "model or data": None
+                                   if resume is None else trials.digest()})
         for name in known.removed[:remove]:
             trials.take_out(trials.named(name))
         count = sum(len(trials.left) - k for k in range(remove - len(trials.removed)))

@@ -515,28 +515,28 @@ def test_a_search_that_was_broken_off_goes_on(tmp_path):
             raise KeyboardInterrupt
         return torch.acos(nn.functional.cosine_similarity(old.double(), new.double(), dim=-1))
 
-    path = tmp_path / "search.json"
+    path = tmp_path / "search"
     with pytest.raises(KeyboardInterrupt):
-        prune_sublayers(model, x, remove=4, distance=angle, checkpoint=path)
+        prune_sublayers(model, x, remove=4, distance=angle, resume=path)
     before = len(tried)
-    pruned = prune_sublayers(model, x, remove=4, distance=angle, checkpoint=path)
+    pruned = prune_sublayers(model, x, remove=4, distance=angle, resume=path)
     assert pruned.removed_sublayers == expected
     assert len(tried) - before <= 7 + 6 + 5  # the first removal is not sought again
     assert nw.changes(pruned)[0].arguments.keys() == {"remove", "distance"}
-    more = prune_sublayers(model, x, remove=5, distance=angle, checkpoint=path)
+    more = prune_sublayers(model, x, remove=5, distance=angle, resume=path)
     assert more.removed_sublayers[:4] == expected
 
 
 def test_a_search_of_other_data_another_model_or_distance_is_refused(tmp_path):
-    model, x, path = gpt(64, context=10), tokens(), tmp_path / "search.json"
-    prune_sublayers(model, x, remove=1, checkpoint=path)
+    model, x, path = gpt(64, context=10), tokens(), tmp_path / "search"
+    prune_sublayers(model, x, remove=1, resume=path)
     with pytest.raises(CorruptCheckpoint, match="belongs to another call, with other model or"):
-        prune_sublayers(model, x.flip(0), remove=1, checkpoint=path)
+        prune_sublayers(model, x.flip(0), remove=1, resume=path)
     with pytest.raises(CorruptCheckpoint, match="belongs to another call, with other distance"):
-        prune_sublayers(model, x, remove=1, checkpoint=path, distance="euclidean")
-    path.write_text("{")
+        prune_sublayers(model, x, remove=1, resume=path, distance="euclidean")
+    (path / "sublayers.json").write_text("{")
     with pytest.raises(CorruptCheckpoint, match="cannot be read"):
-        prune_sublayers(model, x, remove=1, checkpoint=path)
+        prune_sublayers(model, x, remove=1, resume=path)
 
 
 @pytest.mark.parametrize(("old", "new", "angle"), [
