@@ -3,8 +3,6 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from models import GROUPED, Heads, built
-from random_networks import drawn
 from torch import Tensor, nn
 
 from netwright.anatomy.axes import Axes, axes
@@ -13,6 +11,8 @@ from netwright.anatomy.run import record
 from netwright.anatomy.unit_groups import UnitGroup, silence
 from netwright.errors import NothingToReshape, UnknownName
 from netwright.signals import call
+from tests.anatomy.models import GROUPED, Heads, built
+from tests.anatomy.random_networks import drawn
 
 
 class Recurrent(nn.Module):
