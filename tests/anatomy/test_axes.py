@@ -384,6 +384,19 @@ def test_what_is_removed_trains_and_keeps_what_learned() -> None:
     assert smaller[2].weight.grad.shape == (3, 6)
 
 
+def test_parameters_that_are_not_made_yet_are_made_on_a_copy() -> None:
+    network = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3))
+    found = axes(network, torch.randn(5, 4))
+    assert [(g.kind, g.count, g.removable) for g in found.groups] == [("hidden", 8, True)]
+    assert isinstance(network[0], nn.LazyLinear)
+    assert found.remove("0: hidden", [0])[2].in_features == 7
+
+
+def test_what_feeds_a_recurrent_cell_is_hidden() -> None:
+    (group,) = axes(nn.Sequential(nn.Linear(4, 8), nn.RNNCell(8, 6)), torch.randn(5, 4)).groups
+    assert (group.kind, group.count) == ("hidden", 8)
+
+
 def test_errors() -> None:
     network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     found = axes(network, torch.randn(5, 4))
