@@ -241,7 +241,7 @@ def test_samples_that_mix_keep_the_estimate_unbiased(kind):
     rule = ForwardGradient(network, x, perturb="activities", directions=20000, chunk=5000)
     right = error(rule)
     assert rule._mixing.known
-    rule._mixing.by_mode = dict.fromkeys(rule._mixing.by_mode, False)
+    rule._mixing.found = lambda *_, **__: False
     assert right < 0.15 < 0.2 < error(rule)  # a slope for each sample alone would be biased
 
 
