@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from netwright import checks
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.catalogue.facets import Facets, facets
 from netwright.contracts.checks import (
@@ -48,6 +49,7 @@ SAME_SHAPE = ("activation", "feedforward", "normalisation", "experts", "attentio
               "token mixing", "residual block")
 
 
+@checks.annotated
 def check_block(block: Callable[..., nn.Module], *, arguments: Mapping[str, Any] | None = None,
                 network: Callable[[], nn.Module] | None = None,
                 batch: Callable[[], Any] | None = None) -> None:
