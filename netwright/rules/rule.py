@@ -92,18 +92,21 @@ class Rule(nn.Module):
             options = {name: _cut_off(value) for name, value in options.items()}
         x, y = labels_apart(self.network, _cut_off(x), _cut_off(y))
         given = (y, *map(_cut_off, rest)) if y is not None or rest or self._must_be_told() else ()
-        if not self._begun:  # the network may have been cut up since it was given
-            if not self.runs_whole:
-                refuse_parts(self, self.network)
-            self._begun = True
-        if not self.updates_weights:
-            note_call(self)
+        self._begin()
         if self._processes is None:
             return super().__call__(x, *given, **options)
         self._processes.before(self)
         loss = super().__call__(x, *given, **options)
         self._processes.after(self)
         return loss
+
+    def _begin(self) -> None:
+        """Look at what has to be right before a call."""
+        if not self._begun and not self.runs_whole:
+            refuse_parts(self, self.network)  # it may have been cut up since it was given
+        self._begun = True
+        if not self.updates_weights:
+            note_call(self)
 
     def _must_be_told(self) -> bool:
         """Whether `forward` takes a y that may be None but not left out.
@@ -115,7 +118,7 @@ class Rule(nn.Module):
         y = others[0] if others else None
         if y is None or y.default is not y.empty or y.kind is y.VAR_POSITIONAL:
             return False
-        if "None" not in str(y.annotation):
+        if self.needs_labels and y.annotation is not y.empty and "None" not in str(y.annotation):
             raise ValueError('y must hold the targets, got None and no "labels" in x; give '
                              f'{type(self).__name__}(...)(x, y), or x as a mapping with "labels"')
         return True
