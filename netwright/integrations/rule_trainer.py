@@ -67,9 +67,9 @@ class RuleTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Make the optimizer of all that the rule trains, where none was given."""
-        made = super().create_optimizer(self.rule)
-        self.rule.stepped_by(self.optimizer)
-        return made
+        optimizer: Any = super().create_optimizer(self.rule)
+        self.rule.stepped_by(optimizer)
+        return optimizer
 
     def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
         prepared = super()._prepare_for_training(*arguments, **options)
@@ -83,8 +83,9 @@ class RuleTrainer(Trainer):
         if self._ends_group:  # the loop clears the gradients of the network alone
             self.rule.zero_grad()
         self.rule.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "train", None)):
+            optimizer.train()
         batch = self._prepare_inputs(inputs)
         share = self._share(batch, num_items_in_batch)
         with self.compute_loss_context_manager():
@@ -99,8 +100,8 @@ class RuleTrainer(Trainer):
         """Return how much of the step a batch is: its targets among all of them."""
         if self.current_gradient_accumulation_steps == 1 and self._processes == 1:
             return 1.0
-        own = None if items is None else self._targets(batch)
-        if own is None:
+        own = self._targets(batch)
+        if own is None or items is None:
             return 1 / (self.current_gradient_accumulation_steps * self._processes)
         return own / items
 
@@ -173,7 +174,7 @@ class RuleTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            keep_additions(self.rule, Path(output_dir or self.args.output_dir))
+            keep_additions(self.rule, Path(str(output_dir or self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str,
                               model: nn.Module | None = None) -> None:
