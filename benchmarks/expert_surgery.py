@@ -3,6 +3,8 @@
     python benchmarks/expert_surgery.py
 
 `moefy`: inference of a ReLU layer split into 16 experts, of which some run, over the dense layer.
+What a call of `moefy` and of `swap_feedforward` without distilling costs on 12 layers of width 384,
+in passes of the model over the calibration data; the pass and the calls take turns.
 `mix_lora`: a training step of 8 low-rank experts, 2 for each token, over one low-rank adapter of
 the rank of both, and over the same experts with frozen matrices multiplied anew for each. One
 thread; contenders take turns, and a figure is the ratio of the medians of their processor times.
@@ -20,11 +22,13 @@ from torch import Tensor, nn
 
 from netwright.blocks.experts import MixtureOfExperts
 from netwright.blocks.feedforward import FeedForward
-from netwright.reshape import mix_lora, moefy
+from netwright.models import gpt
+from netwright.reshape import mix_lora, moefy, swap_feedforward
 from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "expert_surgery.json"
 DIM, HIDDEN, TOKENS, TURNS = 512, 2048, 1024, 15
+PASS_TURNS = 3
 
 
 def medians(contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:
@@ -58,9 +62,32 @@ class Anew(nn.Module):
         return down(h) + 2 * h @ c.T @ d.T
 
 
+def in_passes() -> dict[str, float]:
+    """Return what calls cost, in passes over their calibration data."""
+    model = gpt(96, context=128, width=384, depth=12, heads=6).eval()
+    x = torch.randint(96, (32, 128))
+
+    def pass_over() -> None:
+        with torch.no_grad():
+            model(x)
+    calls: dict[str, Callable[[], Any]] = {
+        f"moefy by {split}": lambda split=split: moefy(model, x, split=split, progress=False)
+        for split in ("cluster", "coactivation", "random")}
+    calls["swap_feedforward, not distilled"] = lambda: swap_feedforward(model, FeedForward, x)
+    times: dict[str, list[float]] = {name: [] for name in ("pass", *calls)}
+    for _ in range(PASS_TURNS):
+        for name, run in calls.items():
+            for contender, work in (("pass", pass_over), (name, run)):
+                start = time.process_time()
+                work()
+                times[contender].append(time.process_time() - start)
+    return {f"{name} / pass": min(times[name]) / min(times["pass"]) for name in calls}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    found: dict[str, float] = in_passes()
     x = torch.randn(TOKENS, DIM)
     dense = FeedForward(DIM, HIDDEN, activation="relu").requires_grad_(False)
     splits = {k: moefy(dense, x, n_experts=16, k=k, steps=20) for k in (1, 2, 4, 8, 16)}
@@ -68,7 +95,7 @@ def main() -> None:
         torch.testing.assert_close(splits[16](x), dense(x), rtol=1e-3, atol=1e-4)
         times = medians({"dense": lambda: dense(x), **{
             f"{k} of 16": lambda split=split: split(x) for k, split in splits.items()}})
-    found: dict[str, float] = {f"moefy, {name} / dense": seconds / times["dense"]
+    found |= {f"moefy, {name} / dense": seconds / times["dense"]
                                for name, seconds in times.items() if name != "dense"}
 
     x.requires_grad_()  # as inside a network, whose earlier layers have adapters too

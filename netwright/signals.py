@@ -75,7 +75,8 @@ def tensor_of(output: Any) -> Tensor:
 def all_of(output: Any) -> Any:
     """Return all that a model has returned where it is several tensors to learn from, or the one.
 
-    A Hugging Face output that has logits, or a last hidden state, is those.
+    A Hugging Face output that has logits, or a last hidden state, is those, unless it has what
+    another head says beside them (`pred_boxes`, `mc_logits`).
 
     >>> import torch
     >>> len(all_of((torch.ones(2), torch.zeros(2))))
@@ -85,10 +86,11 @@ def all_of(output: Any) -> Any:
     """
     if isinstance(output, Tensor):
         return output
-    named = hasattr(output, "to_tuple") and any(isinstance(getattr(output, name, None), Tensor)
-                                                for name in ("logits", "last_hidden_state"))
-    if named:
-        return tensor_of(output)
+    if hasattr(output, "to_tuple") and isinstance(output, Mapping):
+        held = [name for name, value in output.items() if isinstance(value, Tensor)]
+        heads = [name for name in held if name.startswith("pred_") or name.endswith("_logits")]
+        if not heads and {"logits", "last_hidden_state"} & set(held):
+            return tensor_of(output)
     learnt = [t for t in tensors(output) if t.is_floating_point() or t.is_complex()]
     return learnt[0] if len(learnt) == 1 else output
 

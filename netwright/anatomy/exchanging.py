@@ -36,10 +36,13 @@ class FeedForwardWeights(NamedTuple):
 
     def __call__(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         """Return what the layer makes of x (*, dim): (*, out)."""
+        return linear(self.hidden(x, activation), self.down, self.down_bias)
+
+    def hidden(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what the hidden units make of x (*, dim): (*, hidden)."""
         hidden = linear(x, self.up, self.up_bias)
-        hidden = activation(hidden) if self.gate is None else activation(
+        return activation(hidden) if self.gate is None else activation(
             linear(x, self.gate, self.gate_bias)) * hidden
-        return linear(hidden, self.down, self.down_bias)
 
     def units(self, index: Tensor | Sequence[int]) -> "FeedForwardWeights":
         """Return the weights of the hidden units `index` alone, in that order."""
@@ -68,6 +71,12 @@ def feedforward_weights(model: nn.Module, layer: FeedForwardLayer) -> FeedForwar
     """
     up, down, gate = _linears(model, layer)
     weights = FeedForwardWeights(linear_weight(up), linear_weight(down), None, up.bias, down.bias)
+    if layer.packed is not None:
+        matrices = weights.up.chunk(2)
+        biases: Any = (None, None) if up.bias is None else up.bias.chunk(2)
+        first, second = layer.packed, 1 - layer.packed
+        return weights._replace(gate=matrices[first], gate_bias=biases[first],
+                                up=matrices[second], up_bias=biases[second])
     if gate is None:
         return weights
     return weights._replace(gate=linear_weight(gate), gate_bias=gate.bias)
@@ -96,6 +105,8 @@ def write_feedforward(model: nn.Module, layer: FeedForwardLayer,
     if (weights.gate is None) != (layer.gate is None):
         raise ValueError(f"weights.gate must be given where the layer has a gate; {layer.name!r} "
                          f"has {'none' if layer.gate is None else 'one'}")
+    if layer.packed is not None:
+        linears, weights = (*linears[:2], None), _packed(weights, layer.packed)
     biases = (weights.up_bias, weights.down_bias, weights.gate_bias)
     matrices = (weights.up, weights.down, weights.gate)
     for part, matrix, bias in zip(linears, matrices, biases, strict=True):
@@ -103,13 +114,27 @@ def write_feedforward(model: nn.Module, layer: FeedForwardLayer,
             write_linear(part, matrix, bias)
 
 
+def _packed(weights: FeedForwardWeights, first: int) -> FeedForwardWeights:
+    """Return weights whose `up` holds the gate too, as its first half where `first` is 0."""
+    def both(gate: Tensor | None, up: Tensor | None) -> Tensor | None:
+        if gate is None or up is None:
+            given = up if gate is None else gate
+            if given is None:
+                return None
+            gate, up = (torch.zeros_like(given) if t is None else t for t in (gate, up))
+        return torch.cat((up, gate) if first else (gate, up))
+    up: Any = both(weights.gate, weights.up)
+    return weights._replace(up=up, gate=None, gate_bias=None,
+                            up_bias=both(weights.gate_bias, weights.up_bias))
+
+
 def put_block(model: nn.Module, layer: FeedForwardLayer, block: nn.Module) -> nn.Module:
     """Put `block` in the place of `layer`, in place; return the model. Call it on a copy.
 
     Where one module holds the layer and nothing else, `block` stands in its place, with the
     dropout that the module ended in. Else the first linear layer keeps what it is given and
-    passes zeros of width 1 on, whatever lies between makes something of them, and where the last
-    linear layer was, `block` is fed with what was kept.
+    passes zeros of width 1 on, or 2 where it gave the gate as well, whatever lies between makes
+    something of them, and where the last linear layer was, `block` is fed with what was kept.
 
     Raises:
         ValueError: the layer is a block of experts that does not return a single tensor.
@@ -122,9 +147,9 @@ def put_block(model: nn.Module, layer: FeedForwardLayer, block: nn.Module) -> nn
                          "place, but it returns more, such as router scores; leave it out by "
                          "layers=")
     keeper = Keeper()
-    replace(model, layer.up, Entry(keeper))
-    if layer.gate is not None:
-        replace(model, layer.gate, Placeholder())
+    replace(model, layer.up, Entry(keeper, 1 if layer.packed is None else 2))
+    if layer.gate not in (None, layer.up):
+        replace(model, str(layer.gate), Placeholder())
     replace(model, layer.down, Exit(block, keeper))
     without_fused_paths(model)
     return model
@@ -163,22 +188,26 @@ class Keeper:
 
 
 class Placeholder(nn.Module):
-    """Stands where a linear layer into the hidden units stood: it gives zeros of width 1."""
+    """Stands where a linear layer into the hidden units stood: it gives zeros of width 1 or 2."""
+
+    def __init__(self, width: int = 1) -> None:
+        super().__init__()
+        self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return zeros (*, 1) for x (*, dim)."""
-        return x.new_zeros((*x.shape[:-1], 1))
+        """Return zeros (*, width) for x (*, dim)."""
+        return x.new_zeros((*x.shape[:-1], self.width))
 
 
 class Entry(Placeholder):
     """A placeholder that keeps what it is given for the exit."""
 
-    def __init__(self, keeper: Keeper) -> None:
-        super().__init__()
+    def __init__(self, keeper: Keeper, width: int = 1) -> None:
+        super().__init__(width)
         self.keeper = keeper
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return zeros (*, 1) for x (*, dim), and keep x."""
+        """Return zeros (*, width) for x (*, dim), and keep x."""
         self.keeper.kept = x
         return super().forward(x)
 

@@ -27,7 +27,8 @@ class FeedForwardLayer:
         name: the smallest module that holds it; "" is the model.
         up: name of the linear layer into the hidden units; None in a block of experts.
         down: name of the linear layer out of them; None in a block of experts.
-        gate: name of the gate's linear layer, None where there is no gate.
+        gate: name of the gate's linear layer, None where there is no gate; that of `up` where one
+            linear layer gives both.
         activation: a module of the model, or a function put together from what was seen; None
             where a block of experts does not tell.
         dim: size of what it takes.
@@ -36,6 +37,8 @@ class FeedForwardLayer:
         whole: whether `name` holds nothing else, so that another module may stand in its place.
         dropout: how much of what the linear layers give `name` drops before it returns it.
         experts: how many experts the block has; None where it is no block of experts.
+        packed: where one linear layer gives both the gate and what it gates, which half of its
+            outputs is the gate: 0 or 1.
     """
 
     name: str
@@ -49,6 +52,7 @@ class FeedForwardLayer:
     whole: bool = True
     dropout: float = 0.0
     experts: int | None = None
+    packed: int | None = None
 
     def __str__(self) -> str:
         return repr(self.name) if self.name else "the model"
@@ -72,8 +76,8 @@ def feedforwards(model: nn.Module, example: Any = None, *,
     many experts it has, and their sizes, can be read from it; which expert a token goes to, the
     weights of the mixture and auxiliary losses cannot.
 
-    Not found: linear layers written as `F.linear` or convolutions, one linear layer that gives
-    both the gate and what it gates, and three or more linear layers in a row.
+    One linear layer may give both the gate and what it gates, as two halves. Not found: linear
+    layers written as `F.linear` or convolutions, and three or more linear layers in a row.
 
     Args:
         model: any module; a shared layer is named once.
@@ -92,13 +96,20 @@ def feedforwards(model: nn.Module, example: Any = None, *,
     if hasattr(model, "_orig_mod"):
         raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
                                "the module that was compiled, and compile the result")
-    found: list[FeedForwardLayer] = []
-    if example is None:
-        with same_random_state():
-            found = _in_parts(model, "", square)
-    else:
-        run = record(model, example)
-        found = _separable(model, feedforward_layers(run, products(run), square))
+    if example is not None:
+        return feedforwards_in(record(model, example), square=square)
+    with same_random_state():
+        return _found(model, _in_parts(model, "", square), square, example)
+
+
+def feedforwards_in(run: Run, *, square: bool = True) -> list[FeedForwardLayer]:
+    """Return the feed-forward layers that a run of a model showed; see `feedforwards`."""
+    layers = _separable(run.network, feedforward_layers(run, products(run), square))
+    return _found(run.network, layers, square, run)
+
+
+def _found(model: nn.Module, found: list[FeedForwardLayer], square: bool,
+           example: Any) -> list[FeedForwardLayer]:
     if not found:
         raise NothingToReshape(
             f"{type(model).__name__} has no feed-forward layer: no linear layer's output goes "
@@ -169,8 +180,7 @@ def _separable(model: nn.Module, layers: list[FeedForwardLayer]) -> list[FeedFor
     """Return the layers whose matrices are linear layers of their own."""
     modules = dict(model.named_modules())
     return [layer for layer in layers if layer.experts is not None or (
-        layer.gate != layer.up and all(
-            name in modules and is_linear(modules[name])
+        all(name in modules and is_linear(modules[name])
             for name in (layer.up, layer.gate, layer.down) if name is not None))]
 
 
@@ -349,7 +359,8 @@ def _layer(down: str, flow: _Flow) -> FeedForwardLayer | None:
         hidden.layer, hidden.half) == (first.layer, first.half)}
     return FeedForwardLayer(name, parts[0], down, gate, function_of(run, first.acted, plain),
                             into.inputs, hidden, out.outputs, whole,
-                            round(ends[0][1], 12) if whole else 0.0)
+                            round(ends[0][1], 12) if whole else 0.0,
+                            packed=first.half if up == gate else None)
 
 
 def _within(name: str, outer: str) -> bool:

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
@@ -28,6 +29,28 @@ def linear_sizes(module: Any) -> tuple[int, int]:
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` normalises, by its class or its class's name."""
     return isinstance(module, _NORMS) or type(module).__name__.lower().endswith("norm")
+
+
+def beyond_weights(module: nn.Module) -> str:
+    """Return what a call of `module` does that its weights do not tell, "" where nothing is.
+
+    That is a hook, a `forward` of the module's own, which offloading and wrapping put there, or a
+    parameter that is no plain tensor in memory, as quantised and distributed ones are.
+
+    >>> beyond_weights(nn.Linear(2, 2))
+    ''
+    >>> layer = nn.Linear(2, 2)
+    >>> layer.forward = lambda x: x
+    >>> beyond_weights(layer)
+    'a forward of its own'
+    """
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return "hooks"
+    if "forward" in vars(module):
+        return "a forward of its own"
+    odd = [p for p in module.parameters(recurse=False) if type(p) not in (nn.Parameter, Tensor)
+           or type(p.data) is not Tensor or p.is_meta or not p.is_floating_point()]
+    return f"parameters of a kind of their own ({type(odd[0].data).__name__})" if odd else ""
 
 
 def owns_weights(module: nn.Module) -> bool:

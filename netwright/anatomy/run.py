@@ -1,7 +1,7 @@
 """One run of a network, operation by operation: what each took and gave, and in which module."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from netwright.anatomy.calls import Call, watching
 from netwright.anatomy.replacing import plain_paths
 from netwright.errors import CannotStage
-from netwright.runtime.modes import evaluating, rehearsing, same_attributes
+from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.random_state import same_random_state
 from netwright.signals import apply, copied, tensor_of, tensors
 
@@ -70,8 +70,10 @@ class Run:
     Tensors are numbered in the order in which they came to be; one that is changed in place, or
     of which a part is, has a new number from then on. A view of all of a tensor in its own shape
     keeps the number. `output` is the one that is meant where the network returns several
-    `outputs`, else the first, -1 where there is none. `fed` says which tensors depend on the
-    input, `taught` which on parameters.
+    `outputs`, else the first, -1 where there is none; `meant` are the outputs apart from hidden
+    states and the like beside logits. `fed` says which tensors depend on the
+    input, `taught` which on parameters. `places` are where they are in memory: the storage, the
+    offset in it, shape and strides; none where they have no strides.
     """
 
     network: nn.Module
@@ -79,11 +81,14 @@ class Run:
     operations: list[Operation] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     parameters: dict[int, str] = field(default_factory=dict)
+    buffers: dict[int, str] = field(default_factory=dict)
+    places: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     scalars: dict[int, Tensor] = field(default_factory=dict)
     fed: list[bool] = field(default_factory=list)
     taught: list[bool] = field(default_factory=list)
     output: int = -1
     outputs: tuple[int, ...] = ()
+    meant: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.maker: dict[int, Operation] = {}
@@ -160,18 +165,26 @@ def record(network: nn.Module, example: Any, **options: Any) -> Run:
             apply(network, copied(example))  # its first run makes its parameters
     run, example = Run(network), copied(example)
     recorder = _Recorder(run, example)
-    with (evaluating(network), rehearsing(network), same_attributes(network),
-          plain_paths(kernels=True),
+    with (evaluating(network), rehearsing(network), plain_paths(kernels=True),
           watching(network, run.calls, everywhere=True, values=recorder.numbers) as stack):
         recorder.stack = stack
         with _Dropouts(recorder), recorder:
             output = apply(network, example, **options)
     run.outputs = recorder.numbers(output)
+    run.meant = recorder.numbers(meant(output))
     try:
         run.output = recorder.number(tensor_of(output))
     except CannotStage:  # several outputs, none of which is known to be the one that is meant
         run.output = run.outputs[0] if run.outputs else -1
     return run
+
+
+def meant(output: Any) -> Any:
+    """Return an output without what a model tells of its inside beside logits."""
+    if not (isinstance(output, Mapping) and "logits" in output):
+        return output
+    inner = ("hidden_state", "attentions", "key_values")
+    return {key: value for key, value in output.items() if not any(i in key for i in inner)}
 
 
 class _Recorder(TorchDispatchMode):
@@ -188,8 +201,8 @@ class _Recorder(TorchDispatchMode):
             run.parameters[self._source(p, fed=False)] = name
         for number in run.parameters:
             run.taught[number] = True
-        for b in run.network.buffers():
-            self._source(b, fed=False)
+        for name, b in run.network.named_buffers():
+            run.buffers.setdefault(self._source(b, fed=False), name)
         for t in tensors(example):
             self._source(t, fed=True)
 
@@ -262,6 +275,9 @@ class _Recorder(TorchDispatchMode):
         self.run.shapes.append(tuple(tensor.shape))
         self.run.fed.append(fed)
         self.run.taught.append(False)
+        place, _ = self._place(tensor)
+        if isinstance(place, tuple):
+            self.run.places[len(self.run.shapes) - 1] = place[:4]
         if tensor.numel() == 1:
             self.run.scalars[len(self.run.shapes) - 1] = tensor
         return len(self.run.shapes) - 1

@@ -4,20 +4,20 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from netwright.anatomy.axes import unit_groups
+from netwright.anatomy.following import follow
 from netwright.anatomy.layers import is_linear, is_transposed
 from netwright.anatomy.products import products
 from netwright.anatomy.replacing import linear_weight
-from netwright.anatomy.run import Operation, Run, record
+from netwright.anatomy.run import record
+from netwright.anatomy.unit_groups import UnitGroup
 
 __all__ = ["Units", "hidden_units"]
 
-# What treats each channel by itself besides elementwise functions.
-_CHANNELWISE = ("batch_norm", "avg_pool", "max_pool", "mean")
-# What changes the order of the axes; any other layout keeps each unit's numbers together.
-_REORDERING = ("t", "transpose", "permute")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -74,62 +74,46 @@ def hidden_units(model: nn.Module, example: Any) -> list[Units]:
     """
     run = record(model, example)
     layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
-    applied = [product for product in products(run) if product.name in layers]
-    made = {product.gave: product.name for product in applied}
-    read = [(product.name, product.taken) for product in applied]
-    reached = [(reader, *_sources(run, number, made)) for reader, number in
-               [*read, *((None, number) for number in run.outputs)]]
-    runs = Counter(product.name for product in applied)
-    times = Counter(maker for _, makers, _ in reached for maker in makers)
+    applied = [product.name for product in products(run) if product.name in layers]
     shared = _shared(model)
-    units = []
-    for reader, makers, unitwise in reached:
-        if reader is None or not makers or not unitwise or any(
-                runs[name] != 1 or id(layers[name].weight) in shared
-                for name in (*makers, reader)) or any(times[maker] != 1 for maker in makers):
+    once = {name for name, times in Counter(applied).items()
+            if times == 1 and id(layers[name].weight) not in shared}
+    found = []
+    for group in unit_groups(follow(run)):
+        names = _layers(group, layers)
+        if names is None or not once.issuperset(names):
             continue
-        in_order = tuple(name for name in layers if name in makers)
-        parts = tuple(layers[name] for name in in_order)
-        if _fit(parts, layers[reader]):
-            units.append(Units(in_order[0], parts, layers[reader], _outputs(parts[0])))
-    return units
+        *makers, reader = names
+        parts = tuple(layers[name] for name in layers if name in makers)
+        made = Units(next(name for name in layers if name in makers), parts, layers[reader],
+                     group.count)
+        found.append((applied.index(reader), made))
+    return [units for _, units in sorted(found, key=lambda pair: pair[0])]
 
 
-def _sources(run: Run, number: int, made: dict[int, str]) -> tuple[set[str], bool]:
-    """Return the layers that a tensor was made of, and whether unit by unit."""
-    waiting, seen = [number], set[int]()
-    found: set[str] = set()
-    unitwise = True
-    while waiting:
-        number = waiting.pop()
-        if number in seen:
-            continue
-        seen.add(number)
-        if number in made:
-            found.add(made[number])
-        elif number in run.maker and run.fed[number]:
-            operation = run.maker[number]
-            unitwise &= _is_unitwise(operation)
-            waiting += operation.taken
-    return found, unitwise
+def _layers(group: UnitGroup, layers: dict[str, nn.Module]) -> list[str] | None:
+    """Return the layers that make a group's units and the one that reads them, None for others.
 
-
-def _is_unitwise(operation: Operation) -> bool:
-    if operation.layout:
-        return operation.name not in _REORDERING
-    return operation.elementwise or any(name in operation.name for name in _CHANNELWISE)
-
-
-def _fit(makers: tuple[nn.Module, ...], reader: nn.Module) -> bool:
-    """Return whether the reader's inputs are the makers' units, each in as many places."""
-    count = _outputs(makers[0])
-    convolved = isinstance(makers[0], _CONVOLUTIONS)
-    if any(_outputs(maker) != count or isinstance(maker, _CONVOLUTIONS) != convolved
-           for maker in makers):
-        return False
-    if isinstance(reader, _CONVOLUTIONS):
-        return convolved and reader.in_channels == count
-    return _inputs(reader) % count == 0
+    The units must stand in both in the order in which `Units` looks at the weights.
+    """
+    if group.pooled or group.blocks > 1 or group.kind not in ("hidden", "stream"):
+        return None
+    ordered = [m for role in ("makes", "reads") for m in group.members if m.role == role]
+    places = [(m.tensor.rpartition(".")[0], m.tensor.rpartition(".")[2], m.role) for m in ordered]
+    names = [name for name, _, _ in places]
+    if len(set(names)) < len(names) or any(own != "weight" or name not in layers
+                                           for name, own, _ in places) or (
+            [role for _, _, role in places].count("reads") != 1 or len(places) < 2):
+        return None
+    convolved = {isinstance(layers[name], _CONVOLUTIONS) for name in names[:-1]}
+    each = ordered[-1].indices.shape[1]
+    after = np.arange(group.count * each)
+    laid = (after.reshape(group.count, each) if True in convolved else
+            after.reshape(each, group.count).T)
+    straight = all(np.array_equal(m.indices, np.arange(group.count)[:, None])
+                   for m in ordered[:-1])
+    return names if straight and len(convolved) == 1 and np.array_equal(
+        ordered[-1].indices, laid) else None
 
 
 def _is_layer(module: Any) -> bool:
@@ -139,10 +123,6 @@ def _is_layer(module: Any) -> bool:
 
 def _inputs(layer: Any) -> int:
     return linear_weight(layer).shape[1]
-
-
-def _outputs(layer: Any) -> int:
-    return linear_weight(layer).shape[0]
 
 
 def _shared(model: nn.Module) -> set[int]:

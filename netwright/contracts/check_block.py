@@ -19,6 +19,7 @@ from netwright.contracts.checks import (
     hold,
     move,
 )
+from netwright.runtime.padding import holding
 from netwright.signals import apply
 
 __all__ = ["check_block"]
@@ -322,6 +323,34 @@ def it_runs_the_same_without_gradients(make: Make) -> None:
                    "some that require grad", "leave gradients as they are set")
         expect_close(outputs, [part.detach() for part in expected],
                      f"the same outputs under {without.__name__}", "do the same in both")
+
+
+@check
+def what_stands_at_padding_changes_nothing(make: Make) -> None:
+    case = make()
+    if not case.ordinary or READS.get(case.place) != 1:
+        return
+    [x] = case.inputs()
+    real = torch.tensor([[True, True, True, False, False], [True] * 5])
+    for training in (False, True):
+        found = []
+        for filled in (x, torch.where(real[..., None], x, 3 * torch.randn_like(x))):
+            fresh = make()
+            fresh.block.train(training)
+            with holding(real):
+                seen = [part[real] for part in fresh.outputs(filled)
+                        if part.shape[:2] == real.shape]
+            taught = [p for p in fresh.block.parameters() if p.requires_grad]
+            value = sum((part.square().sum() for part in seen if part.requires_grad),
+                        torch.tensor(0.0))
+            if taught and value.requires_grad:
+                seen += torch.autograd.grad(value, taught, allow_unused=True,
+                                            materialize_grads=True)
+            found.append([part.detach() for part in seen])
+        one, other = found
+        expect_close(one, other, "the same for real tokens, and the same gradients, whatever "
+                     "stands at padding", "leave it out of sums over tokens: read real_of(x) from "
+                     "netwright.runtime.padding")
 
 
 @check

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._pytree import tree_leaves, tree_map
 
 from netwright.contracts.checks import Make, broken, check, check_once, expect, hold, offered
-from netwright.errors import NothingToReshape
+from netwright.errors import NothingToReshape, UnknownName
 from netwright.models.gpt import gpt
 from netwright.reshape.change import changes, named
 from netwright.reshape.saved import load, save
@@ -191,6 +191,40 @@ def its_data_are_called_calibration_or_example(make: Make) -> None:
     if "calibration" in found and found["calibration"].default is inspect.Parameter.empty:
         torch.manual_seed(3)
         case(x=iter([case.x, case.x]))  # any iterable of batches will do
+
+
+@check
+def padding_decides_nothing(make: Make) -> None:
+    case = make()
+    if "calibration" not in inspect.signature(case.method).parameters or not (
+            isinstance(case.x, Tensor) and case.x.dtype == torch.long and case.x.ndim == 2):
+        return
+    mask = torch.ones_like(case.x)
+    mask[:, -3:] = 0
+    decisions = []
+    for number in (0, 5):
+        case = make()
+        x = {"input_ids": case.x.where(mask > 0, number), "attention_mask": mask}
+        if "calibration" in case.arguments:
+            case.arguments["calibration"] = x
+        try:
+            decisions.append(case(Padded(case.network), x=x, method=case.method.decide))
+        except UnknownName:  # arguments that name the parts of another network
+            return
+    expect(decisions[0] == decisions[1], "the same decision whatever stands where attention_mask "
+           "is 0", "another", "leave it out, as netwright.runtime.padding.real_rows does")
+
+
+class Padded(nn.Module):
+    """A network that is called with a mask, which its layers have no need of."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        """Return what the network returns."""
+        return self.network(input_ids)
 
 
 @check

@@ -5,59 +5,54 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
+
+from netwright.runtime.attributes import Attributes
+from netwright.runtime.random_state import same_random_state
 
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Undo what the body does to `module`: weights, gradients, buffers, modes and random states.
 
-    Attributes of every submodule go back to the objects that they were, tensors among them to
-    the values that they had, and generators to the states that they were in. Gradients are
-    taken away while the body runs.
+    Attributes of every submodule go back to the objects that they were, with what was in them,
+    tensors to the values that they had, and generators to the states that they were in. Gradients
+    are taken away while the body runs.
     """
-    snapshots = [_Snapshot(part) for part in module.modules()]
+    attributes = Attributes(module.modules())
+    tables = [_Tables(part) for part in module.modules()]
     gradients = [(p, p.grad) for p in module.parameters()]
     for p, _ in gradients:
         p.grad = None
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        for snapshot in snapshots:
-            snapshot.restore()
-        for p, gradient in gradients:
-            p.grad = gradient
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+    with same_random_state():
+        try:
+            yield
+        finally:
+            for table in tables:
+                table.restore()
+            attributes.put_back()
+            for p, gradient in gradients:
+                p.grad = gradient
 
 
-class _Snapshot:
-    """The attributes of one module, and the values of the tensors and generators among them."""
+class _Tables:
+    """The mode, the tables and the tensors of one module."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.attributes = dict(module.__dict__)
-        self.tables = {name: dict(self.attributes[name]) for name in ("_parameters", "_buffers")}
-        held: list[Any] = [*self.attributes.values()]
-        for table in self.tables.values():
-            held += table.values()
-        self.tensors = [(t, t.detach().clone()) for t in held if isinstance(t, Tensor)]
-        self.generators = [(g, g.get_state()) for g in held if isinstance(g, Generator)]
+        self.module, self.training = module, module.training
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        self.tables = [(table, dict(table)) for table in tables]
+        self.tensors = [(t, t.detach().clone()) for _, held in self.tables
+                        for t in held.values() if isinstance(t, Tensor)]
 
     @torch.no_grad()
     def restore(self) -> None:
-        self.module.__dict__.clear()
-        self.module.__dict__.update(self.attributes)
-        for name, table in self.tables.items():
-            self.attributes[name].clear()
-            self.attributes[name].update(table)
+        self.module.training = self.training
+        for table, held in self.tables:
+            table.clear()
+            table.update(held)
         for tensor, value in self.tensors:
             if tensor.shape == value.shape:
                 tensor.data.copy_(value)
             else:  # some rules resize their weights
                 tensor.data = value
-        for generator, state in self.generators:
-            generator.set_state(state)

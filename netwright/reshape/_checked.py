@@ -1,5 +1,6 @@
 """The result of a reshape is run, beside the model that it was made from, before it is returned."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -155,6 +156,7 @@ def _check_generation(name: str, model: Any, result: Any, x: Any) -> None:
         return
     prompt = {key: value for key, value in (x.items() if isinstance(x, Mapping) else [
         (result.main_input_name, x)]) if isinstance(value, Tensor)}
+    prompt = _without_padding(prompt)
     try:
         moved, most = _cache_moves(result, prompt)
         said = f"with a cache move the logits by {moved:.1e} of the largest" * (moved > most)
@@ -163,6 +165,18 @@ def _check_generation(name: str, model: Any, result: Any, x: Any) -> None:
     if moved > most and _generates(model, prompt):
         raise BrokenReshape(f"{name} made a model whose generate() is wrong: two steps {said}; "
                             f"{_ADVICE}")
+
+
+def _without_padding(prompt: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the first row's real tokens alone, where there is padding.
+
+    What `generate` does about padding, such as other positions, is not what a full pass does.
+    """
+    mask = prompt.get("attention_mask")
+    if mask is None or mask.dim() != 2 or mask.bool().all() or not mask[0].any():
+        return prompt
+    real = mask[0].bool()
+    return {key: t[:1, real] if t.shape[:2] == mask.shape else t[:1] for key, t in prompt.items()}
 
 
 def _generates(model: Any, prompt: Mapping[str, Tensor]) -> bool:
@@ -185,6 +199,9 @@ def _cache_moves(model: Any, prompt: Mapping[str, Tensor]) -> tuple[float, float
         return_dict_in_generate=True, pad_token_id=0, bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id, decoder_start_token_id=own.decoder_start_token_id)
     given = {key: value for key, value in prompt.items() if not key.startswith("decoder_")}
+    if "input_ids" in given and "attention_mask" in inspect.signature(model.forward).parameters:
+        # Otherwise tokens that happen to be the padding's would be taken for padding.
+        given.setdefault("attention_mask", torch.ones_like(given["input_ids"]))
     with evaluating(model), rehearsing(model), same_attributes(model):
         written = model.generate(**copied(given), generation_config=settings)
         tokens = written.sequences[:, :-1]

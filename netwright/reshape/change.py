@@ -26,7 +26,7 @@ Half = Callable[..., nn.Module]
 H = TypeVar("H", bound=Half)
 P = ParamSpec("P")
 
-_DATA = ("calibration", "example", "generator", "progress")  # what a record leaves out
+_DATA = ("calibration", "example", "generator", "progress", "resume")  # what a record leaves out
 _OWN: dict[str, "Reshape"] = {}  # reshapes of the user's, by module and name
 
 

@@ -1,19 +1,34 @@
 """Runs steps that can be undone, and differentiates them from what they ended in."""
 
+import cmath
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from typing import Any, NamedTuple
+from functools import cache
+from itertools import pairwise, repeat
+from typing import Any, NamedTuple, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_leaves, tree_map
 
 from netwright.errors import CannotReverse
-from netwright.runtime.random_state import RandomState, random_state, set_random_state
+from netwright.runtime.attributes import Attributes
+from netwright.runtime.passes import as_the_first
+from netwright.runtime.random_state import (
+    random_state,
+    same_draws,
+    same_draws_elsewhere,
+    same_torch_draws,
+    set_random_state,
+    set_torch_random_state,
+    torch_random_state,
+)
 
 __all__ = ["Add", "Update"]
 
@@ -21,6 +36,9 @@ _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: 
          torch.bfloat16: torch.int16}
 _NARROW = (torch.float16, torch.bfloat16)
 _FAR = -128  # stands for a difference of bits that one byte does not hold
+_SAMPLED = 64  # numbers of what a step made that tell whether it makes it again
+_ROUNDED = 0.3  # how far they may be off, of their norm, by what rounding does to a choice
+_NEAR = 1e-3  # how far what it was given may be off, of its norm
 
 
 class Update:
@@ -204,22 +222,27 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
     """Return the streams after `steps`, of which only the last are kept for the backward pass.
 
     It reconstructs the others, last to first. The gradients are those of the same steps under
-    autograd: what a step draws at random, the buffers and the training flags that it finds, and
-    the state of autocast are the same when it runs again. With `exact` the rounding error of each
-    step's way there and back is kept, about one byte a number, so that every stream comes back bit
-    for bit.
+    autograd, and are handed over place by place: `.grad` has those of later steps while earlier
+    ones are still to come. What a step draws at random (from PyTorch, Python and numpy), the
+    buffers, attributes and training flags that it finds, and the state of autocast are the same
+    when it runs again. With `exact` the rounding error of each step's way there and back is kept,
+    about one byte a number, so that every stream comes back bit for bit.
 
-    `first` also looks for what takes time to see: a step that cannot be undone, that changes a
-    stream in place, or that uses a tensor which needs a gradient and is not its own.
+    `first` also looks for what takes time to see: a step that cannot be undone, that makes
+    something else when it runs again, that changes a stream in place, or that uses a tensor which
+    needs a gradient and is not its own. All gradients are handed over together then.
 
-    Where nothing needs a gradient, and inside `torch.func` and forward-mode differentiation, the
-    steps just run.
+    Where nothing needs a gradient, in an exported graph, and inside `torch.func` and forward-mode
+    differentiation, the steps just run.
 
     Raises:
         CannotReverse: a step changed its streams' shapes, or did what `first` looks for, or a
-            stream was not finite when it came back though it had ended so; buffers, gradients and
-            the random state are then as they were.
+            stream was not finite when it came back though it had ended so; buffers, attributes and
+            random states are then as they were, and no gradient of that place is handed over.
     """
+    if torch.compiler.is_exporting() or (torch.compiler.is_compiling()
+                                         and not torch.is_grad_enabled()):
+        return forth(steps, streams)
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break("reconstruction runs modules inside a backward pass; compile the "
                                   "modules inside the reversible blocks instead")
@@ -234,17 +257,49 @@ def _run(steps: Sequence[Step], streams: Sequence[Tensor], exact: bool,
                    or torch._C._functorch.maybe_current_level() is not None)
     if transformed or not (first or torch.is_grad_enabled()):
         return forth(steps, streams)
-    plan = _Plan(steps, len(streams), exact, first)
-    if torch.is_grad_enabled() and (plan.learning or any(s.requires_grad for s in streams)):
-        return list(_Run.apply(plan, *streams, *plan.learning))
-    return _forward(plan, list(streams)) if first else forth(steps, streams)
+    wanted = torch.is_grad_enabled()
+    everything = first or _elsewhere[0]
+    begin = None if everything else random_state()
+    plan = _Plan(steps, streams, exact, first, everything)
+    if not (wanted and (plan.learns or any(s.requires_grad for s in streams))):
+        return _guarded(plan, _unrecorded) if first else forth(steps, streams)
+    ends = _guarded(plan, _recorded)
+    if begin is not None and not same_draws_elsewhere(begin, random_state()):
+        # Of draws from Python and numpy nothing is noted until some have been seen.
+        _elsewhere[0] = True
+        plan.undo()
+        set_random_state(begin)
+        plan = _Plan(steps, streams, exact, first, everything=True)
+        ends = _guarded(plan, _recorded)
+    for record in plan.records:
+        record.changed = [c for c in record.changed if not _counts(c.module)]
+    return ends
+
+
+_elsewhere = [False]  # whether a step has drawn from Python or numpy, which takes time to note
+
+
+class _Source(NamedTuple):
+    """How random states are noted, compared and set: PyTorch's alone, or all."""
+
+    read: Callable[[], Any]
+    same: Callable[[Any, Any], bool]
+    write: Callable[[Any], None]
+
+
+_TORCH = _Source(torch_random_state, same_torch_draws, set_torch_random_state)
+_EVERY = _Source(random_state, same_draws, set_random_state)
 
 
 class _Plan:
     """The steps of one pass, and what the way there leaves of them for the way back."""
 
-    def __init__(self, steps: Sequence[Step], streams: int, exact: bool, first: bool) -> None:
-        self.streams, self.exact, self.first = streams, exact, first
+    def __init__(self, steps: Sequence[Step], streams: Sequence[Tensor], exact: bool, first: bool,
+                 everything: bool) -> None:
+        self.streams, self.exact, self.first = list(streams), exact, first
+        self.source = _EVERY if everything else _TORCH
+        self.begin = self.source.read()
+        self.autocast = _autocast(self.streams)
         # A gradient of an argument is found for what stands in for it, so that the hooks of the
         # argument itself are called once.
         given = {id(t): t for step in steps if isinstance(step, Update)
@@ -253,10 +308,47 @@ class _Plan:
         self.steps = [_deputised(step, deputies) if deputies else step for step in steps]
         self.records = [_Record(step) for step in self.steps]
         self.stop = len(self.steps)  # no step before this one has a gradient to give
-        # What gradients are found for, and what they belong to.
-        self.own = list({id(t): t for record in self.records for t in record.own}.values())
         owners = {id(deputy): given[key] for key, deputy in deputies.items()}
-        self.learning = [owners.get(id(t), t) for t in self.own]
+        bounds = [0] if first else self._bounds()
+        self.links: list[_Link] = [
+            _Link(self.records[start:end], start, end, owners)
+            for start, end in pairwise([*bounds, len(self.steps)])]
+        self.learns = any(link.learning for link in self.links)
+        # On the way back: the streams, their gradients, and whether the steps ended finite.
+        self.back, self.grads = list[Tensor](), list[Tensor | None]()
+        self.sound, self.sums = True, list[tuple[Any, Tensor]]()
+
+    def _bounds(self) -> list[int]:
+        """Return where links begin: at each place that learns, after another that does."""
+        bounds, place, learns = [0], None, False
+        for k, (step, record) in enumerate(zip(self.steps, self.records, strict=True)):
+            if isinstance(step, Regroup):
+                continue
+            if learns and record.own and step.place != place:
+                bounds.append(k)
+            place, learns = step.place, learns or bool(record.own)
+        return bounds
+
+    def undo(self) -> None:
+        """Put buffers and attributes back to before the steps that have run."""
+        for record in reversed(self.records):
+            for module, name, buffer, value in record.changed:
+                module._buffers[name] = buffer
+                buffer.data.copy_(value)  # .data, so that a graph which has saved it may go on
+            if record.before is not None:
+                record.before.put_back()
+
+
+class _Link:
+    """Steps from `start` to `end` that hand over their gradients together."""
+
+    def __init__(self, records: Sequence["_Record"], start: int, end: int,
+                 owners: dict[int, Tensor]) -> None:
+        self.records, self.start, self.end = records, start, end
+        # What gradients are found for, and what they belong to.
+        self.own: list[Tensor] = list({
+            id(t): t for record in records for t in record.own}.values())
+        self.learning: list[Tensor] = [owners.get(id(t), t) for t in self.own]
 
 
 class _Record:
@@ -267,10 +359,14 @@ class _Record:
         self.modes: list[bool] = []
         self.parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.buffered: list[nn.Module] = []
+        self.remember: list[nn.Module] = []  # those that may set attributes of their own
         own: dict[int, Tensor] = {}
         self.fixed: list[Tensor] = []  # what needs no gradient, and buffers that stay as they are
         for module in self.modules:
             self.modes.append(module.training)
+            kind: Any = type(module)
+            if not _plain(kind) or module._forward_hooks or module._forward_pre_hooks:
+                self.remember.append(module)
             if module._buffers:
                 self.buffered.append(module)
             for name, p in module._parameters.items():
@@ -282,10 +378,14 @@ class _Record:
             else:
                 self.fixed.append(t)
         self.own = list(own.values())
-        self.random: RandomState | None = None  # the random state before it
+        self.before: Attributes | None = None  # what the modules held before it
+        self.random: Any = None  # the random state before it
         self.drew = False
         self.changed: list[_Changed] = []
         self.needs: list[bool] = []  # by stream: whether its gradient is wanted
+        self.writes = False  # whether it writes to the input that is kept, in a copy
+        self.given: list[Tensor] = []  # some numbers of what it was given and made at first
+        self.made: list[Tensor] = []
         self.held: list[Tensor] = []  # its input, if it is stored; what is lost, if that is wanted
         self.holds = 0
         self.strides: list[tuple[int, ...]] = []  # of what it wrote over, if that is held
@@ -300,88 +400,134 @@ class _Changed(NamedTuple):
     value: Tensor
 
 
-class _Run(torch.autograd.Function):
+class _Linked(torch.autograd.Function):
+    """Runs a link. The first of a chain takes the streams, the last returns them.
+
+    Between them goes a token without numbers, so that autograd asks them in turn and no stream is
+    kept for it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
-        needs = list(ctx.needs_input_grad[1:1 + plan.streams])
-        streams = _forward(plan, list(tensors[:plan.streams]), needs)
-        given = {id(t) for t in tensors}
-        streams = [s.view_as(s) if id(s) in given else s for s in streams]
-        held = [t for record in plan.records for t in record.held]
-        fixed = [t for record in plan.records for t in record.fixed if not t.is_inference()]
-        for record in plan.records:  # PyTorch keeps them now, and sees whether they change
+    def forward(ctx: Any, plan: _Plan, link: _Link, needs: list[bool], taken: int,
+                *tensors: Tensor) -> tuple[Tensor, ...]:
+        streams = _through(plan, link, needs)
+        ctx.last = link is plan.links[-1]
+        ctx.plan, ctx.link, ctx.taken, ctx.ends = plan, link, taken, len(streams) * ctx.last
+        held = [t for record in link.records for t in record.held]
+        fixed = [t for record in link.records for t in record.fixed if not t.is_inference()]
+        for record in link.records:  # PyTorch keeps them now, and sees whether they change
             record.holds, record.held, record.fixed = len(record.held), [], []
-        ctx.plan, ctx.autocast, ctx.ends = plan, _autocast(streams), len(streams)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*streams, *held, *plan.learning, *fixed)
-        return tuple(streams)
+        ctx.save_for_backward(*streams[:ctx.ends], *held, *link.learning, *fixed)
+        if not ctx.last:
+            return (streams[0].new_zeros((), dtype=torch.float32),)
+        plan.streams = []
+        return tuple(s.clone() for s in streams)  # which others may change in place
 
     @staticmethod
-    def backward(ctx: Any, *ends: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *ends: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise CannotReverse("what a reversible network returns can be differentiated once, not "
                                 "twice (create_graph=True); use nn.Sequential(*network) of the "
                                 "same blocks for that")
-        plan, rest = ctx.plan, iter(ctx.saved_tensors)
-        streams = [next(rest) for _ in range(ctx.ends)]
-        held = [[next(rest) for _ in range(record.holds)] for record in plan.records]
+        plan, link, rest = ctx.plan, ctx.link, iter(ctx.saved_tensors)
+        kept = [next(rest) for _ in range(ctx.ends)]
+        if ctx.last:
+            plan.back, plan.grads = kept, list(ends)
+            plan.sums = [(None, _sum(s)) for s in kept if _real(s)]
+            plan.sound = kept[0].is_cuda or _finite(kept)
+        del kept, ends
+        held = [[next(rest) for _ in range(record.holds)] for record in link.records]
         del rest
         ctx.maybe_clear_saved_tensors()  # what it ended in may go as soon as it is undone
-        grads, found = list(ends), dict[int, Tensor]()
-        sums: list[tuple[Any, Tensor]] = [(None, _sum(s)) for s in streams if _real(s)]
-        with _as_before(plan), ctx.autocast():
+        found = dict[int, Tensor]()
+        with _as_before(plan, link), plan.autocast():
             random = None
-            stop = 0 if plan.first else plan.stop  # even what learns nothing may use a stranger
-            for k in range(len(plan.steps) - 1, stop - 1, -1):
+            stop = link.start if plan.first else max(link.start, plan.stop)
+            for k in range(link.end - 1, stop - 1, -1):
                 record = plan.records[k]
                 if record.random is not None and record.random is not random:
                     random = record.random
-                    set_random_state(random)
-                _back(plan, k, held.pop(), streams, grads, found, sums)
+                    plan.source.write(random)
+                _back(plan, k, held.pop(), found)
                 if record.drew:
                     random = None
-            _see_finite(streams, sums)
-        if plan.stop:
-            grads = [None] * plan.streams
-        gradients = [*grads, *[found.get(id(t)) for t in plan.own]]
-        return (None, *[g if need else None for g, need in
-                        zip(gradients, ctx.needs_input_grad[1:], strict=True)])
+            if ctx.taken and plan.back[0].is_cuda:
+                _see_finite(plan.back, plan.sums)
+        streams = [None] * ctx.taken
+        if ctx.taken:
+            streams = [None] * ctx.taken if plan.stop else plan.grads
+            plan.back, plan.grads, plan.sums = [], [], []
+        gradients = [*streams[:ctx.taken], *([] if ctx.taken else [None]),
+                     *[found.get(id(t)) for t in link.own]]
+        return (None, None, None, None, *[
+            g if need else None
+            for g, need in zip(gradients, ctx.needs_input_grad[4:], strict=True)])
 
 
-def _forward(plan: _Plan, streams: list[Tensor], needs: list[bool] | None = None) -> list[Tensor]:
-    """Return the streams after the steps; where one raises, no buffer and no draw is left."""
-    needs = needs or [False] * len(streams)
+def _recorded(plan: _Plan) -> list[Tensor]:
+    """Return the streams after the steps, with the graph that leads back."""
+    needs = [s.requires_grad for s in plan.streams]
+    token: Tensor | None = None
+    ends: tuple[Tensor, ...] = ()
+    for link in plan.links:
+        if token is None and not (link.learning or any(needs)):
+            with torch.no_grad():
+                _through(plan, link, needs)
+            continue
+        given = plan.streams if token is None else [token]
+        ends = _Linked.apply(plan, link, needs, len(given) if token is None else 0, *given,
+                             *link.learning)
+        token = ends[0]
+    return list(ends)
+
+
+def _unrecorded(plan: _Plan) -> list[Tensor]:
+    """Return the streams after the steps, where nothing needs a gradient."""
+    for link in plan.links:
+        _through(plan, link, [False] * len(plan.streams))
+    return plan.streams
+
+
+def _guarded(plan: _Plan, run: Callable[[_Plan], list[Tensor]]) -> list[Tensor]:
+    """Run the plan; where a step raises, no buffer, no attribute and no draw is left."""
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a cast made here would have no gradient
-    random = begin = random_state()
     try:
-        for k, (step, record) in enumerate(zip(plan.steps, plan.records, strict=True)):
-            record.needs, learns = needs, bool(record.own)
-            if any(needs) or learns:
-                plan.stop = min(plan.stop, k)
+        ends = run(plan)
+    except BaseException:
+        plan.undo()
+        plan.source.write(plan.begin)
+        raise
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+    return ends
+
+
+def _through(plan: _Plan, link: _Link, needs: list[bool]) -> list[Tensor]:
+    """Run the link's steps on the plan's streams; change `needs` to those after them."""
+    streams, random = plan.streams, plan.source.read()
+    for k in range(link.start, link.end):
+        step, record = plan.steps[k], plan.records[k]
+        record.needs, learns = [*needs], bool(record.own)
+        if any(needs) or learns:
+            plan.stop = min(plan.stop, k)
+        try:
             if isinstance(step, Regroup):
                 streams = _regrouped(step, step.there, streams)
             else:
                 record.random = random
                 streams = _there(step, streams, record, plan)
-                now = random_state()
-                if not _same(random, now):
+                now = plan.source.read()
+                if not plan.source.same(random, now):
                     record.drew, random = True, now
-            needs = _needs_after(step, needs, learns, len(streams))
-    except BaseException as error:
-        for record in reversed(plan.records):
-            for module, name, buffer, value in record.changed:
-                module._buffers[name] = buffer
-                buffer.data.copy_(value)  # .data, so that a graph which has saved it may go on
-        set_random_state(begin)
-        if not isinstance(error, CannotReverse):
+        except CannotReverse:
+            raise
+        except BaseException as error:
             error.add_note(f"This happened in {step}.")
-        raise
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-    for record in plan.records:
-        record.changed = [c for c in record.changed if not _counts(c.module)]
+            raise
+        needs[:] = _needs_after(step, needs, learns, len(streams))
+    plan.streams = streams
     return streams
 
 
@@ -433,17 +579,50 @@ def _regrouped(step: Regroup, function: Callable[[list[Tensor]], list[Tensor]],
 def _there(step: Update | Stored, streams: list[Tensor], record: _Record,
            plan: _Plan) -> list[Tensor]:
     """Return the streams after `step`."""
+    record.before = Attributes(record.remember)
+    weights = _versions([p for _, _, p in record.parameters])
     if isinstance(step, Stored):
-        record.held = [streams[0]]
-        with _noted(record) if record.buffered else nullcontext():
-            return [step.function(streams[0])]
+        streams = [_stored(step, streams[0], record, plan)]
+    else:
+        streams = _updated(step, streams, record, plan)
+    if _versions([p for _, _, p in record.parameters]) != weights:
+        # It has begun, by what it was given first, and runs again as one that has.
+        record.before = Attributes(record.remember)
+    return streams
+
+
+def _stored(step: Stored, x: Tensor, record: _Record, plan: _Plan) -> Tensor:
+    """Return what a step whose input is kept makes of it; it may write to a copy."""
+    key = record.modules[0] if record.modules else None
+    given = x.clone() if plan.first or key is None or key in _writing else x
+    before = _versions([given])
+    record.held = [x]
+    with _noted(record) if record.buffered else nullcontext():
+        y = step.function(given)
+    if _versions([given]) != before:
+        if given is x:
+            raise CannotReverse(f"{step} changes its input in place, as it did not at first, so "
+                                "that it cannot run again; use operations that are not in place "
+                                "there, such as nn.ReLU(inplace=False)")
+        record.writes = True
+        if key is not None:
+            _writing.add(key)
+    if plan.first and isinstance(y, Tensor):
+        record.given, record.made = _samples([x]), _samples([y])
+    return y
+
+
+_writing: WeakSet[nn.Module] = WeakSet()  # what has changed its input in place
+
+
+def _updated(step: Update, streams: list[Tensor], record: _Record, plan: _Plan) -> list[Tensor]:
     reads, x = [streams[i] for i in step.reads], [streams[i] for i in step.writes]
     if plan.first:  # so that a step which writes in place spoils no stream
         reads, x = [r.clone() for r in reads], [s.clone() for s in x]
     before = _versions([*reads, *x])
     with _noted(record) if record.buffered else nullcontext():
         made = step.make(reads)
-        middle = random_state() if plan.exact or plan.first else None
+        middle = plan.source.read() if plan.exact or plan.first else None
         if _versions([*reads, *x]) == before:
             y = list(step.change(x, made))
     if _versions([*reads, *x]) != before:
@@ -456,15 +635,44 @@ def _there(step: Update | Stored, streams: list[Tensor], record: _Record,
             raise CannotReverse(f"{step} must keep its streams' shapes, got "
                                 f"{tuple(old.shape)} and made {got} of it; what is added to a "
                                 "stream must have the stream's shape")
+    if plan.first:
+        record.given = _samples([*reads, *x])
+        record.made = _samples([made] if isinstance(step, Add) else y)
     if middle is not None:
-        after = random_state()
-        set_random_state(middle)  # an inverse that draws must draw what the module drew
+        after = plan.source.read()
+        plan.source.write(middle)  # an inverse that draws must draw what the module drew
         _look_back(step, x, y, made, record, plan)
-        set_random_state(after)
+        plan.source.write(after)
     streams = list(streams)
     for i, stream in zip(step.writes, y, strict=True):
         streams[i] = stream
     return streams
+
+
+def _see_same(step: Update | Stored, record: _Record, given: Sequence[Tensor],
+              outputs: Sequence[Tensor]) -> None:
+    """Raise CannotReverse where a step made something else than at first of the same."""
+    if any(map(_off, record.given, _samples(given), repeat(_NEAR))):
+        return  # it was given something else, by what rounding has come to
+    sums = step.sums if isinstance(step, Update) else ()
+    for i, old, new in zip(step.writes if isinstance(step, Update) else (0,), record.made,
+                           _samples(outputs), strict=True):
+        if i not in sums and _off(old, new, _ROUNDED):
+            raise CannotReverse(
+                f"{step} must make the same when it runs again, got something else; what it "
+                "draws from, counts or remembers must be an attribute of the module, or the "
+                "global random state of PyTorch, Python or numpy")
+
+
+def _off(old: Tensor, new: Tensor, allowed: float) -> bool:
+    return bool((new - old).norm() > allowed * old.norm())  # not where one is not finite
+
+
+def _samples(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return some numbers of each tensor."""
+    flat = [t.detach().reshape(-1) for t in tensors]
+    flat = [t[::max(1, len(t) // _SAMPLED)].clone() for t in flat]
+    return [torch.view_as_real(t) if t.is_complex() else t.double() for t in flat]
 
 
 def _look_back(step: Update, x: list[Tensor], y: list[Tensor], made: Any, record: _Record,
@@ -491,26 +699,29 @@ def _look_back(step: Update, x: list[Tensor], y: list[Tensor], made: Any, record
         record.strides = [old.stride() for old in x]
 
 
-def _back(plan: _Plan, k: int, held: list[Tensor], streams: list[Tensor],
-          grads: list[Tensor | None], found: dict[int, Tensor],
-          sums: list[tuple[Any, Tensor]]) -> None:
-    """Put `streams` and `grads` back to before step `k`; add the tensors' gradients to `found`."""
-    step, record = plan.steps[k], plan.records[k]
+def _back(plan: _Plan, k: int, held: list[Tensor], found: dict[int, Tensor]) -> None:
+    """Put streams and gradients back to before step `k`; add the tensors' gradients to `found`."""
+    step, record, streams, grads = plan.steps[k], plan.records[k], plan.back, plan.grads
     if isinstance(step, Regroup):
         filled = [torch.zeros_like(s) if g is None else g
                   for s, g in zip(streams, grads, strict=True)]
         streams[:], grads[:] = step.back(streams), step.back(filled)
         return
-    with _again(record) if record.buffered else nullcontext():
+    with _again(record):
         if isinstance(step, Stored):
             signals, streams[:], grads[:] = list(grads), held, [None]
             with torch.enable_grad():
                 reads, given = [0], [_leaf(held[0], record.needs[0])]
-                outputs = [step.function(given[0])]
+                outputs = [step.function(given[0].clone() if record.writes else given[0])]
         else:
             signals = [grads[i] for i in step.writes]
-            reads, given, outputs = _restore(step, record, held, streams, grads)
-            sums += [(step, _sum(streams[i])) for i in step.writes if _real(streams[i])]
+            reads, given, outputs = _restore(step, record, held, plan)
+            for i in step.writes:
+                _see_sound(step, streams[i], plan)
+    if record.made:
+        before = held if isinstance(step, Stored) else [
+            *[streams[i] for i in step.reads], *[streams[i] for i in step.writes]]
+        _see_same(step, record, before, outputs)
     if plan.first:
         _no_strangers(step, outputs, [*given, *record.own])
     # From here on the outputs' numbers are in nobody's way, but where gradients begin.
@@ -534,17 +745,17 @@ def _back(plan: _Plan, k: int, held: list[Tensor], streams: list[Tensor],
             found[id(t)] = found[id(t)] + g if id(t) in found else g
 
 
-def _restore(step: Update, record: _Record, held: list[Tensor], streams: list[Tensor],
-             grads: list[Tensor | None]) -> tuple[list[int], list[Tensor], list[Any]]:
+def _restore(step: Update, record: _Record, held: list[Tensor],
+             plan: _Plan) -> tuple[list[int], list[Tensor], list[Any]]:
     """Restore the written streams; return which streams the step's graph begins at, and its ends.
 
     An addition passes the gradients of what it writes; those of another step are its graph's.
     """
-    reads = [*step.reads]
+    reads, streams = [*step.reads], plan.back
     with torch.enable_grad():
         given = [_leaf(streams[i], record.needs[i]) for i in reads]
         made = step.make(given)
-    middle = random_state() if record.drew and not isinstance(step, Add) else None
+    middle = plan.source.read() if record.drew and not isinstance(step, Add) else None
     x = list(step.restore([streams[i] for i in step.writes], made))
     if held:
         parts = zip(x, held[::2], held[1::2], record.strides, strict=True)
@@ -554,12 +765,12 @@ def _restore(step: Update, record: _Record, held: list[Tensor], streams: list[Te
     if isinstance(step, Add):
         return reads, given, [made]
     if middle is not None:
-        set_random_state(middle)
+        plan.source.write(middle)
     with torch.enable_grad(), _again(record) if made is None else nullcontext():
         x = [_leaf(stream, record.needs[i]) for i, stream in zip(step.writes, x, strict=True)]
         outputs = list(step.change(x, made))
     for i in step.writes:
-        grads[i] = None
+        plan.grads[i] = None
     return [*reads, *step.writes], [*given, *x], outputs
 
 
@@ -577,9 +788,11 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
     return [t._version for t in tensors if not t.is_inference()]
 
 
-def _same(one: RandomState, other: RandomState) -> bool:
-    return (torch.equal(one[0], other[0]) and len(one[1]) == len(other[1])
-            and all(map(torch.equal, one[1], other[1])))
+@cache
+def _plain(kind: type) -> bool:
+    """Return whether modules are PyTorch's own, which remember nothing outside of buffers."""
+    return (kind.__module__.startswith("torch.nn.modules.")
+            and not issubclass(kind, LazyModuleMixin))
 
 
 def _counts(module: nn.Module) -> bool:
@@ -608,17 +821,23 @@ def _noted(record: _Record) -> Iterator[None]:
 
 @contextmanager
 def _again(record: _Record) -> Iterator[None]:
-    """Let the body run a step as it ran before, and leave no trace in its buffers."""
+    """Let the body run a step as it ran before, and leave no trace in its modules."""
     norms: list[Any] = [m for m in record.buffered if _counts(m) and m.track_running_stats]
     changed = [c for c in record.changed if not _counts(c.module)]
     now = [(c.module, c.name, c.module._buffers[c.name]) for c in changed]
+    before = held = cast(Attributes, record.before)
+    if before.differ():
+        held = Attributes(record.remember)
+        before.put_back()
     for norm in norms:
         norm.track_running_stats = False  # it normalises as before, and counts nothing
     for module, name, _, value in changed:
         module._buffers[name] = value.clone()
     try:
-        yield
+        with as_the_first():
+            yield
     finally:
+        held.put_back()
         for norm in norms:
             norm.track_running_stats = True
         for module, name, buffer in now:
@@ -626,15 +845,15 @@ def _again(record: _Record) -> Iterator[None]:
 
 
 @contextmanager
-def _as_before(plan: _Plan) -> Iterator[None]:
+def _as_before(plan: _Plan, link: _Link) -> Iterator[None]:
     """Give the modules the parameters and the modes that they had, and then their own again."""
-    random = random_state()
-    other_mode = [module for record in plan.records
+    random = plan.source.read()
+    other_mode = [module for record in link.records
                   for module, mode in zip(record.modules, record.modes, strict=True)
                   if module.training != mode]
-    swapped = [(module._parameters, name, module._parameters[name], p) for record in plan.records
+    swapped = [(module._parameters, name, module._parameters[name], p) for record in link.records
                for module, name, p in record.parameters if module._parameters.get(name) is not p]
-    hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in plan.own if t._backward_hooks]
+    hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in link.own if t._backward_hooks]
     for module in other_mode:
         module.training = not module.training
     for parameters, name, _, p in swapped:
@@ -650,7 +869,7 @@ def _as_before(plan: _Plan) -> Iterator[None]:
             parameters[name] = now
         for module in other_mode:
             module.training = not module.training
-        set_random_state(random)
+        plan.source.write(random)
 
 
 def _autocast(streams: list[Tensor]) -> Callable[[], Any]:
@@ -667,19 +886,38 @@ def _sum(stream: Tensor) -> Tensor:
     return stream.sum(dtype=torch.float32 if stream.dtype in _NARROW else None)
 
 
+def _finite(streams: Sequence[Tensor]) -> bool:
+    return all(bool(_sum(s).isfinite()) or bool(s.isfinite().all()) for s in streams if _real(s))
+
+
+def _see_sound(step: Update, stream: Tensor, plan: _Plan) -> None:
+    """See to it that a restored stream is finite where all ended so; on CUDA, later."""
+    if not (_real(stream) and plan.sound):
+        return
+    total = _sum(stream)
+    if stream.is_cuda:
+        plan.sums.append((step, total))
+    elif not (cmath.isfinite(total.item()) or bool(stream.isfinite().all())):
+        raise _unsound(step)
+
+
 def _see_finite(streams: Sequence[Tensor], sums: Sequence[tuple[Any, Tensor]]) -> None:
     """Raise CannotReverse, with the step, where the steps ended finite and began otherwise.
 
     `sums` are of what they ended in, and then of what each step restored.
     """
-    if all(bool(_sum(s).isfinite()) or bool(s.isfinite().all()) for s in streams if _real(s)):
+    if _finite(streams):
         return
     culprit = next((step for step, total in sums if not total.isfinite()), None)
     if culprit is not None:
-        raise CannotReverse(
-            f"what {culprit} was given is no longer finite when it is reconstructed, though what "
-            "the steps ended in is; its numbers span too wide a range for the dtype: bound its "
-            "scale, use a wider dtype, or exact=True")
+        raise _unsound(culprit)
+
+
+def _unsound(step: Update) -> CannotReverse:
+    return CannotReverse(
+        f"what {step} was given is no longer finite when it is reconstructed, though what "
+        "the steps ended in is; its numbers span too wide a range for the dtype: bound its "
+        "scale, use a wider dtype, or exact=True")
 
 
 def _no_strangers(step: Update | Stored, outputs: Sequence[Any], known: Sequence[Tensor]) -> None:

@@ -73,7 +73,9 @@ def _check_averages(rule: Any) -> None:
 
 
 def is_cut_up(network: nn.Module) -> bool:
-    """Whether `fully_shard` has left a part of each parameter in this process."""
+    """Whether a part of each parameter is in this process, the whole only while its module runs."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in network.modules()):
+        return True
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and any(isinstance(p, tensors.DTensor)
                                        for p in network.parameters())

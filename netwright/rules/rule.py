@@ -1,6 +1,6 @@
 import inspect
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from netwright.rules.batches import labels_apart
 from netwright.rules.processes import Processes, is_parallel, refuse_parts
 from netwright.rules.scaling import note_call
 from netwright.runtime.modes import evaluating, rehearsing
+from netwright.runtime.padding import held, holding, real_positions
 from netwright.signals import all_of, apply, mapped, tensor_of
 from netwright.stages import Stage, Stages, stages
 
@@ -93,11 +94,13 @@ class Rule(nn.Module):
         x, y = labels_apart(self.network, _cut_off(x), _cut_off(y))
         given = (y, *map(_cut_off, rest)) if y is not None or rest or self._must_be_told() else ()
         self._begin()
-        if self._processes is None:
-            return super().__call__(x, *given, **options)
-        self._processes.before(self)
-        loss = super().__call__(x, *given, **options)
-        self._processes.after(self)
+        if self._processes is not None:
+            self._processes.before(self)
+        # Stages that are run one by one are called with no mask; mixtures in them ask for it here.
+        with holding(real_positions(x) if isinstance(x, Mapping) else held()):
+            loss = super().__call__(x, *given, **options)
+        if self._processes is not None:
+            self._processes.after(self)
         return loss
 
     def _begin(self) -> None:

@@ -66,6 +66,16 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+@torch.no_grad()
+def summed(tensor: Tensor) -> Tensor:
+    """Return the sum of the processes' tensors, the tensor itself where there is one process."""
+    if world() == 1:
+        return tensor
+    whole = tensor.clone()
+    distributed.all_reduce(whole)
+    return whole
+
+
 def total(values: Sequence[float], device: torch.device) -> list[float]:
     """Return the sums of `values` over the processes."""
     summed = torch.tensor(values, dtype=torch.float64, device=device)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from netwright.runtime.attributes import Attributes
 from netwright.runtime.random_state import same_random_state
 
 
@@ -72,25 +73,33 @@ def same_buffers(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_attributes(network: nn.Module) -> Iterator[None]:
-    """Undo what the body sets on the modules of `network`, such as what they remember of a run."""
-    before = [(module, dict(module.__dict__)) for module in network.modules()]
+    """Undo what the body does to the attributes of modules: counts, lists, caches, generators.
+
+    >>> network = nn.Linear(2, 2)
+    >>> with same_attributes(network):
+    ...     network.seen = [3]
+    >>> hasattr(network, "seen")
+    False
+    """
+    before = Attributes(network.modules())
     try:
         yield
     finally:
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        before.put_back()
 
 
 @contextmanager
 def rehearsing(network: nn.Module) -> Iterator[None]:
-    """Let the body run `network` without a trace: no graph, no random draw, no changed buffer."""
+    """Let the body run `network` without a trace.
+
+    There is no graph, and random states, buffers and attributes are put back.
+    """
     cached = torch.is_autocast_cache_enabled()
     # weights that autocast casts here are cast without a graph and must not be kept for later
     torch.set_autocast_cache_enabled(False)
     try:
         with (torch.inference_mode(False), torch.no_grad(), same_random_state(),
-              same_buffers(network)):
+              same_buffers(network), same_attributes(network)):
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)

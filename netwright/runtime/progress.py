@@ -1,3 +1,4 @@
+import math
 import time
 from typing import Any
 
@@ -15,9 +16,16 @@ class Bar:
         self._epochs, self._batches, self._metric, self._unit = epochs, batches, metric, unit
         self._epoch, self._score, self._due = 0, "", 0.0
         self._progress: Any = None
+        self._begins = math.inf
 
-    def start(self) -> None:
-        """Begin to show."""
+    def start(self, after: float = 0.0) -> None:
+        """Begin to show, once `after` seconds have passed."""
+        self._begins = time.perf_counter() + after
+        if not after:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._begins = math.inf
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
         console = Console(stderr=True)
@@ -39,6 +47,8 @@ class Bar:
 
     def step(self, epoch: int, batch: int, loss: float) -> None:
         """Show a step of `epoch`, counted from 0, if the last redraw is long enough ago."""
+        if time.perf_counter() >= self._begins:
+            self._begin()
         if self._progress is None or time.perf_counter() < self._due:
             return
         done = epoch * (self._batches or 1) + (batch if self._batches else 0)
@@ -46,6 +56,8 @@ class Bar:
 
     def epoch(self, epoch: int, loss: float, score: float) -> None:
         """Show the end of `epoch`, counted from 0."""
+        if time.perf_counter() >= self._begins:
+            self._begin()
         if self._progress is None:
             return
         self._score = "" if score != score else f"  {self._metric} {score:.4g}"
@@ -54,5 +66,5 @@ class Bar:
 
     def _show(self, description: str, done: int, loss: float) -> None:
         self._progress.update(self._task, description=description, completed=done, refresh=True,
-                              figures=f"loss {loss:.4g}{self._score}")
+                              figures=("" if loss != loss else f"loss {loss:.4g}") + self._score)
         self._due = time.perf_counter() + REFRESH

@@ -210,3 +210,32 @@ def test_running_the_result_leaves_no_trace():
     for network in (model, result):
         assert network[2].passes == network[2].seen == network[1].num_batches_tracked == 0
         assert network.training
+
+
+def test_tokens_that_are_those_of_padding_are_read_when_generation_is_checked():
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=8, pad_token_id=0))
+        x = torch.zeros(2, 4, dtype=torch.long)
+        swapped = nw.reshape.swap_feedforward(model, nw.blocks.GLU, x, progress=False)
+        assert len(nw.changes(swapped)) == 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generation_is_checked_on_what_is_no_padding(side):
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        num_local_experts=6, num_experts_per_tok=2)).eval()
+    tokens, mask = torch.randint(50, (4, 8)), torch.ones(4, 8, dtype=torch.long)
+    for fill in (0, 7, 23, 41):
+        padding = torch.full((4, 40), fill)
+        parts = [(tokens, mask), (padding, torch.zeros_like(padding))]
+        parts = parts[::-1] if side == "left" else parts
+        ids, held = (torch.cat(some, 1) for some in zip(*parts, strict=True))
+        nw.reshape.prune_experts(model, {"input_ids": ids, "attention_mask": held}, 3)

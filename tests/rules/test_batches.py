@@ -123,3 +123,22 @@ def test_a_batch_without_labels_says_what_is_missing() -> None:
     rule = Backprop(nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r'y must hold the targets, got None and no "labels" in x'):
         rule(torch.randn(2, 4), None)
+
+
+def test_heads_beside_the_logits_are_handed_on_too() -> None:
+    from transformers import GPT2Config, GPT2DoubleHeadsModel
+    network = GPT2DoubleHeadsModel(GPT2Config(
+        vocab_size=11, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=1,
+        eos_token_id=2))
+
+    def loss(output: dict[str, Tensor], y: Tensor) -> Tensor:
+        return output["logits"].square().mean() + output["mc_logits"].square().mean()
+
+    Backprop(network, loss=loss)({"input_ids": IDS.view(1, 2, 7)}, IDS)
+    head = [p.grad for name, p in network.named_parameters() if "multiple_choice" in name]
+    assert head
+    assert all(gradient is not None for gradient in head)
+    bare = language_model()
+    seen = []
+    Backprop(bare, loss=lambda output, y: seen.append(output) or output.mean())(IDS, IDS[:, :3])
+    assert isinstance(seen[0], Tensor)

@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 from netwright import checks
 from netwright.blocks.coordinates.grids import check_coordinates, interpolate, neighbours
 from netwright.catalogue.facets import method
+from netwright.runtime.distributed import summed
 
 __all__ = ["SAPE", "FourierFeatures"]
 
@@ -180,6 +181,8 @@ class SAPE(nn.Module):
     def observe(self, x: Tensor, errors: Tensor) -> None:
         """Take note of the errors at `x` after a step of training, and unmask where they are large.
 
+        With `torch.distributed` the errors of all processes count.
+
         Shapes: x (*, dims), errors (*), such as the squared error of each sample.
         """
         check_coordinates(x, self.dims)
@@ -189,8 +192,9 @@ class SAPE(nn.Module):
         indices, shares = neighbours(self.sizes, x, corners=False)
         shares = shares.to(self.errors.dtype)
         parts = shares * errors[..., None].to(self.errors.dtype)
-        self.errors.index_add_(0, indices.flatten(), parts.flatten())
-        self.weights.index_add_(0, indices.flatten(), shares.flatten())
+        for kept, more in ((self.errors, parts), (self.weights, shares)):
+            new = torch.zeros_like(kept).index_add_(0, indices.flatten(), more.flatten())
+            kept += summed(new)
         self.seen += 1
         self.opened += self.active
         # A block is completed when the number of blocks that time has brought is a new one.

@@ -65,29 +65,40 @@ class CentroidRouter(nn.Module):
         if x.ndim != 2 or not 1 <= n_experts <= len(x):
             raise ValueError(f"n_experts must be between 1 and the number of samples of x "
                              f"(samples, dim), got {n_experts} for {tuple(x.shape)}")
+        middle = x.mean(0)
+        x = x - middle  # so that sums and squares have digits left for what differs
         device = "cpu" if generator is None else generator.device
         first = torch.randint(len(x), (1,), generator=generator, device=device)
         centroids = x[first.to(x.device)]
         for _ in range(n_experts - 1):
-            distance = torch.cdist(x, centroids).amin(1).square()
-            odds = distance + distance.mean() * 1e-6 + torch.finfo(x.dtype).tiny
+            distance = _distances(x, centroids).amin(1).square()
+            odds = distance + distance.mean() * 1e-6 + torch.finfo(distance.dtype).tiny
             drawn = odds.to(device).multinomial(1, generator=generator)
             centroids = torch.cat([centroids, x[drawn.to(x.device)]])
         for _ in range(iterations):
-            nearest = torch.cdist(x, centroids).argmin(1)
+            nearest = _distances(x, centroids).argmin(1)
             sums = torch.zeros_like(centroids).index_add_(0, nearest, x)
             counts = x.new_zeros(n_experts).index_add_(0, nearest, x.new_ones(len(x)))[:, None]
             centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
-        return cls(centroids)
+        return cls(centroids + middle)
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
         """Return the routing of x (tokens, dim)."""
         if x.shape[-1] != self.centroids.shape[1]:
             raise ValueError(f"x must be (tokens, {self.centroids.shape[1]}) as the centroids are, "
                              f"got {tuple(x.shape)}")
-        wide = torch.promote_types(torch.promote_types(x.dtype, self.centroids.dtype),
-                                   torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            distances = torch.cdist(x.detach().to(wide), self.centroids.to(wide))
+        distances = _distances(x.detach(), self.centroids)
         # The distances are also what must be finite.
         return Routing(distances.argmin(1, keepdim=True), x.new_ones(len(x), 1), -distances)
+
+
+def _distances(x: Tensor, centroids: Tensor) -> Tensor:
+    """Return the distances (tokens, n_experts), each by the difference.
+
+    Faster ways subtract |x|^2, which rounds away what is small beside an offset that x and all
+    centroids have.
+    """
+    wide = torch.promote_types(torch.promote_types(x.dtype, centroids.dtype), torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.cdist(x.to(wide), centroids.to(wide),
+                           compute_mode="donot_use_mm_for_euclid_dist")

@@ -16,7 +16,8 @@ class ExpertChoiceRouter(nn.Module):
     s_e;  c = round(k tokens / n_experts), at least 1
 
     Which experts a token gets depends on all tokens of the batch, later ones too: this is for
-    encoders, not for models that write one token after the other.
+    encoders, not for models that write one token after the other. Padding is chosen by none and
+    does not count.
 
     Args:
         dim: size of the last axis of x.
@@ -24,7 +25,8 @@ class ExpertChoiceRouter(nn.Module):
         k: how many of them a token uses on average; need not be whole.
         generator: draws the weight; the global state without one.
 
-    Shapes: x (tokens, dim); experts, weights and tokens (n_experts c,).
+    Shapes: x (tokens, dim); mask (tokens,), True where a token is no padding; experts, weights and
+    tokens (n_experts c,).
 
     Raises:
         ValueError: `k` is not above 0, or above `n_experts`.
@@ -36,6 +38,8 @@ class ExpertChoiceRouter(nn.Module):
     [5, 5, 5, 5]
     """
 
+    takes_mask = True
+
     def __init__(self, dim: int, n_experts: int, k: float = 2.0, *,
                  generator: Generator | None = None) -> None:
         super().__init__()
@@ -45,10 +49,15 @@ class ExpertChoiceRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, dim))
         nn.init.uniform_(self.weight, -dim ** -0.5, dim ** -0.5, generator=generator)
 
-    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor, token_ids: Tensor | None = None,
+                mask: Tensor | None = None) -> Routing:
         """Return the routing of x (tokens, dim)."""
         logits = router_logits(x, self.weight)
-        many = min(len(x), max(1, round(self.k * len(x) / self.n_experts)))
-        weights, tokens = logits.softmax(-1).t().topk(many)
+        scores = logits.softmax(-1)
+        count = len(x) if mask is None else int(mask.sum())
+        many = min(count, max(1, round(self.k * count / self.n_experts)))
+        ranked = scores if mask is None else scores.masked_fill(~mask[:, None], -1.0)
+        tokens = ranked.t().topk(many).indices
+        weights = scores.t().gather(1, tokens)
         experts = torch.arange(self.n_experts, device=x.device)[:, None].expand_as(tokens)
         return Routing(experts.flatten(), weights.flatten(), logits, None, tokens.flatten())

@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, linear
 
 from netwright import checks
+from netwright.anatomy.layers import beyond_weights
 from netwright.blocks.feedforward.feed_forward import (
     GLU,
     Activation,
@@ -119,11 +120,13 @@ def bank_of(experts: nn.Module) -> tuple[Bank | None, int]:
     """Return the weights of the experts that can be run in one pass, and how many they are.
 
     They can where all are `GLUExperts`; else those from the first on that are `GLU`, or two-layer
-    `FeedForward`, with the same sizes and the same activation, without dropout to be drawn and
-    without hooks to be called.
+    `FeedForward`, with the same sizes and the same activation, without dropout to be drawn, and
+    of which nothing has more to it than its weights: no hooks, no `forward` of its own, as
+    offloading gives it, and no quantised or distributed parameters.
     """
     if isinstance(experts, GLUExperts):
-        plain = type(experts) is GLUExperts and _known(experts.activation) and not _watched(experts)
+        plain = type(experts) is GLUExperts and _known(experts.activation) and not (
+            beyond_weights(experts))
         parts = [getattr(experts, name) for name in _PARTS]
         return (Bank(experts.activation, parts, True), experts.n_experts) if plain else (None, 0)
     found: list[Tensor | None] = []
@@ -148,8 +151,9 @@ def _layers(expert: nn.Module) -> tuple[nn.Module, list[Tensor | None]] | None:
         activation, layers = expert[1], [None, expert[0], expert[2]]
     else:
         return None
-    if (not _known(activation) or any(_watched(module) for module in expert.modules())
-            or any(layer is not None and type(layer) is not nn.Linear for layer in layers)):
+    if (not _known(activation) or any(map(beyond_weights, expert.modules()))
+            or any(layer is not None and (type(layer) is not nn.Linear or "weight" not in
+                                          layer._parameters) for layer in layers)):
         return None
     return activation, [*(None if layer is None else layer.weight for layer in layers),
                         *(None if layer is None else layer.bias for layer in layers)]
@@ -157,12 +161,8 @@ def _layers(expert: nn.Module) -> tuple[nn.Module, list[Tensor | None]] | None:
 
 def _known(activation: nn.Module) -> bool:
     return (type(activation) in _SLOPES and not getattr(activation, "inplace", False)
-            and getattr(activation, "approximate", "none") == "none" and not _watched(activation))
-
-
-def _watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks)
+            and getattr(activation, "approximate", "none") == "none"
+            and not beyond_weights(activation))
 
 
 class _GroupedGLU(torch.autograd.Function):

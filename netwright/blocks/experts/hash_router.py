@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from netwright import checks
 from netwright.blocks.experts.routing import Routing, check_choice
 from netwright.catalogue.facets import method
+from netwright.runtime.passes import Lent, running_again
 
 __all__ = ["HashRouter", "feed_token_ids"]
 
@@ -72,10 +73,11 @@ class HashRouter(nn.Module):
             table = _evened(frequencies.cpu()[order].tolist(), n_experts)
         self.register_buffer("table", torch.empty_like(order).index_put((order,), table))
         self.fed: Tensor | None = None
+        self._lent = Lent()
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
         """Return the routing of x (tokens, dim) with ids (tokens,)."""
-        ids = token_ids if token_ids is not None else self.fed
+        ids = token_ids if token_ids is not None else self._fed(x)
         if ids is None:
             raise ValueError("token_ids must be given, since a HashRouter chooses by them, got "
                              "none; pass them to the MixtureOfExperts, or call "
@@ -89,6 +91,19 @@ class HashRouter(nn.Module):
         experts = self.table[ids.clamp(0, len(self.table) - 1)].where(inside, -1)
         return Routing(experts[:, None], x.new_ones(len(x), 1))
 
+    def _fed(self, x: Tensor) -> Tensor | None:
+        """Return the ids that the network was called with when `x` was routed first."""
+        if self.fed is None or not running_again():
+            if self.fed is not None and (self.training or torch.is_grad_enabled()):
+                self._lent.note(x, self.fed)
+            return self.fed
+        ids: Tensor | None = self._lent.find(x)
+        if ids is None:
+            raise ValueError("token_ids must be known when a pass runs again in the backward "
+                             "pass, got vectors that none of the last passes routed; pass the "
+                             "ids to the MixtureOfExperts in place of feed_token_ids")
+        return ids
+
 
 @method("companion", papers=["003-147"])
 def feed_token_ids(network: nn.Module, source: str = "") -> RemovableHandle:
@@ -96,9 +111,9 @@ def feed_token_ids(network: nn.Module, source: str = "") -> RemovableHandle:
 
     Adds a hook to `network`, or to the module in it that is called `source`, which keeps the
     first argument of each forward pass for the routers: the network's own where it takes ids, the
-    embedding's where it takes something else or where its parts are run one by one. The ids stay
-    until the next pass, so that parts of it can be run again in the backward pass. The handle
-    that is returned removes the hook: `handle.remove()`.
+    embedding's where it takes something else or where its parts are run one by one. Each router
+    keeps the ids of its last 16 passes, so that any of them can run again in its backward pass.
+    The handle that is returned removes the hook: `handle.remove()`.
 
     Raises:
         ValueError: `network` has no hash router, or no module is called `source`; when it is run,

@@ -1,11 +1,15 @@
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from netwright import checks
 from netwright.blocks.experts.routing import Routing, check_choice, router_logits
 from netwright.catalogue.facets import method
+from netwright.runtime.distributed import summed
 
 __all__ = ["LossFreeRouter"]
 
@@ -25,13 +29,15 @@ class LossFreeRouter(nn.Module):
     after each step of the optimizer: b_e := b_e + bias_rate sign(mean load - load of e)
 
     The bias only says who is chosen: it is in no weight, and nothing of it is in a gradient, so no
-    balance loss bends what the router learns. The load is counted over all forward passes since
-    the last step, so that adding up gradients makes one update of them, and running a pass again
-    for its backward (checkpointing) finds the same bias. A step has been taken when the router's
-    weight has changed in place, as optimizers do; call `update_bias()` yourself after each step
-    where the weight is frozen or replaced.
+    balance loss bends what the router learns. The load is what was asked for, before any capacity,
+    over all forward passes since the last step, so that adding up gradients makes one update of
+    them; a pass that runs again (checkpointing, reversible stacks) counts once and finds the same
+    bias. A step has been taken when a `torch.optim` optimizer that holds the router's weight says
+    so, or where none ever did, when the weight has changed in place by the next pass. Call
+    `update_bias()` yourself after each step where the weight is frozen.
 
-    With `torch.distributed` the load of all processes counts.
+    With `torch.distributed` the loads of all processes are added up before the bias moves. What was
+    observed since the last step is in the `state_dict`.
 
     Args:
         dim: size of the last axis of x.
@@ -45,7 +51,8 @@ class LossFreeRouter(nn.Module):
     Shapes: x (tokens, dim); experts and weights (tokens, k); bias (n_experts,).
 
     Raises:
-        ValueError: `k` is below 1 or above `n_experts`, or `scores` is another word.
+        ValueError: `k` is below 1 or above `n_experts`, or 1 with `normalize`, or `scores` is
+            another word.
 
     Paper: Wang, Gao, Zhao, Sun, Dai, 2024, Auxiliary-Loss-Free Load Balancing Strategy for
     Mixture-of-Experts.
@@ -58,7 +65,6 @@ class LossFreeRouter(nn.Module):
     """
 
     moves: Tensor
-    load: Tensor
 
     def __init__(self, dim: int, n_experts: int, k: int = 2, *, bias_rate: float = 1e-3,
                  scores: Literal["sigmoid", "softmax"] = "sigmoid", normalize: bool = False,
@@ -66,14 +72,20 @@ class LossFreeRouter(nn.Module):
         super().__init__()
         check_choice(n_experts, k)
         checks.one_of(["sigmoid", "softmax"], kind_of_scores=scores)
+        if normalize and k == 1:
+            raise ValueError("normalize must be False with k=1, got True: the only weight would "
+                             "always be 1, and the router would learn nothing")
         self.n_experts, self.k, self.bias_rate = n_experts, k, bias_rate
         self.scores, self.normalize = scores, normalize
         self.weight = nn.Parameter(torch.empty(n_experts, dim))
         nn.init.uniform_(self.weight, -dim ** -0.5, dim ** -0.5, generator=generator)
         # Whole numbers, which no change of the module's dtype rounds.
         self.register_buffer("moves", torch.zeros(n_experts, dtype=torch.long))
-        self.register_buffer("load", torch.zeros(n_experts, dtype=torch.long))
+        # No buffer: those of process 0 would be given to all, and a pass must not lose its own.
+        self.load = torch.zeros(n_experts, dtype=torch.long)
         self._seen: tuple[int, int] | None = None
+        self._told = False  # whether an optimizer has ever said that it stepped
+        _alive.add(self)
 
     @property
     def bias(self) -> Tensor:
@@ -82,11 +94,8 @@ class LossFreeRouter(nn.Module):
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Routing:
         """Return the routing of x (tokens, dim)."""
-        if self.training and torch.is_grad_enabled():
-            now = id(self.weight), self.weight._version
-            if self._seen is not None and self._seen[0] == now[0] and self._seen != now:
-                self.update_bias()
-            self._seen = now
+        if self.training and not torch.compiler.is_compiling():
+            self._look_for_a_step()
         logits = router_logits(x, self.weight)
         scores = logits.sigmoid() if self.scores == "sigmoid" else logits.softmax(-1)
         experts = (scores.detach() + self.bias).topk(self.k).indices
@@ -96,13 +105,49 @@ class LossFreeRouter(nn.Module):
         return Routing(experts, weights, logits)
 
     def observe(self, load: Tensor) -> None:
-        """Count the tokens of each expert, (n_experts,)."""
-        self.load += load
+        """Count the tokens that each expert was asked for, (n_experts,)."""
+        self.load = self.load.to(load.device) + load
 
     @torch.no_grad()
     def update_bias(self) -> None:
         """Move the bias towards the experts that have been given less than their share."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.load)
-        self.moves += (self.load.sum() - self.n_experts * self.load).sign()
-        self.load.zero_()
+        load = summed(self.load.to(self.moves.device))
+        self.moves += (load.sum() - self.n_experts * load).sign()
+        self.load = torch.zeros_like(load)
+
+    def get_extra_state(self) -> Tensor:
+        """Return what the `state_dict` holds of what was observed since the last step."""
+        return self.load.clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take what was observed from a `state_dict`."""
+        self.load, self._seen = state.clone(), None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seen = None
+        _alive.add(self)
+
+    def _look_for_a_step(self) -> None:
+        now = id(self.weight), self.weight._version
+        if (not self._told and self._seen is not None and self._seen[0] == now[0]
+                and self._seen != now):
+            self.update_bias()
+        self._seen = now
+
+
+_alive: WeakSet[LossFreeRouter] = WeakSet()
+
+
+def _after_step(optimizer: Optimizer, args: Any, options: Any) -> None:
+    """Move the biases of the routers whose weights have been stepped, in the optimizer's order."""
+    routers = {id(router.weight): router for router in _alive if router.training}
+    if not routers:
+        return
+    for p in [p for group in optimizer.param_groups for p in group["params"]]:
+        if (router := routers.get(id(p))) is not None:
+            router._told = True
+            router.update_bias()
+
+
+register_optimizer_step_post_hook(_after_step)

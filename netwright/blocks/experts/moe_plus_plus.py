@@ -1,6 +1,6 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -9,6 +9,8 @@ from netwright import checks
 from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.blocks.experts.routing import Routing, check_choice, router_logits
 from netwright.catalogue.facets import method
+from netwright.errors import CannotReverse
+from netwright.runtime.passes import Lent, running_again
 
 __all__ = ["ConstantExpert", "CopyExpert", "PathwayRouter", "ZeroExpert", "link_gates",
            "moe_plus_plus"]
@@ -106,7 +108,10 @@ class PathwayRouter(nn.Module):
 
     Without a layer before, or as long as V is the zeros it begins with, it is the `TopKRouter`
     with its softmax over all. The layers are linked by `link_gates(network)`. A router keeps the
-    logits of its last pass, and with them, until the next, what they were made of.
+    logits of its last pass, and with them, until the next, what they were made of. The link is no
+    argument of the layer, so that its gradient would be lost where the layer before runs without
+    a graph and again later: in reversible stacks, under `rules.Reversible` and reentrant
+    checkpoints. There it is refused; checkpoints with `use_reentrant=False` are right.
 
     Args:
         dim: size of the last axis of x.
@@ -119,6 +124,7 @@ class PathwayRouter(nn.Module):
     Raises:
         ValueError: `k` is below 1 or above `n_experts`, or the layer before has not seen the same
             tokens.
+        CannotReverse: the gradient along a link would be lost.
 
     Paper: Jin, Zhu, Yuan, Yan, 2024, MoE++: Accelerating Mixture-of-Experts Methods with
     Zero-Computation Experts.
@@ -139,6 +145,7 @@ class PathwayRouter(nn.Module):
         self.register_parameter("residual", None)
         self._before: tuple[PathwayRouter, ...] = ()  # in a tuple, it is not a part of this module
         self._logits: Tensor | None = None
+        self._lent = Lent()
 
     def follow(self, before: "PathwayRouter") -> None:
         """Read the logits of `before`, the router of the layer before, from now on."""
@@ -150,20 +157,38 @@ class PathwayRouter(nn.Module):
         """Return the routing of x (tokens, dim)."""
         logits = router_logits(x, self.weight)
         if self._before and self.residual is not None:
-            (before,) = self._before
-            seen = before._logits
-            if seen is None or len(seen) != len(x):
-                raise ValueError(f"the layer before must have seen the same {len(x)} tokens, got "
-                                 f"{0 if seen is None else len(seen)}; run the whole network")
-            logits = logits + router_logits(seen, self.residual)
+            logits = logits + router_logits(self._linked(x), self.residual)
         self._logits = logits
         probabilities = logits.softmax(-1)
         weights, experts = probabilities.topk(self.k)
         return Routing(experts, weights, logits, probabilities)
 
+    def _linked(self, x: Tensor) -> Tensor:
+        """Return the logits of the layer before, those of the first time if this runs again."""
+        (before,) = self._before
+        if running_again():
+            seen = self._lent.find(x)
+            learnt = seen is not None and seen.requires_grad
+        else:
+            seen = before._logits
+            learnt = seen is not None and seen.requires_grad
+            if seen is not None:
+                # Cut off, since its graph is in the way of nothing then and need not live on.
+                self._lent.note(x, seen.detach().requires_grad_(learnt))
+        if seen is None or len(seen) != len(x):
+            raise ValueError(f"the layer before must have seen the same {len(x)} tokens, got "
+                             f"{0 if seen is None else len(seen)}; run the whole network")
+        if torch.is_grad_enabled() and before.weight.requires_grad and not learnt:
+            raise CannotReverse("the logits of the layer before must have a graph, got some of a "
+                                "pass without one, so that their gradient would be lost; run the "
+                                "linked layers outside of reversible stacks, rules.Reversible and "
+                                "reentrant checkpoints (use_reentrant=False is right), or do not "
+                                "call link_gates")
+        return cast(Tensor, seen)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy has had no pass, and what is inside a graph cannot be copied.
-        return {**self.__dict__, "_logits": None}
+        return {**self.__dict__, "_logits": None, "_lent": Lent()}
 
 
 @method("companion", papers=["000-010"])

@@ -52,22 +52,25 @@ def check_choice(n_experts: int, k: int) -> None:
     place="router",
     takes=("dim", "n_experts"),
     search={"k": [1, 2], "softmax": ["chosen", "all"]},
-    variants={"plain": {}, "softmax over all": {"softmax": "all"}},
+    variants={"plain": {}, "softmax over all": {"softmax": "all"}, "one": {"k": 1}},
 )
 class TopKRouter(nn.Module):
     """Send each token to the k experts with the largest logits of a linear layer.
 
     l = W x;  experts = the k largest of l;  weights = softmax(l[experts]), or softmax(l)[experts]
 
-    The first is the way of Mixtral, whose weights add up to one; the second, `softmax="all"`, is
-    that of the Switch Transformer, in which one expert's weight still teaches the router (k = 1).
-    Logits are computed in float32 or wider.
+    The first, `softmax="chosen"`, is the way of Mixtral, whose weights add up to one; the second,
+    `softmax="all"`, is that of the Switch Transformer, in which one expert's weight still teaches
+    the router, and what k = 1 takes where you do not say. A softmax over one is always 1 and would
+    teach nothing: with `softmax="chosen"` and k = 1 the weight is 1 and its gradient that of log
+    softmax(l)[expert]. Logits are computed in float32 or wider.
 
     Args:
         dim: size of the last axis of x.
         n_experts: how many experts there are.
         k: how many of them a token uses.
-        softmax: over the `"chosen"` logits or over `"all"`.
+        softmax: over the `"chosen"` logits or over `"all"`; where None is given, over the chosen
+            ones for k above 1 and over all for k = 1.
         bias: whether the linear layer has one.
         generator: draws the weight; the global state without one.
 
@@ -84,12 +87,13 @@ class TopKRouter(nn.Module):
     """
 
     def __init__(self, dim: int, n_experts: int, k: int = 2, *,
-                 softmax: Literal["chosen", "all"] = "chosen", bias: bool = False,
+                 softmax: Literal["chosen", "all"] | None = None, bias: bool = False,
                  generator: Generator | None = None) -> None:
         super().__init__()
         check_choice(n_experts, k)
-        checks.one_of(["chosen", "all"], softmax=softmax)
-        self.n_experts, self.k, self.softmax = n_experts, k, softmax
+        checks.one_of(["chosen", "all"], softmax=softmax, optional=True)
+        self.n_experts, self.k = n_experts, k
+        self.softmax = softmax or ("all" if k == 1 else "chosen")
         self.weight = nn.Parameter(torch.empty(n_experts, dim))
         nn.init.uniform_(self.weight, -dim ** -0.5, dim ** -0.5, generator=generator)
         self.bias = nn.Parameter(torch.zeros(n_experts)) if bias else None
@@ -98,6 +102,10 @@ class TopKRouter(nn.Module):
         """Return the routing of x (tokens, dim)."""
         logits = router_logits(x, self.weight, self.bias)
         probabilities = logits.softmax(-1)
-        chosen, experts = (logits if self.softmax == "chosen" else probabilities).topk(self.k)
-        weights = chosen.softmax(-1) if self.softmax == "chosen" else chosen
+        if self.softmax == "chosen" and self.k > 1:
+            chosen, experts = logits.topk(self.k)
+            return Routing(experts, chosen.softmax(-1), logits, probabilities)
+        weights, experts = probabilities.topk(self.k)
+        if self.softmax == "chosen":
+            weights = weights / weights.detach()
         return Routing(experts, weights, logits, probabilities)

@@ -8,6 +8,7 @@ from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, FeedForward, activation_module
 from netwright.catalogue.facets import method
 from netwright.objectives.added_loss import with_auxiliary
+from netwright.runtime.padding import real_of
 
 __all__ = ["FastFeedforward"]
 
@@ -43,13 +44,15 @@ class FastFeedforward(nn.Module):
     node j:  q_j = sigmoid(n_j x + c_j), the chance to go right;  p_l = the product of what the
     nodes on the way to leaf l say.
     In training:  y = sum_l p_l f_l(x),  f_l(x) = s(x U_l' + u_l) D_l + d_l.
-    In evaluation:  y = f_l(x) for the one leaf that going right where q >= 1/2 leads to.
+    In evaluation:  y = f_l(x) for the one leaf that going right where q >= 1/2 leads to. The
+    nodes decide in float32 or wider, so that autocast changes no input's way.
 
     A training pass adds `hardening` mean_j H(q_j) + `balance` L sum_l F_l P_l to whatever loss is
     trained: H is a node's entropy, F_l the share of the inputs that go to leaf l, P_l the mean of
-    p_l over them. Its gradient is added in the backward pass, and y is as it was; `usage` holds
-    both terms of the last training pass. Their gradient is that of a loss of which backward() is
-    called once and unscaled. Both weights may be changed at any time.
+    p_l over them, padding apart (see `feed_attention_mask`). Its gradient is added in the backward
+    pass, and y is as it was; `usage` holds both terms of the last training pass. Their gradient is
+    that of a loss of which backward() is called once and unscaled. Both weights may be changed at
+    any time.
 
     With a `master_leaf` of some units, which every input runs, y is k times the above plus 1 - k
     times the master leaf's, where sigmoid(k') = k is learnt from k' = 1/2 on.
@@ -116,7 +119,7 @@ class FastFeedforward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (*, out) of (*, dim)."""
         rows = self._rows(x)
-        y = self._mixed(rows) if self.training else self._chosen(rows)
+        y = self._mixed(rows, real_of(x)) if self.training else self._chosen(rows)
         if hasattr(self, "master"):
             k = self.share.sigmoid()
             y = k * y + (1 - k) * self.master(rows)
@@ -126,12 +129,15 @@ class FastFeedforward(nn.Module):
     def choose(self, x: Tensor) -> Tensor:
         """Return the leaf (*) that each input of x (*, dim) goes to, in training mode too."""
         rows, top = self._rows(x), min(self.depth, TOGETHER)
-        weight, bias = self.nodes.weight, self.nodes.bias
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        rows = rows.to(wide)
+        weight, bias = self.nodes.weight.to(wide), self.nodes.bias.to(wide)
         inner = 2 ** top - 1
-        node = _descended(linear(rows, weight[:inner], bias[:inner]) >= 0, top)
-        for _ in range(self.depth - top):
-            scores = (weight.index_select(0, node) * rows).sum(1) + bias.index_select(0, node)
-            node = torch.add(scores >= 0, node, alpha=2) + 1
+        with torch.autocast(x.device.type, enabled=False):
+            node = _descended(linear(rows, weight[:inner], bias[:inner]) >= 0, top)
+            for _ in range(self.depth - top):
+                scores = (weight.index_select(0, node) * rows).sum(1) + bias.index_select(0, node)
+                node = torch.add(scores >= 0, node, alpha=2) + 1
         return (node - (self.leaves - 1)).view(x.shape[:-1])
 
     def extra_repr(self) -> str:
@@ -145,21 +151,25 @@ class FastFeedforward(nn.Module):
                              f"dim={self.dim}, got {tuple(x.shape)}")
         return x.reshape(-1, self.dim)
 
-    def _mixed(self, x: Tensor) -> Tensor:
-        scores = self.nodes(x)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        paths = self._with_losses(_paths(scores, self.depth), scores)
+    def _mixed(self, x: Tensor, real: Tensor | None) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = linear(x.to(wide), self.nodes.weight.to(wide), self.nodes.bias.to(wide))
+        paths = self._with_losses(_paths(scores, self.depth), scores, real)
         h = self.activation(self.up(x).unflatten(1, (self.leaves, self.leaf)))
         paths = paths.to(h.dtype)
         h = (h * paths.unsqueeze(2)).flatten(1)  # scaled before the product that sums the leaves
         return h @ self.down.flatten(0, 1) + paths @ self.bias
 
-    def _with_losses(self, paths: Tensor, scores: Tensor) -> Tensor:
-        rows = max(len(scores), 1)
-        leaf = _descended(scores >= 0, self.depth) - (self.leaves - 1)
+    def _with_losses(self, paths: Tensor, scores: Tensor, real: Tensor | None) -> Tensor:
+        counted, judged = paths, scores
+        if real is not None:
+            counted, judged = (t[real.reshape(-1)] for t in (paths, scores))
+        rows = max(len(judged), 1)
+        leaf = _descended(judged >= 0, self.depth) - (self.leaves - 1)
         load = paths.new_zeros(self.leaves).index_add_(0, leaf, paths.new_ones(len(leaf)))
-        entropy = (softplus(scores) - scores * scores.sigmoid()).sum() / (rows * scores.shape[1])
-        balance = self.leaves * (load / rows * paths.sum(0) / rows).sum()
+        entropy = (softplus(judged) - judged * judged.sigmoid()).sum() / (rows * scores.shape[1])
+        balance = self.leaves * (load / rows * counted.sum(0) / rows).sum()
         self.usage = TreeUsage(load, entropy.detach(), balance.detach())
         loss = self.hardening * entropy + self.balance * balance
         return with_auxiliary(paths, loss) if loss.requires_grad else paths
@@ -176,9 +186,11 @@ class FastFeedforward(nn.Module):
             return y.squeeze(1)
         leaf, order = leaf.sort()
         used, counts = (found.tolist() for found in leaf.unique_consecutive(return_counts=True))
-        h = self.activation(_by_leaf(x[order], up, used, counts) + start[leaf])
-        y = _by_leaf(h, self.down, used, counts) + self.bias[leaf]
-        return y[order.argsort()]
+        # Under autocast the products are narrower than the biases, as they are in training.
+        h = _by_leaf(x[order], up, used, counts)
+        h = self.activation(h + start[leaf].to(h.dtype))
+        y = _by_leaf(h, self.down, used, counts)
+        return (y + self.bias[leaf].to(y.dtype))[order.argsort()]
 
 
 def _by_leaf(rows: Tensor, weights: Tensor, used: list[int], counts: list[int]) -> Tensor:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from netwright import checks
 from netwright.blocks.feedforward.feed_forward import Activation, activation_module
 from netwright.catalogue.facets import method
+from netwright.runtime.padding import real_of
 
 __all__ = ["RePaFeedForward"]
 
@@ -68,13 +69,24 @@ class RePaFeedForward(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y; in training mode the norms take the statistics of all positions."""
+        """Return y; in training mode the norms take the statistics of all positions.
+
+        Padding, where it is known (see `feed_attention_mask`), is none of these, and y is 0 there.
+        """
         rows = x.reshape(-1, x.shape[-1])
+        real = real_of(x) if self.training and self.norm_in is not None else None
+        if real is None:
+            return self._through(rows).view(x.shape)
+        y = self._through(rows[real.reshape(-1)])
+        return y.new_zeros(x.shape).masked_scatter(real[..., None], y)
+
+    def _through(self, rows: Tensor) -> Tensor:
         rows = rows if self.norm_in is None else self.norm_in(rows)
         active, idle = self.up(rows).tensor_split([self.active], -1)
         hidden = torch.cat([self.activation(active), idle], -1)
         hidden = hidden if self.norm_hidden is None else self.norm_hidden(hidden)
-        return self.down(hidden).view(x.shape)
+        y: Tensor = self.down(hidden)
+        return y
 
     @torch.no_grad()
     def merged(self) -> "MergedFeedForward":

@@ -53,7 +53,8 @@ class StructuredLinear(nn.Module):
     Shapes: x (*, in_features), y (*, out_features).
 
     Raises:
-        ValueError: `blocks` does not divide a size, a size is out of range, or `share` is not
+        ValueError: `blocks` does not divide a size, no blocks that divide both sizes save
+            parameters in blockshuffle, a size is out of range, or `share` is not
             between 0 and 1.
         UnknownName: no kind is called that.
 
@@ -173,7 +174,14 @@ def _blocks(kind: Kind, before: int, after: int, blocks: int | None, share: floa
     fits = [n for n in range(1, shared + 1) if shared % n == 0]
     if blocks is None:
         wanted = (before + after) / (max(before, after) * share) if kind == "blockshuffle" else 4
-        return min(fits, key=lambda n: abs(n - wanted))
+        fewer = [n for n in fits if kind == "blockdense" or n * max(before, after) > before + after]
+        if not fewer:
+            raise ValueError(f"in_features={before} and out_features={after} must have a common "
+                             f"divisor of about {wanted:.3g} for kind='blockshuffle' to keep "
+                             f"share={share} of the parameters, got {shared} as the greatest, "
+                             "with which it has no fewer than a dense layer; give blocks=, other "
+                             "sizes, or another kind")
+        return min(fewer, key=lambda n: abs(n - wanted))
     if blocks not in fits:
         axes = (f"in_features={before} and out_features={after}" if kind == "blockshuffle" else
                 f"in_features={before}")

@@ -12,6 +12,7 @@ from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
 from netwright.reversing.engine import Stored, Update, chained, run
+from netwright.runtime.attributes import Memo
 
 __all__ = ["ColumnLevel", "ColumnSupervision", "RevCol", "RevColumn"]
 
@@ -171,7 +172,7 @@ class RevCol(nn.Module):
         self.columns = ReversibleSequential(*[
             RevColumn([make(t) for make in make_level], channels, shortcut_scale=shortcut_scale,
                       least_scale=least_scale, dim=dim) for t in range(1, columns)], exact=exact)
-        self._seen = False
+        self._seen = Memo()
 
     @classmethod
     def convolutional(cls, channels: Sequence[int], blocks: Sequence[int], columns: int, *,
@@ -214,10 +215,11 @@ class RevCol(nn.Module):
         for end in sorted(ends):
             steps = chained([cast(RevColumn, part).steps() for part in parts[start:end]])
             if steps:
-                streams = run(steps, streams, exact=self.exact, first=not self._seen)
+                streams = run(steps, streams, exact=self.exact,
+                              first=self.training not in self._seen)
             levels, start = tuple(streams[1:]), end
             found[end] = levels if self.level is None else levels[self.level]
-        self._seen = True
+        self._seen.add(self.training)
         return found[number - 1] if taps is None else [found[t] for t in wanted]
 
     @torch.no_grad()

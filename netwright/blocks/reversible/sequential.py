@@ -11,6 +11,7 @@ from netwright.blocks.reversible.coupling import AdditiveCoupling
 from netwright.catalogue.facets import method
 from netwright.errors import CannotReverse
 from netwright.reversing.engine import Step, Stored, Whole, chained, run
+from netwright.runtime.attributes import Memo
 
 __all__ = ["ReversibleSequential"]
 
@@ -68,7 +69,7 @@ class ReversibleSequential(nn.Sequential):
     def __init__(self, *modules: Any, exact: bool = False) -> None:
         super().__init__(*modules)
         self.exact = exact
-        self._seen: set[Any] = set()
+        self._seen = Memo()
         for name, module in self.named_children():
             _check(name, module)
 

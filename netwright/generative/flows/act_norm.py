@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 from netwright.reversing.engine import Step, Update
+from netwright.runtime.distributed import summed
 
 __all__ = ["ActNorm"]
 
@@ -18,7 +19,8 @@ class ActNorm(Transform):
     z = (x + b) exp(s);  log_det = pixels * sum s;
     on the first batch in training mode:  b = -mean(x),  s = -log std(x), over batch and pixels.
 
-    A channel that is constant in the first batch is not scaled. `ready` says whether the first
+    With `torch.distributed` the first batch is that of all processes together. A channel that is
+    constant in it is not scaled. `ready` says whether the first
     batch has been seen; it is kept in the `state_dict`, so that a flow that is loaded is not
     started again. Later it is an ordinary layer with parameters b and s.
 
@@ -55,7 +57,9 @@ class ActNorm(Transform):
             raise ValueError(f"x must hold a sample for ActNorm to start from, got "
                              f"{tuple(x.shape)}")
         channels = x.detach().to(self.bias.dtype).transpose(0, 1).flatten(1)
-        mean, deviation = channels.mean(1), channels.std(1, correction=0)
+        number = summed(channels.new_tensor(channels.shape[1]))
+        mean = summed(channels.sum(1)) / number
+        deviation = (summed((channels - mean[:, None]).square().sum(1)) / number).sqrt()
         tiny = torch.finfo(self.bias.dtype).eps * mean.abs().clamp(min=1)
         self.bias.copy_(-mean)
         self.log_scale.copy_(torch.where(deviation > tiny, -deviation.log(), 0.0))

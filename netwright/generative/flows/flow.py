@@ -11,6 +11,7 @@ from torch.distributions import Transform as DistributionTransform
 
 from netwright.catalogue.facets import method
 from netwright.reversing.engine import Step, Update, chained, forth, run, undo
+from netwright.runtime.attributes import Memo
 
 __all__ = ["Flow", "Transform"]
 
@@ -118,7 +119,7 @@ class Flow(nn.Module):
         self.transforms = nn.ModuleList(transforms)
         self.size = torch.Size([size] if isinstance(size, int) else size)
         self.base, self.stored, self.exact = base, stored, exact
-        self._seen: set[tuple[bool, bool]] = set()
+        self._seen = Memo()
 
     def steps(self, condition: Any = None) -> list[Step]:
         """Return the steps of all transforms, on the streams x and log_det."""

@@ -8,6 +8,7 @@ from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.catalogue.facets import method
 from netwright.reversing.engine import Add, Update, run
+from netwright.runtime.attributes import Memo
 
 __all__ = ["ReversibleSDESolver"]
 
@@ -78,7 +79,7 @@ class ReversibleSDESolver(ReversibleBlock):
         checks.between(0, 1, ends=(False, True), coupling=coupling)
         self.score, self.schedule, self.number, self.coupling = score, schedule, steps, coupling
         self.times = _spread(schedule, begin, end, steps)
-        self._seen = False
+        self._seen = Memo()
 
     def updates(self, noise: Tensor) -> list[Update]:
         """Return the steps on X and Y, from the prior to the data."""
@@ -103,8 +104,9 @@ class ReversibleSDESolver(ReversibleBlock):
         return self._unscaled(self.inverse(streams, noise), 0)
 
     def _run(self, z: Tensor | Pair, noise: Tensor, start: int, end: int) -> Pair:
-        streams = run(self.updates(noise), self._scaled(z, noise, start), first=not self._seen)
-        self._seen = True
+        streams = run(self.updates(noise), self._scaled(z, noise, start),
+                      first=self.training not in self._seen)
+        self._seen.add(self.training)
         return self._unscaled(streams, end)
 
     def _scaled(self, x: Tensor | Pair, noise: Tensor, at: int) -> list[Tensor]:

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from netwright.anatomy.layers import beyond_weights
 from netwright.blocks.feedforward import GLU, FeedForward
 from netwright.errors import NothingToReshape
+from netwright.reshape._calibration import layers_in
 from netwright.reshape.feedforward import (
     FeedForwardLayer,
     FeedForwardWeights,
-    feedforwards,
     put_block,
 )
-from netwright.runtime.modes import evaluating
-from netwright.runtime.random_state import same_random_state
-from netwright.signals import apply, first_argument
 
 _KNOWN = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.ReLU6)
 
@@ -46,9 +44,14 @@ def dense_layers(model: nn.Module, example: Any, square: bool = True) -> list[Fe
         NothingToReshape: there is none.
         ValueError: one has hooks or parametrized weights, which its experts would not have.
     """
-    found = [layer for layer in feedforwards(model, example, square=square)
-             if layer.experts is None]
-    if not found:
+    return dense(model, layers_in(model, example, square=square))
+
+
+def dense(model: nn.Module, layers: list[FeedForwardLayer], *,
+          needed: bool = True) -> list[FeedForwardLayer]:
+    """Return those of `layers` that are not experts yet; raise as `dense_layers` does."""
+    found = [layer for layer in layers if layer.experts is None]
+    if not found and needed:
         raise NothingToReshape(f"all feed-forward layers of {type(model).__name__} are experts "
                                "already; give a dense model")
     for name in (name for layer in found for name in (layer.up, layer.gate, layer.down) if name):
@@ -63,6 +66,11 @@ def _check_plain(linear: nn.Module, name: str) -> None:
     if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
         raise ValueError(f"model has hooks at {name!r}, whose weights its experts take over "
                          "without them; remove the hooks first")
+    beyond = "" if hooks else beyond_weights(linear)
+    if beyond:
+        raise ValueError(f"model has a layer {name!r} with {beyond}, whose weights its experts "
+                         "take over without it; load the model plainly, without offloading or "
+                         "quantisation, and remove wrappers first")
     if is_parametrized(linear):
         raise ValueError(f"model has a parametrized layer {name!r}, whose weights its experts take "
                          "over as they are; take that off by "
@@ -110,21 +118,3 @@ def put_blocks(model: nn.Module, blocks: Mapping[FeedForwardLayer, nn.Module]) -
 def _copy(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format),
                         weight.requires_grad)
-
-
-@torch.no_grad()
-def rows_of(model: nn.Module, names: list[str], batches: list[Any]) -> dict[str, Tensor]:
-    """Return all that the modules called `names` were given, (rows, dim) each, in eval mode."""
-    model = deepcopy(model)  # what its modules remember of a run, as mixtures do, stays as it was
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, kwargs: seen[name].append(
-            first_argument(module, args, kwargs).detach().flatten(0, -2))
-
-    for name in names:
-        model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
-    with same_random_state(), evaluating(model):
-        for batch in batches:
-            apply(model, batch)
-    return {name: torch.cat(rows) for name, rows in seen.items()}

@@ -11,10 +11,12 @@ from netwright.blocks.experts import MixtureOfExperts, Routing, TopKRouter
 from netwright.blocks.experts.routing import check_choice
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
+from netwright.reshape._calibration import layers_in
 from netwright.reshape._layers import layer_of, plain_layer
 from netwright.reshape.change import decided, reshape
-from netwright.reshape.experts._dense import activation_of, as_block, dense_layers, put_blocks
+from netwright.reshape.experts._dense import activation_of, as_block, dense, put_blocks
 from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights
+from netwright.runtime.padding import read_padding
 
 __all__ = ["mix_lora"]
 
@@ -44,7 +46,8 @@ def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank:
     every `MixtureOfExperts`.
 
     Args:
-        model: any module with feed-forward layers; those that are experts already stay frozen.
+        model: any module with feed-forward layers. Those that are experts already stay frozen, and
+            where all are, attention alone gets adapters.
         example: what the model takes, to find its layers by; see `feedforwards`.
         n_experts: low-rank experts of each feed-forward layer.
         rank: of every B A.
@@ -60,8 +63,8 @@ def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank:
         generator: draws A and R; the global state without one.
 
     Raises:
-        NothingToReshape: the model has no dense feed-forward layer, or no linear layer has a name
-            of `attention`.
+        NothingToReshape: the model has no feed-forward layer, its feed-forward layers are experts
+            and there is nothing else to adapt, or no linear layer has a name of `attention`.
         ValueError: a size is below 1, `k` is above `n_experts`, or `dropout` is not within 0 to 1.
 
     Paper: Li, Ma, Wang, Ye, Cheng, Tang, Zhang, Duan, Zuo, Yang, Tang, 2024, MixLoRA: Enhancing
@@ -78,10 +81,11 @@ def mix_lora(model: nn.Module, example: Any = None, *, n_experts: int = 8, rank:
     checks.count(1, n_experts=n_experts, rank=rank)
     check_choice(n_experts, k)
     checks.between(0, 1, ends=(True, False), dropout=dropout)
-    layers = dense_layers(model, example, square)
+    found = layers_in(model, example, square=square)
     names = attention
     if isinstance(attention, bool):
-        names = _beside(model, layers) if attention else ()
+        names = _beside(model, found) if attention else ()
+    layers = dense(model, found, needed=not names)
     modules = dict(model.named_modules())
     for name in names:  # type: ignore[union-attr]
         if not is_linear(modules.get(name, nn.Identity())):
@@ -109,6 +113,7 @@ def _with_adapters(model: nn.Module, decision: Mapping[str, Any],
     tuned = put_blocks(model.requires_grad_(False), blocks)
     for name in decision["attention"]:
         replace(tuned, name, LowRank(tuned.get_submodule(name), rank, scale, dropout, generator))
+    read_padding(tuned)
     return tuned
 
 
@@ -179,7 +184,8 @@ class LowRankExperts(nn.Module):
         sizes = (layer.dim, layer.hidden, layer.out)
         experts = [LowRankExpert(sizes, gated, activation, rank, scale, dropout, like, generator)
                    for _ in range(n_experts)]
-        router = TopKRouter(layer.dim, n_experts, k, generator=generator).to(like)
+        router = TopKRouter(layer.dim, n_experts, k, softmax="chosen",
+                            generator=generator).to(like)
         self.mixture = MixtureOfExperts(layer.dim + layer.hidden * (1 + gated), experts,
                                         FirstEntries(router, layer.dim), balance=balance)
 
@@ -220,7 +226,8 @@ def _product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 def _beside(model: nn.Module, layers: list[FeedForwardLayer]) -> list[str]:
     """Return the linear layers in the modules that hold one feed-forward layer each."""
     parts = {name for layer in layers for name in (layer.up, layer.gate, layer.down) if name}
-    names = [layer.up or "" for layer in layers]
+    experts = [layer.name for layer in layers if layer.experts is not None]
+    names = [layer.up or layer.name for layer in layers]
     fused = [name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     found = []
     for layer in layers:
@@ -232,5 +239,6 @@ def _beside(model: nn.Module, layers: list[FeedForwardLayer]) -> list[str]:
             block = outer
         found += [name for name, module in model.named_modules()
                   if block and name.startswith(block + ".") and is_linear(module)
-                  and name not in parts and not any(name.startswith(f + ".") for f in fused)]
+                  and name not in parts and not any(
+                      name.startswith(f + ".") for f in (*fused, *experts))]
     return list(dict.fromkeys(found))

@@ -11,9 +11,9 @@ from netwright.blocks.experts.routing import TopKRouter, router_logits
 from netwright.blocks.feedforward.feed_forward import FeedForward
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.reshape._calibration import batches_of
+from netwright.reshape._calibration import Stream, show_inputs
 from netwright.reshape.change import decided, reshape
-from netwright.reshape.experts._dense import rows_of
+from netwright.runtime.padding import real_rows
 
 __all__ = ["prune_experts"]
 
@@ -50,7 +50,8 @@ def prune_experts(model: nn.Module, calibration: Any, keep: int, *,
     Experts that the router wants for the same tokens stand in for each other ("cluster_router").
     "usage" keeps those with the largest mean of softmax(l), "random" any. A router loses the rows
     of the others, so that their tokens go to the next best. Where a token used more than `keep`
-    experts it uses `keep`. The choice needs no labels; train on afterwards where you can.
+    experts it uses `keep`. The choice needs no labels, and what `attention_mask` calls padding
+    takes no part in it; train on afterwards where you can.
 
     What the paper leaves open here: clusters are made by average linkage, which draws nothing.
     Where a router chooses groups of experts first, as DeepSeek's, as many stay in each.
@@ -59,7 +60,8 @@ def prune_experts(model: nn.Module, calibration: Any, keep: int, *,
         model: with mixtures of experts: `MixtureOfExperts` with a router that has a weight
             (experts, dim), such as `TopKRouter`, or Hugging Face's Mixtral and others whose blocks
             hold `experts` and a `gate` or `router` with such a weight.
-        calibration: some of the task's data: what the model takes, or batches of that.
+        calibration: some of the task's data: what the model takes, or batches of that, such as a
+            loader, of which one is in memory at a time.
         keep: how many experts stay.
         method: how they are chosen.
         generator: draws "random"; the global state without one.
@@ -83,7 +85,7 @@ def prune_experts(model: nn.Module, calibration: Any, keep: int, *,
     """
     known = Method.__args__  # type: ignore[attr-defined]
     checks.one_of(known, method=method)
-    batches = batches_of(calibration)
+    stream = Stream(calibration)
     found = _mixtures(model)
     for mixture in found:
         checks.between(1, mixture.experts, whole=True, keep=keep,
@@ -92,18 +94,16 @@ def prune_experts(model: nn.Module, calibration: Any, keep: int, *,
             raise ValueError(f"keep must be a multiple of the {mixture.groups} groups in which "
                              f"{mixture.router!r} chooses, and at least two in each, got {keep}; "
                              f"try {2 * mixture.groups}")
-    given = rows_of(model, [mixture.router for mixture in found], batches)
+    seen = {mixture.router: _Seen(model.get_submodule(mixture.router)) for mixture in found}
+    show_inputs(model, list(seen), stream, lambda name, x: seen[name].add(real_rows(x), name))
     chosen = []
     for mixture in found:
-        router: Any = model.get_submodule(mixture.router)
-        logits = router_logits(given[mixture.router].flatten(0, -2), router.weight,
-                               getattr(router, "bias", None))
-        if not logits.isfinite().all():
-            raise ValueError(f"calibration must give finite router logits, got others in "
-                             f"{mixture.router!r}; check the inputs and the weights")
-        stay = [_stay(part, keep // mixture.groups, method, generator) + i * part.shape[1]
-                for i, part in enumerate(logits.chunk(mixture.groups, 1))]
-        chosen.append(torch.cat(stay))
+        usage, likeness = seen[mixture.router].usage(mixture.router), seen[mixture.router].likeness
+        size = mixture.experts // mixture.groups
+        parts = [slice(i * size, (i + 1) * size) for i in range(mixture.groups)]
+        chosen.append(torch.cat([part.start + _stay(
+            usage[part], likeness[part, part], keep // mixture.groups, method, generator)
+            for part in parts]))
     return decided({"mixtures": [{**mixture._asdict(), "stay": stay.tolist()}
                                  for mixture, stay in zip(found, chosen, strict=True)]})
 
@@ -158,17 +158,56 @@ def _number(experts: nn.Module) -> int:
     return sizes.pop() if len(sizes) == 1 else 0
 
 
-def _stay(logits: Tensor, keep: int, method: Method, generator: Generator | None) -> Tensor:
+class _Seen:
+    """What a router's logits were, summed over the tokens so far."""
+
+    def __init__(self, router: Any) -> None:
+        self.router, self.tokens = router, 0
+        self.chosen: Any = 0.0  # sum of softmax(l)
+        self.sum: Any = 0.0
+        self.products: Any = 0.0
+        self.near: Tensor | None = None  # the first batch's mean, beside which sums stay exact
+
+    def add(self, x: Tensor, name: str) -> None:
+        """Take in the tokens x (tokens, dim)."""
+        if not len(x):
+            return
+        logits = router_logits(x, self.router.weight, getattr(self.router, "bias", None)).double()
+        if not logits.isfinite().all():
+            raise ValueError(f"calibration must give finite router logits, got others in "
+                             f"{name!r}; check the inputs and the weights")
+        self.near = logits.mean(0) if self.near is None else self.near
+        self.chosen = self.chosen + logits.softmax(-1).sum(0)
+        logits = logits - self.near
+        self.sum, self.products = self.sum + logits.sum(0), self.products + logits.T @ logits
+        self.tokens += len(x)
+
+    def usage(self, name: str) -> Tensor:
+        """Return the mean of softmax(l) over the tokens."""
+        if not self.tokens:
+            raise ValueError(f"calibration must give {name!r} tokens that are no padding, got "
+                             "none; check its attention_mask")
+        usage: Tensor = self.chosen / self.tokens
+        return usage
+
+    @property
+    def likeness(self) -> Tensor:
+        """The correlations of the logits over the tokens."""
+        covariance = self.products - self.sum[:, None] * self.sum / self.tokens
+        length = covariance.diagonal().clamp(min=0).sqrt()
+        length = length.clamp(min=torch.finfo(torch.double).tiny)
+        return covariance / length / length[:, None]
+
+
+def _stay(usage: Tensor, likeness: Tensor, keep: int, method: Method,
+          generator: Generator | None) -> Tensor:
     """Return which experts stay, in their order."""
-    n = logits.shape[1]
+    n = len(usage)
     if method == "random":
         return torch.randperm(n, generator=generator)[:keep].sort().values
-    usage = logits.softmax(-1).mean(0)
     if method == "usage" or keep == n:
         return usage.topk(keep).indices.sort().values.cpu()
-    points = (logits - logits.mean(0)).double()
-    points = points / points.norm(dim=0).clamp(min=torch.finfo(torch.double).tiny)
-    distances = (1 - points.T @ points).clamp(min=0).cpu().numpy()
+    distances = (1 - likeness).clamp(min=0).cpu().numpy()
     numpy.fill_diagonal(distances, 0.0)
     from sklearn.cluster import AgglomerativeClustering
     owner = torch.from_numpy(AgglomerativeClustering(

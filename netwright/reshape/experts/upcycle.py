@@ -17,6 +17,7 @@ from netwright.reshape.change import decided, reshape
 from netwright.reshape.experts._dense import activation_of, as_block, dense_layers, put_blocks
 from netwright.reshape.feedforward import FeedForwardLayer, feedforward_weights
 from netwright.runtime.modes import evaluating
+from netwright.runtime.padding import read_padding
 from netwright.runtime.random_state import same_random_state
 from netwright.signals import apply, first_argument
 
@@ -112,7 +113,8 @@ def _mixed(model: nn.Module, decision: Mapping[str, Any],
                 _shake(block, noise, generator)
             made.append(block)
         like = next(made[0].parameters())
-        router = TopKRouter(layer.dim, n_experts, decision["k"], generator=generator).to(like)
+        router = TopKRouter(layer.dim, n_experts, decision["k"], softmax="chosen",
+                            generator=generator).to(like)
         blocks[layer] = MixtureOfExperts(layer.dim, made, router, balance=decision["balance"])
     parts = {name: [deepcopy(m.get_submodule(name)) for m in models]
              for name in decision["attention"]}
@@ -120,6 +122,7 @@ def _mixed(model: nn.Module, decision: Mapping[str, Any],
     mixed = put_blocks(model, blocks)
     for name, dim in decision["attention"].items():
         replace(mixed, name, SoftExperts(dim, parts[name], generator=generator))
+    read_padding(mixed)
     return mixed
 
 

@@ -1,5 +1,5 @@
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 from netwright import checks
 from netwright.anatomy.exchanging import feedforward_weights, write_feedforward
-from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
+from netwright.anatomy.feedforwards import FeedForwardLayer
 from netwright.anatomy.layers import is_linear, linear_sizes
-from netwright.anatomy.replacing import plain_paths
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.reshape._calibration import batches_of
+from netwright.reshape._calibration import Stream, layers_in, show_inputs
 from netwright.reshape._layers import layer_of, plain_layer
+from netwright.reshape._resuming import Finished
 from netwright.reshape.change import decided, reshape
 from netwright.reshape.feedforward.swap_feedforward import choose
-from netwright.runtime.modes import evaluating, rehearsing
-from netwright.signals import apply
+from netwright.runtime.padding import real_rows
+from netwright.runtime.progress import Bar
 
 __all__ = ["Bricks", "find_bricks", "keep_bricks"]
 
@@ -33,11 +33,12 @@ class Bricks(NamedTuple):
 @torch.inference_mode(False)
 @torch.no_grad()
 def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
-                layers: Sequence[str] | None = None) -> list[Bricks]:
+                layers: Sequence[str] | None = None, progress: bool = True,
+                resume: str | Path | None = None) -> list[Bricks]:
     """Return, for each feed-forward layer, groups of hidden units that are active together.
 
-    c_ij = max(0, corr(|a_i|, |a_j|)) over the calibration data's positions, a_i being what unit i
-    gives to the layer's way out;  the groups are the spectral clusters of c.
+    c_ij = max(0, corr(|a_i|, |a_j|)) over the calibration data's positions, padding apart, a_i
+    being what unit i gives to the layer's way out;  the groups are the spectral clusters of c.
 
     The paper surveys how neurons group and leaves the method open; this choice needs no labels
     and no random draw, and takes gated units as they are (a_i is gate times value). Units that
@@ -47,9 +48,13 @@ def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
     Args:
         model: any module with layers that `feedforwards` finds; a classifier of two linear layers
             counts where the model has none on a residual stream.
-        calibration: what the model takes, or a list of such batches.
+        calibration: what the model takes, or batches of it, such as a loader, of which one is in
+            memory at a time.
         bricks: how many groups a layer is cut into; it may be fewer where groups are empty.
         layers: the names of the layers to look at; all where none are given.
+        progress: whether to show a bar in a terminal where it takes more than two seconds.
+        resume: a folder where each layer's groups are kept. A call that was broken off goes on
+            from there when it is made again with the same arguments.
 
     Shapes: each `units[i]` (units of the brick,) of int64, ascending; together they are all units.
 
@@ -68,11 +73,11 @@ def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
     >>> sorted(int(i) for units in found.units for i in units) == list(range(12))
     True
     """
-    batches = batches_of(calibration)
+    stream = Stream(calibration)
     try:
-        found = feedforwards(model, batches[0])
+        found = layers_in(model, stream.first)
     except NothingToReshape:
-        found = feedforwards(model, batches[0], square=False)
+        found = layers_in(model, stream.first, square=False)
     chosen = [layer for layer in choose(found, layers) if layer.down is not None]
     if not chosen:
         raise NothingToReshape("the model's feed-forward layers are blocks of experts, which are "
@@ -80,8 +85,26 @@ def find_bricks(model: nn.Module, calibration: Any, bricks: int = 8, *,
     for layer in chosen:
         checks.between(1, layer.hidden, whole=True, bricks=bricks,
                        advice=f"{layer.down!r} has {layer.hidden} hidden units")
-    return [Bricks(layer, _clusters(_co_activation(model, layer, batches), bricks))
-            for layer in chosen]
+    seen = {str(layer.down): _CoActivation(layer.hidden) for layer in chosen}
+    finished = Finished(resume, {"function": "find_bricks", "bricks": bricks,
+                                 "data": stream.first, "weights": model.state_dict()})
+    bar = Bar(len(chosen), None, "", unit="layer")
+    if progress:
+        bar.start(after=2.0)
+    groups = []
+    try:
+        show_inputs(model, list(seen), stream, lambda name, x: seen[name].add(real_rows(x)), bar)
+        for number, (name, co_activation) in enumerate(seen.items()):
+            known = finished.get(name)
+            units = list(known[1].values()) if known is not None else _clusters(
+                co_activation.likeness(name), bricks)
+            groups.append(tuple(units))
+            if known is None:
+                finished.put(name, {}, {f"{i:08}": part for i, part in enumerate(units)})
+            bar.epoch(number, float("nan"), float("nan"))
+    finally:
+        bar.stop()
+    return [Bricks(layer, units) for layer, units in zip(chosen, groups, strict=True)]
 
 
 @method(
@@ -135,8 +158,8 @@ def keep_bricks(model: nn.Module, found: Sequence[Bricks],
                              "prune_sublayers")
     known = dict(model.named_modules())
     for layer, _ in found:
-        for name, size in ((layer.up, layer.hidden), (layer.gate, layer.hidden),
-                           (layer.down, layer.out)):
+        into = layer.hidden * (1 if layer.packed is None else 2)
+        for name, size in ((layer.up, into), (layer.gate, into), (layer.down, layer.out)):
             if name is None:
                 continue
             if name not in known or not is_linear(known[name]):
@@ -161,27 +184,37 @@ def _kept(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _co_activation(model: nn.Module, layer: FeedForwardLayer, batches: list[Any]) -> Tensor:
-    """Return the correlation of the sizes of all pairs of hidden units' activations."""
-    sizes: list[Tensor] = []
+class _CoActivation:
+    """How the sizes of hidden units' activations go together, summed over the positions so far."""
 
-    def before(_: nn.Module, args: Any) -> None:
-        sizes.append(args[0].detach().abs().double().reshape(-1, layer.hidden))
+    def __init__(self, units: int) -> None:
+        self.units, self.positions = units, 0
+        self.sum: Any = 0.0
+        self.products: Any = 0.0
+        self.near: Tensor | None = None  # the first batch's mean, beside which sums stay exact
 
-    watched = deepcopy(model)
-    watched.get_submodule(str(layer.down)).register_forward_pre_hook(before)
-    with evaluating(watched), plain_paths(), rehearsing(watched):
-        for x in batches:
-            apply(watched, x)
-    active = torch.cat(sizes)
-    if len(active) < 2 or not active.isfinite().all():
-        raise ValueError("calibration must give two positions or more and finite activations, "
-                         f"got {len(active)} in {layer.down!r}"
-                         + ("" if active.isfinite().all() else ", some of them not finite"))
-    active = active - active.mean(0)
-    length = active.norm(dim=0)
-    active = active / length.where(length > 1e-12 * len(active), torch.inf)
-    return (active.T @ active).clamp(min=0)
+    def add(self, hidden: Tensor) -> None:
+        """Take in what the units gave at some positions, (positions, units)."""
+        if not len(hidden):
+            return
+        sizes = hidden.abs().double()
+        self.near = sizes.mean(0) if self.near is None else self.near
+        sizes = sizes - self.near
+        self.sum, self.products = self.sum + sizes.sum(0), self.products + sizes.T @ sizes
+        self.positions += len(sizes)
+
+    def likeness(self, name: str) -> Tensor:
+        """Return the correlations of all pairs of units, 0 where they are below."""
+        finite = self.positions and bool(self.products.isfinite().all())
+        if self.positions < 2 or not finite:
+            raise ValueError("calibration must give two positions or more that are no padding and "
+                             f"finite activations, got {self.positions} in {name!r}"
+                             + (", some of them not finite" if self.positions and not finite
+                                else ""))
+        products = self.products - self.sum[:, None] * self.sum / self.positions
+        length = products.diagonal().clamp(min=0).sqrt()
+        length = length.where(length > 1e-12 * self.positions, torch.inf)
+        return (products / length / length[:, None]).clamp(min=0)
 
 
 def _clusters(likeness: Tensor, bricks: int) -> tuple[Tensor, ...]:

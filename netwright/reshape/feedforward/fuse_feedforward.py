@@ -23,6 +23,7 @@ from netwright.reshape.change import decided, reshape
 from netwright.reshape.feedforward.swap_feedforward import choose
 from netwright.reshape.pruning.prune_sublayers import taken_out
 from netwright.runtime.modes import evaluating, rehearsing
+from netwright.runtime.padding import read_padding, real_rows
 from netwright.runtime.random_state import same_random_state
 from netwright.signals import apply
 
@@ -258,7 +259,7 @@ def _dependence(model: nn.Module, batches: Sequence[Any], group: list[_Branch]) 
     positions = 0
     for batch in batches:
         whole = _added(model, batch, names, None)
-        count = whole[0][..., 0].numel()
+        count = len(whole[0])
         for i, name in enumerate(names[:-1]):
             without = _added(model, batch, names, name)
             for j in range(i + 1, len(names)):
@@ -275,9 +276,10 @@ def _added(model: nn.Module, example: Any, names: list[str], silent: str | None)
     copy = deepcopy(model)
     for name in names:
         def after(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
-            found[name] = output.clone()
+            found[name] = real_rows(output).clone()
             return torch.zeros_like(output) if name == silent else None
         copy.get_submodule(name).register_forward_hook(after)
+    read_padding(copy)
     with evaluating(copy), plain_paths(), rehearsing(copy):
         apply(copy, example)
     return [found[name] for name in names]

@@ -119,7 +119,8 @@ def _shared(model: nn.Module, decision: Mapping[str, Any],
 
 
 def _linears(layer: FeedForwardLayer) -> list[str]:
-    return [name for name in (layer.up, layer.down, layer.gate) if name is not None]
+    return list(dict.fromkeys(
+        name for name in (layer.up, layer.down, layer.gate) if name is not None))
 
 
 def _decoder(found: Sequence[FeedForwardLayer]) -> list[FeedForwardLayer]:
@@ -132,8 +133,8 @@ def _check_alike(model: nn.Module, layers: Sequence[FeedForwardLayer]) -> None:
     first, *others = layers
     biases = [weights is not None for weights in feedforward_weights(model, first)]
     for layer in others:
-        if (layer.dim, layer.hidden, layer.out, layer.gate is None) != (
-                first.dim, first.hidden, first.out, first.gate is None) or (
+        if (layer.dim, layer.hidden, layer.out, layer.gate is None, layer.packed) != (
+                first.dim, first.hidden, first.out, first.gate is None, first.packed) or (
                 [weights is not None for weights in feedforward_weights(model, layer)] != biases):
             raise ValueError(f"layers that share must be alike, but {first.down!r} has "
                              f"{first.dim} inputs, {first.hidden} hidden units and "

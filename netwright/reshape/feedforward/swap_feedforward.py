@@ -1,8 +1,9 @@
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,25 +12,44 @@ from torch.nn.functional import mse_loss
 
 from netwright import checks
 from netwright.anatomy.exchanging import put_block
-from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards
-from netwright.anatomy.replacing import plain_paths, replace
+from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards, feedforwards_in
+from netwright.anatomy.replacing import replace
+from netwright.anatomy.run import Run
 from netwright.blocks.feedforward.feed_forward import GLU, FeedForward
 from netwright.catalogue.facets import method
 from netwright.errors import Diverged, UnknownName
-from netwright.reshape._calibration import batches_of
+from netwright.reshape._calibration import Stream, first_run, run_batches
 from netwright.reshape._layers import layer_of, plain_layer
 from netwright.reshape._naming import Built, restored
+from netwright.reshape._resuming import Finished
 from netwright.reshape.change import History, decided, history, remember, reshape
 from netwright.runtime.modes import evaluating, rehearsing
+from netwright.runtime.padding import real_of
 from netwright.runtime.progress import Bar
 from netwright.runtime.random_state import drawing_from
-from netwright.signals import apply
+from netwright.signals import first_argument
 
 __all__ = ["Swap", "swap_feedforward", "unswap_feedforward"]
 
 ROWS = 2048  # about as many vectors are in a step of the distillation
 
-Samples = list[tuple[Tensor, Tensor]]
+
+class Sample(NamedTuple):
+    """What a layer takes and gives in one batch, and which of its vectors are no padding.
+
+    Shapes: x (*, dim), zeros at padding; y (*, out); real (*), None where all are real.
+    """
+
+    x: Tensor
+    y: Tensor
+    real: Tensor | None
+
+    def rows(self, given: Tensor) -> Tensor:
+        """Return the vectors of `given` (*, out) that are no padding, (rows, out)."""
+        return given.reshape(-1, given.shape[-1]) if self.real is None else given[self.real]
+
+
+Samples = list[Sample]
 
 
 class Swap(NamedTuple):
@@ -55,8 +75,9 @@ class Swap(NamedTuple):
 @reshape
 def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], example: Any = None,
                      *, calibration: Any = None, layers: Sequence[str] | None = None,
-                     steps: int = 200, lr: float = 1e-2, generator: Generator | None = None,
-                     progress: bool = True) -> nn.Module:
+                     steps: int = 200, lr: float = 1e-2, rows: int = 16384,
+                     generator: Generator | None = None, progress: bool = True,
+                     resume: str | Path | None = None) -> nn.Module:
     """Return a copy in which every feed-forward layer is the block that `make(dim, hidden)` makes.
 
     With `calibration` each block learns, on its own, to be the layer that it replaces:
@@ -65,7 +86,8 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
 
     by `steps` of Adam with a rate that falls linearly to 0, on what the layer takes and gives when
     the model runs on the calibration data in eval mode; then a linear layer that the block ends in
-    is set to its least squares. Without `calibration` the blocks are as they are made. Norms,
+    is set to its least squares. Without `calibration` the blocks are as they are made. Padding, as
+    the data's `attention_mask` has it, is shown to them as zeros and teaches nothing. Norms,
     residual sums and the dropout on the layer's output stay where they are; the dropout on its
     hidden units goes with it.
 
@@ -76,19 +98,24 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
         model: any module with layers that `feedforwards` finds.
         make: makes a block from the size that a layer takes and gives and its hidden units.
         example: what the model takes; see `feedforwards`.
-        calibration: what the model takes, or a list of such batches.
+        calibration: what the model takes, or batches of it, such as a loader, of which one is in
+            memory at a time.
         layers: the names of those to swap, of the modules that hold them or of their last linear
             layers; all where none are given.
         steps: of Adam for each layer.
         lr: its rate in the beginning.
+        rows: how many vectors each block learns from, about: no more batches are read and kept.
         generator: draws what `make` draws, and the rows of each step.
-        progress: whether to show a bar in a terminal.
+        progress: whether to show a bar in a terminal where it takes more than two seconds.
+        resume: a folder where each distilled block is kept. A call that was broken off goes on
+            from there when it is made again with the same arguments, and ends the same.
 
     Raises:
         NothingToReshape: the model has no feed-forward layer.
         UnknownName: no feed-forward layer is called that.
         TypeError: `make` does not return a module.
-        ValueError: a block does not give what the layer gave, or `calibration` is empty.
+        ValueError: a block does not give what the layer gave, `calibration` is empty or nothing
+            but padding, or `resume` holds what another call left.
         Diverged: a block's loss or output is no longer finite.
 
     >>> from netwright.blocks.feedforward import GLU
@@ -100,31 +127,56 @@ def swap_feedforward(model: nn.Module, make: Callable[[int, int], nn.Module], ex
     >>> torch.equal(unswap_feedforward(swapped, model)(x), model(x))
     True
     """
-    batches = [] if calibration is None else batches_of(calibration)
-    if example is None and batches:
-        example = batches[0]
-    checks.count(1, steps=steps)
-    chosen = choose(feedforwards(model, example), layers)
-    watched, built = deepcopy(model), Built()
-    blocks: list[nn.Module] = []
+    checks.count(1, steps=steps, rows=rows)
+    checks.above(0, lr=lr)
+    stream = None if calibration is None else Stream(calibration)
+    if example is None and stream is not None:
+        example = stream.first
+    run = None if example is None else first_run(model, example)
+    chosen = choose(feedforwards(model) if run is None else feedforwards_in(run), layers)
+    built, blocks = Built(), list[nn.Module]()
     said: list[dict[str, Any]] = []
-    bar = Bar(len(chosen), steps, "error", unit="layer")
-    if batches and progress:
-        bar.start()
+    for layer in chosen:
+        with drawing_from(generator), built.watching():
+            block: Any = make(layer.dim, layer.hidden)
+        blocks.append(_fitting(block, layer, model))
+        said.append({"layer": plain_layer(layer, model), "block": built.said(block),
+                     "error": None})
+        _check(block, layer, None if run is None else _shapes(run, layer))
+    if stream is not None:
+        finished = Finished(resume, {"reshape": "swap_feedforward", "steps": steps, "lr": lr,
+                                     "rows": rows, "data": stream.first,
+                                     "weights": model.state_dict(),
+                                     "blocks": list(map(str, blocks))}, generator)
+        errors = _distil_all(model, dict(zip(chosen, blocks, strict=True)), stream, rows, steps,
+                             lr, generator, progress, finished)
+        for entry, error in zip(said, errors, strict=True):
+            entry["error"] = error
+    return decided({"layers": said}, layers=chosen, blocks=blocks)
+
+
+def _distil_all(model: nn.Module, blocks: Mapping[FeedForwardLayer, nn.Module], stream: Stream,
+                rows: int, steps: int, lr: float, generator: Generator | None, progress: bool,
+                finished: Finished) -> list[float]:
+    """Train each block to give what its layer gives; return how far from it they stay."""
+    errors: list[float] = []
+    bar = Bar(len(blocks), steps, "error", unit="layer")
+    if progress:
+        bar.start(after=2.0)
     try:
-        for number, layer in enumerate(chosen):
-            with drawing_from(generator), built.watching():
-                block: Any = make(layer.dim, layer.hidden)
-            block = _fitting(block, layer, watched)
-            said.append({"layer": plain_layer(layer, model), "block": built.said(block)})
-            samples = record(watched, layer, batches or ([] if example is None else [example]))
-            _check(block, layer, samples)
-            said[-1]["error"] = _distil_wide(block, samples, layer, steps, lr, generator, bar,
-                                             number) if batches else None
-            blocks.append(block)
+        samples = record(model, list(blocks), stream, rows)
+        for number, (layer, block) in enumerate(blocks.items()):
+            seen, name = samples.pop(layer), layer.down or layer.name
+            known = finished.get(name)
+            if known is not None:
+                block.load_state_dict(known[1])
+            errors.append(known[0]["error"] if known is not None else _distil_wide(
+                block, seen, layer, steps, lr, generator, bar, number))
+            if known is None:
+                finished.put(name, {"error": errors[-1]}, block.state_dict())
     finally:
         bar.stop()
-    return decided({"layers": said}, layers=chosen, blocks=blocks)
+    return errors
 
 
 @swap_feedforward.applies
@@ -208,39 +260,75 @@ def choose(found: Sequence[FeedForwardLayer],
     return [layer for layer in found if layer.name in layers or layer.down in layers]
 
 
-def record(model: nn.Module, layer: FeedForwardLayer, batches: Sequence[Any]) -> Samples:
-    """Return what `layer` takes and gives when `model` runs on each batch in eval mode."""
-    first, last = ((model.get_submodule(name) for name in (layer.up, layer.down))
-                   if layer.up is not None and layer.down is not None
-                   else (model.get_submodule(layer.name),) * 2)
-    taken: list[Tensor] = []
-    samples: Samples = []
+def record(model: nn.Module, layers: Sequence[FeedForwardLayer], batches: Iterable[Any],
+           rows: float = math.inf) -> dict[FeedForwardLayer, Samples]:
+    """Return what each layer takes and gives when `model` runs on the batches in eval mode.
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-        taken.append(args[0].detach().clone())  # a later operation in place may change it
+    No more batches are run once there are `rows` vectors.
+    """
+    samples: dict[FeedForwardLayer, Samples] = {layer: [] for layer in layers}
+    taken: dict[FeedForwardLayer, list[tuple[Tensor, Tensor | None]]] = {
+        layer: [] for layer in layers}
 
-    def after(_: nn.Module, __: Any, output: Any) -> None:
-        if not isinstance(output, Tensor):
-            raise ValueError(f"{layer} must return one tensor, got "
-                             f"{type(output).__name__}; leave it out by layers=")
-        samples.append((taken.pop(), output.detach().clone()))
+    def before(layer: FeedForwardLayer, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = first_argument(module, args, kwargs).detach()
+        real = real_of(x)
+        # A copy, since a later operation in place may change it.
+        taken[layer].append((x.clone() if real is None else
+                             x.masked_fill(~real[..., None], 0), real))
 
-    handles = [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
-    try:
-        with evaluating(model), plain_paths(), rehearsing(model):
-            for x in batches:
-                apply(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    def after(layer: FeedForwardLayer, _: nn.Module, __: Any, output: Tensor) -> None:
+        x, real = taken[layer].pop()
+        if real is None or bool(real.any()):
+            samples[layer].append(Sample(x, output.detach().clone(), real))
+
+    handles = []
+    for layer in layers:
+        first, last = (model.get_submodule(name) for name in _ends(layer))
+        handles += [first.register_forward_pre_hook(partial(before, layer), with_kwargs=True),
+                    last.register_forward_hook(partial(after, layer))]
+    run_batches(model, _until(batches, lambda: any(
+        sum(map(_count, seen)) >= rows for seen in samples.values())), handles)
+    for layer, seen in samples.items():
+        if not sum(map(_count, seen)):
+            raise ValueError(f"calibration must give {layer} vectors that are no padding, got "
+                             "none; check its attention_mask")
     return samples
+
+
+def _until(batches: Iterable[Any], enough: Callable[[], bool]) -> Iterator[Any]:
+    for batch in batches:
+        yield batch
+        if enough():
+            return
+
+
+def _count(sample: Sample) -> int:
+    return sample.y[..., 0].numel() if sample.real is None else int(sample.real.sum())
+
+
+def _ends(layer: FeedForwardLayer) -> tuple[str, str]:
+    """Return the names of the modules that take and give what the layer does."""
+    if layer.up is not None and layer.down is not None:
+        return layer.up, layer.down
+    return layer.name, layer.name
+
+
+def _shapes(run: Run, layer: FeedForwardLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of what a layer took and gave in `run`."""
+    if not layer.whole and layer.down is None:
+        raise ValueError(f"{layer} must return one tensor for a block to stand in its place, but "
+                         "it returns more, such as router scores; leave it out by layers=")
+    first, last = _ends(layer)
+    return (run.shapes[run.called(first)[0].taken[0]], run.shapes[run.called(last)[0].gave[0]])
 
 
 def _stood(layer: FeedForwardLayer) -> list[str]:
     """Return the names of the modules that `put_block` replaces."""
     if layer.whole:
         return [layer.name]
-    return [name for name in (layer.up, layer.gate, layer.down) if name is not None]
+    return list(dict.fromkeys(
+        name for name in (layer.up, layer.gate, layer.down) if name is not None))
 
 
 def _fitting(block: Any, layer: FeedForwardLayer, model: nn.Module) -> nn.Module:
@@ -251,33 +339,33 @@ def _fitting(block: Any, layer: FeedForwardLayer, model: nn.Module) -> nn.Module
     return block.to(like.device, like.dtype)
 
 
-def _check(block: nn.Module, layer: FeedForwardLayer, samples: Samples) -> None:
-    """Raise unless `block` gives what `layer` gave."""
+def _check(block: nn.Module, layer: FeedForwardLayer,
+           shapes: tuple[tuple[int, ...], tuple[int, ...]] | None) -> None:
+    """Raise unless `block` gives what `layer` gave, by the shapes of a run where there was one."""
     like = next((p for p in block.parameters()), torch.empty(0))
-    x, y = samples[0] if samples else (
-        torch.zeros(1, 3, layer.dim, device=like.device, dtype=like.dtype),
-        torch.zeros(1, 3, layer.out))
+    taken, wanted = shapes or ((1, 3, layer.dim), (1, 3, layer.out))
+    x = torch.zeros(taken, device=like.device, dtype=like.dtype)
     with evaluating(block), rehearsing(block):
         try:
             given = block(x)
         except Exception as error:
             raise ValueError(f"the block that make({layer.dim}, {layer.hidden}) makes must take "
                              f"{tuple(x.shape)}, but {error}"
-                             + ("" if samples else "; pass example=, so that it is tried on what "
+                             + ("" if shapes else "; pass example=, so that it is tried on what "
                                 "the layer takes")) from error
-    if not isinstance(given, Tensor) or given.shape != y.shape:
+    if not isinstance(given, Tensor) or given.shape != wanted:
         what = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise ValueError(f"the block that make({layer.dim}, {layer.hidden}) makes must give "
-                         f"{tuple(y.shape)} for {tuple(x.shape)}, as {layer} does, "
+                         f"{wanted} for {taken}, as {layer} does, "
                          f"got {what}")
 
 
 def _distil_wide(block: nn.Module, samples: Samples, *how: Any) -> float:
     """Train `block` in float32 where the model is narrower; return how far from the layer it is."""
-    dtype = samples[0][0].dtype
+    dtype = samples[0].x.dtype
     if dtype not in (torch.float16, torch.bfloat16):
         return _distil(block, samples, *how)
-    wide = [(x.float(), y.float()) for x, y in samples]
+    wide = [Sample(x.float(), y.float(), real) for x, y, real in samples]
     _distil(block.float(), wide, *how)
     return _error(block.to(dtype), samples, max(_variance(wide), torch.finfo(torch.float32).tiny))
 
@@ -287,7 +375,7 @@ def _distil(block: nn.Module, samples: Samples, layer: FeedForwardLayer, steps: 
     """Train `block` to give what the layer gave; return how far from it it stays."""
     learns = [p for p in block.parameters() if p.requires_grad]
     variance = max(_variance(samples), torch.finfo(torch.float32).tiny)
-    last = _last_linear(block, samples[0][0])
+    last = _last_linear(block, samples[0].x)
     # A block that ends in a linear layer learns at scale 1, whatever the layer's scale is.
     scale = 1.0 if last is None else variance ** 0.5
     if learns:
@@ -297,8 +385,9 @@ def _distil(block: nn.Module, samples: Samples, layer: FeedForwardLayer, steps: 
         block.train()
         with torch.enable_grad():
             for step in range(steps):
-                x, y = _drawn(samples, generator)
-                loss = mse_loss(block(x).float(), y.float() / scale) * (scale ** 2 / variance)
+                some = _drawn(samples, generator)
+                loss = mse_loss(some.rows(block(some.x)).float(),
+                                some.rows(some.y).float() / scale) * (scale ** 2 / variance)
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise Diverged(f"the loss of the block for {layer} became {value} at "
@@ -328,8 +417,9 @@ def _distil(block: nn.Module, samples: Samples, layer: FeedForwardLayer, steps: 
 
 def _error(block: nn.Module, samples: Samples, variance: float) -> float:
     with evaluating(block), rehearsing(block):
-        squares = sum(float((block(x).double() - y.double()).square().sum()) for x, y in samples)
-    return squares / sum(y.numel() for _, y in samples) / variance
+        squares = sum(float((some.rows(block(some.x)).double()
+                             - some.rows(some.y).double()).square().sum()) for some in samples)
+    return squares / sum(some.rows(some.y).numel() for some in samples) / variance
 
 
 def _last_linear(block: nn.Module, x: Tensor) -> nn.Linear | None:
@@ -360,12 +450,12 @@ def _fit(block: nn.Module, last: nn.Linear, samples: Samples, variance: float) -
     product: Any = 0.0
     try:
         with evaluating(block), rehearsing(block):
-            for x, y in samples:
-                block(x)
-                h = read.pop().double().reshape(-1, last.in_features)
+            for some in samples:
+                block(some.x)
+                h = some.rows(read.pop()).double()
                 h = torch.cat([h, h.new_ones(len(h), 1)], 1) if last.bias is not None else h
                 square = square + h.T @ h
-                product = product + h.T @ y.double().reshape(-1, last.out_features)
+                product = product + h.T @ some.rows(some.y).double()
     finally:
         handle.remove()
     before, error = [p.detach().clone() for p in last.parameters()], _error(block, samples,
@@ -387,14 +477,16 @@ def _fit(block: nn.Module, last: nn.Linear, samples: Samples, variance: float) -
 
 
 def _variance(samples: Samples) -> float:
-    return float(torch.cat([y.double().reshape(-1, y.shape[-1]) for _, y in samples]).var(
+    return float(torch.cat([some.rows(some.y).double() for some in samples]).var(
         0, unbiased=False).mean())
 
 
-def _drawn(samples: Samples, generator: Generator | None) -> tuple[Tensor, Tensor]:
-    """Return some entries of one batch, about `ROWS` vectors."""
-    x, y = samples[int(torch.randint(len(samples), (), generator=generator))]
-    each = max(1, x[0].numel() // x.shape[-1])
+def _drawn(samples: Samples, generator: Generator | None) -> Sample:
+    """Return some entries of one batch, about `ROWS` vectors; padding is in no count."""
+    x, y, real = samples[int(torch.randint(len(samples), (), generator=generator))]
+    each = max(1, (x[..., 0].numel() if real is None else int(real.sum())) // len(x))
     some = min(len(x), max(1, ROWS // each))
     rows = torch.randperm(len(x), generator=generator)[:some].to(x.device)
-    return x[rows], y[rows]
+    if real is not None and not real[rows].any():
+        rows = real.reshape(len(x), -1).any(1).nonzero().flatten()[:some]
+    return Sample(x[rows], y[rows], None if real is None else real[rows])

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from netwright import checks
 from netwright.catalogue.facets import method
@@ -13,7 +12,12 @@ from netwright.objectives.losses import cross_entropy
 from netwright.rules.readout import without_padding
 from netwright.rules.rule import Rule, chain_of, check_labels, targets
 from netwright.runtime.modes import same_buffers
-from netwright.runtime.random_state import random_state, same_random_state, set_random_state
+from netwright.runtime.random_state import (
+    random_state,
+    same_draws,
+    same_random_state,
+    set_random_state,
+)
 from netwright.stages import Stages
 
 __all__ = ["PredictiveCoding"]
@@ -146,7 +150,7 @@ class _Batch:
             states.append(random_state())
         self.inputs.pop()
         self.drawn = {i: before for i, (before, after) in enumerate(pairwise(states))
-                      if not all(map(torch.equal, tree_leaves(before), tree_leaves(after)))}
+                      if not same_draws(before, after)}
         if rule.loss is cross_entropy:
             check_labels(y, self.outputs[-1].shape[-1])
         self.loss = rule.loss(self.outputs[-1], y)

@@ -11,6 +11,7 @@ from netwright.errors import CannotReverse, CannotStage
 from netwright.objectives.losses import cross_entropy
 from netwright.reversing.engine import Step, Stored, chained, run
 from netwright.rules.rule import Rule, chain_of, checked, meant_for
+from netwright.runtime.attributes import Memo
 from netwright.signals import apply
 from netwright.stages import Stages
 from netwright.stages._sequential import SequentialStage
@@ -76,7 +77,7 @@ class Reversible(Rule):
         self.loss, self.checkpoint = loss, checkpoint
         self.exact = exact or any(module.exact for module in self.network.modules()
                                   if isinstance(module, ReversibleSequential))
-        self._seen: set[bool] = set()
+        self._seen = Memo()
         self.stages: Stages | None = None
         self._parts: list[_Part] = []
         if not isinstance(self.network, ReversibleSequential):

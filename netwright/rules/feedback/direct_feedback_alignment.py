@@ -36,7 +36,8 @@ __all__ = ["DirectFeedbackAlignment"]
 class DirectFeedbackAlignment(Rule):
     """Train every stage with a random projection of the output error of its own.
 
-    e = dL/dlogits;  dL/dh_i := e B_i in hidden stages, e in the last;  B_i ~ N(0, mean(W_last^2)).
+    e = dL/dlogits;  dL/dh_i := e B_i in hidden stages, e in the last;  B_i ~ N(0, s^2), fixed;
+    s^2 = min(mean(W_last^2), 1/classes).
     share: B_i = the first prod(size_i) columns of one B, drawn likewise.
     sign_symmetric: B_i = |B_i| sign(W_last ... W_(i+1)), where those are all linear layers.
     kolen_pollack: dL/dB_i := e^T h_i, the update that W_last would have if it read h_i.
@@ -49,10 +50,10 @@ class DirectFeedbackAlignment(Rule):
 
     How B is drawn is a choice of this rule, made so that a stage receives an error of the size that
     the last one hands down, whatever the network was initialised with: W_last is the last matrix
-    of weights in the last stage. The error does not fade from stage to stage, so that in a deep
-    network whose gradients do, the first stages learn faster than by backpropagation.
-    `sign_symmetric`, which these papers do not have, is what Liao, Leibo and Poggio do in feedback
-    alignment.
+    of weights in the last stage, and s^2 = 1/classes where it is all zeros. The error does not fade
+    from stage to stage, so that in a deep network whose gradients do, the first stages learn faster
+    than by backpropagation. `sign_symmetric`, which these papers do not have, is what Liao, Leibo
+    and Poggio do in feedback alignment.
 
     `ternary` and `noise` simulate an optical projector between the output and the hidden stages.
     `ternary` is a threshold for the error n e of one label, where the loss is a mean over n:

@@ -30,7 +30,8 @@ __all__ = ["FeedbackAlignment"]
 class FeedbackAlignment(Rule):
     """Train with matrices of their own, instead of the weights, carrying the error backwards.
 
-    y = W x + b;  dL/dx := B^T dL/dy;  dL/dW = dL/dy x^T;  B ~ N(0, mean(W^2)), fixed.
+    y = W x + b;  dL/dx := B^T dL/dy;  dL/dW = dL/dy x^T;  B ~ N(0, s^2), fixed;
+    s^2 = min(mean(W^2), 1/outputs).
     sign_symmetric: B = |B| sign(W).  kolen_pollack: B takes W's update, dL/dB := dL/dW.
 
     Holds for linear and (transposed) convolutional layers, Hugging Face's `Conv1D` and PyTorch
@@ -41,9 +42,10 @@ class FeedbackAlignment(Rule):
     with a forward of their own. Any network does: it need not be a chain of stages.
 
     How B is drawn is a choice of this rule, made so that an error has the size that the weights
-    would give it, whatever they were initialised with; where W is all zeros, B ~ N(0, 1/outputs).
-    Of Liao's magnitudes beside W's signs (all equal, drawn anew for each batch, drawn once) these
-    are the ones that are drawn once.
+    would give it, whatever they were initialised with, but does not grow from layer to layer, as it
+    would through a tied embedding of N(0, 1). Where W is all zeros, s^2 = 1/outputs. Of Liao's
+    magnitudes beside W's signs (all equal, drawn anew for each batch, drawn once) these are the
+    ones that are drawn once.
 
     With `kolen_pollack`, dL/dW is all that the call adds to `W.grad`: that of every layer that
     shares W, and of a tied embedding. So W - B shrinks by the optimizer's weight decay and by
@@ -84,8 +86,9 @@ class FeedbackAlignment(Rule):
         self._layers: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self._followed: dict[str, Any] = {}  # modules, whose weights may be put in others' places
         for module, name in layers:
+            weight: Any = module.weight
             if self.network.get_submodule(name) is module:  # else its weight has its B already
-                self.feedback.add(name, _drawn(module, self.generator))
+                self.feedback.add(name, draw(weight.shape, size_for(module), weight, generator))
                 if self.feedback.learned and isinstance(module.weight, Parameter):
                     self._followed[name] = module
             forward: Any = forward_of(module)
@@ -288,7 +291,8 @@ def forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
     return _FORWARDS.get(kind.forward) or _BY_NAME.get((kind.__module__, kind.__name__))
 
 
-def _drawn(module: Any, generator: Generator | None) -> Tensor:
+def size_for(module: Any) -> float:
+    """Return the deviation of what carries errors back in the place of `module`'s weight."""
     weight, swapped = module.weight, outputs_axis(module)
     inputs = weight.shape[0] if swapped else weight.shape[1] * getattr(module, "groups", 1)
-    return draw(weight.shape, size_of(weight, (inputs / weight.numel()) ** 0.5), weight, generator)
+    return size_of(weight, (inputs / max(weight.numel(), 1)) ** 0.5)

@@ -1,4 +1,3 @@
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,17 +49,19 @@ def draw(shape: Sequence[int], deviation: float, like: Tensor,
     return (drawn * deviation).to(like)  # drawn in float32, so that one seed is one network
 
 
-def size_of(weight: Tensor, otherwise: float) -> float:
-    """Return the root mean square of `weight`, or `otherwise` where it is 0 or not finite.
+def size_of(weight: Tensor, most: float) -> float:
+    """Return the root mean square of `weight` but no more than `most`, which it is for zeros.
 
     An error keeps the size that the weights would give it when the matrices that carry it instead
-    are drawn with it.
+    are drawn with it; what would make it grow from layer to layer is cut off.
 
-    >>> size_of(torch.full((3, 2), -0.5), 1.0)
-    0.5
+    >>> size_of(torch.full((3, 2), -0.5), 1.0), size_of(torch.full((3, 2), 7.0), 1.0)
+    (0.5, 1.0)
     """
-    size = float(weight.detach().double().square().mean().sqrt()) if weight.numel() else 0.0
-    return size if 0 < size < math.inf else otherwise
+    if weight.is_meta or not weight.numel():
+        return most
+    size = float(weight.detach().abs().double().square().mean().sqrt())
+    return min(size, most) if size > 0 else most
 
 
 @contextmanager

@@ -16,13 +16,13 @@ from netwright.rules.feedback.feedback_alignment import (
     forward_of,
     outputs_axis,
     send_back,
+    size_for,
 )
 from netwright.rules.feedback.matrices import (
     Matrices,
     accumulate,
     counted_apart,
     draw,
-    size_of,
 )
 from netwright.rules.rule import Rule
 from netwright.stages import Stages
@@ -35,7 +35,7 @@ class ProductFeedback(Rule):
     """Train with the product of two matrices, one fixed and one learned, carrying the error back.
 
     y = W x + b;  r = C^T dL/dy;  dL/dx := R^T r;  dL/dW = dL/dy x^T;  dL/dR := r x^T = C^T dL/dW.
-    C ~ N(0, 1/m), fixed;  R ~ N(0, mean(W^2));  m = expansion * outputs.
+    C ~ N(0, 1/m), fixed;  R ~ N(0, min(mean(W^2), 1/outputs));  m = expansion * outputs.
 
     The error goes through m units of its own, so that no weight has one that mirrors it: R takes
     the update C^T dL/dW, and C R takes C C^T dL/dW, which is nearly dL/dW since C C^T is nearly 1
@@ -43,7 +43,7 @@ class ProductFeedback(Rule):
     and of a tied embedding. R - C^T W shrinks by the optimizer's weight decay and by nothing else,
     so give the optimizer one that is decoupled (SGD's, AdamW's); then C R comes to be C C^T W. That
     is exact with SGD: other optimizers scale R's update and W's differently. C R begins with the
-    size of W, a choice of this rule (the paper's R ~ N(0, 2/(m + inputs)) stands where W is zero).
+    size of `FeedbackAlignment`'s B, a choice of this rule; the paper's R ~ N(0, 2/(m + inputs)).
 
     Holds for the layers that `FeedbackAlignment` serves, whose `exact` this rule has too. A
     kernel is R's with C across its outputs. Layers that share a weight share its C and R.
@@ -81,8 +81,7 @@ class ProductFeedback(Rule):
         self._followed: dict[str, Any] = {}
         for module, name in layers:
             if self.network.get_submodule(name) is module:  # else its weight has its C and R
-                self.feedback.add(name, module.weight, outputs_axis(module), expansion,
-                                  generator)
+                self.feedback.add(name, module, expansion, generator)
                 if isinstance(module.weight, Parameter):
                     self._followed[name] = module
             forward: Any = _linear if module.weight.ndim == 2 else forward_of(module)
@@ -109,15 +108,13 @@ class Products(nn.Module):
         self.axes: dict[str, int] = {}
         self.used: set[str] = set()
 
-    def add(self, name: str, weight: Any, axis: int, expansion: int,
-            generator: Generator | None) -> None:
-        """Draw C and R for `weight`, whose outputs are on `axis`."""
+    def add(self, name: str, module: Any, expansion: int, generator: Generator | None) -> None:
+        """Draw C and R for the weight of `module`."""
+        weight, axis = module.weight, outputs_axis(module)
         size, outputs = list(weight.shape), weight.shape[axis]
         self.axes[name], size[axis] = axis, expansion * outputs
-        total = torch.Size(size).numel()
         self.fixed.add(name, draw((outputs, size[axis]), size[axis] ** -0.5, weight, generator))
-        usual = (2 / (total / size[0] + total / size[1])) ** 0.5
-        self.learned.add(name, draw(size, size_of(weight, usual), weight, generator))
+        self.learned.add(name, draw(size, size_for(module), weight, generator))
 
     @torch.no_grad()
     def learn(self, name: str, update: Tensor) -> None:

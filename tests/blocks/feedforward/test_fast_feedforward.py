@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from netwright.blocks.feedforward import FastFeedforward
 from netwright.errors import UnknownName
 from netwright.models import gpt
+from netwright.runtime.padding import holding
 
 
 def tree(dim=5, depth=3, leaf=4, seed=0, **options):
@@ -292,3 +293,30 @@ def test_unknown_activations_and_wrong_inputs():
     for training in (True, False):
         with pytest.raises(ValueError, match=r"x must have 5 numbers .* got \(2, 6\)"):
             tree().train(training)(torch.zeros(2, 6, dtype=torch.double))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 200])
+def test_autocast_gives_one_dtype_and_one_way_whatever_the_number_of_rows(rows):
+    torch.manual_seed(0)
+    block, x = FastFeedforward(8, 256, depth=7), torch.randn(rows, 8)
+    chosen = block.choose(x)
+    for training in (True, False):
+        block.train(training)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(block.choose(x), chosen)
+            assert block(x).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = torch.cat([block(row[None]) for row in x])
+        torch.testing.assert_close(block(x), alone, rtol=0.05, atol=0.05)
+
+
+def test_padding_counts_in_neither_loss():
+    torch.manual_seed(0)
+    block, x = FastFeedforward(8, 32, balance=1.0), torch.randn(3, 5, 8)
+    real = torch.tensor([[1, 1, 0, 0, 0]]).expand(3, 5)
+    block(x[real.bool()])
+    expected = block.usage
+    with holding(real):
+        block(x)
+    for one, other in zip(block.usage, expected, strict=True):
+        torch.testing.assert_close(one, other)

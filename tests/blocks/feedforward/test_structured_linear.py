@@ -261,3 +261,25 @@ def test_a_compiler_makes_two_programs_of_a_fading_layer():
         assert torch.equal(compiled(x), plain(x))
     assert layer.passes == 8
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(("before", "after"), [(7, 9), (64, 65), (8, 8 * 31 + 1), (5, 5 * 2 - 1)])
+def test_blocks_that_save_nothing_are_refused(before, after):
+    with pytest.raises(ValueError, match="must have a common divisor of about"):
+        StructuredLinear(before, after, "blockshuffle")
+    dense = StructuredLinear(before, after, "blockshuffle", blocks=1)  # who asks for it gets it
+    assert dense.first.numel() + dense.second.numel() >= before * after
+
+
+@pytest.mark.parametrize("kind", ["lowrank", "blockdense", "blockshuffle"])
+@pytest.mark.parametrize("share", [0.16, 0.32, 0.63])
+def test_what_is_built_has_fewer_parameters_or_is_refused(kind, share):
+    for before in range(6, 70, 7):
+        for after in range(8, 90, 9):
+            if kind == "blockshuffle" and before + after >= max(before, after) * math.gcd(
+                    before, after):
+                with pytest.raises(ValueError, match="common divisor"):
+                    StructuredLinear(before, after, kind, share=share)
+                continue
+            layer = StructuredLinear(before, after, kind, share=share)
+            assert layer.first.numel() + layer.second.numel() < before * after

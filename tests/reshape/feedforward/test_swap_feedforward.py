@@ -84,7 +84,7 @@ def test_the_record_of_a_layer_is_what_it_takes_and_gives():
     for name in ("gpt", "bert", "encoder", "mixtral", "llama"):
         model, x = built(name)
         layer = feedforwards(model, x)[1]
-        ((taken, given),) = record(model, layer, [x])
+        ((taken, given, _),) = record(model, [layer], [x])[layer]
         seen = []
         part = model.get_submodule(layer.down or layer.name)
         handle = part.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
@@ -119,7 +119,8 @@ def test_the_last_linear_layer_is_at_its_least_squares():
     swapped = swap_feedforward(model, lambda dim, hidden: FeedForward(dim, 12), calibration=x,
                                steps=3, layers=["1"])
     block = swapped[1].mlp_out.block
-    ((taken, given),) = record(model, swapped.swapped_feedforward[0].layer, [x])
+    layer = swapped.swapped_feedforward[0].layer
+    ((taken, given, _),) = record(model, [layer], [x])[layer]
     with torch.no_grad():
         h = nn.Sequential(*list(block)[:-1])(taken).flatten(0, 1).double()
         h = torch.cat([h, torch.ones(len(h), 1)], 1)
@@ -145,7 +146,8 @@ def test_distillation_follows_its_generator_and_the_error_is_what_it_says():
     from netwright.reshape.feedforward.swap_feedforward import record
     (layer,) = (s.layer for s in first.swapped_feedforward)
     block = first.get_submodule(layer.down).block
-    taken, given = (torch.cat(t) for t in zip(*record(model, layer, [x, x.flip(0)]), strict=True))
+    samples = record(model, [layer], [x, x.flip(0)])[layer]
+    taken, given = (torch.cat(t) for t in list(zip(*samples, strict=True))[:2])
     expected = (block(taken) - given).square().mean() / given.flatten(0, 1).var(
         0, unbiased=False).mean()
     assert first.swapped_feedforward[0].error == pytest.approx(expected.item(), rel=1e-4)

@@ -416,6 +416,17 @@ def test_errors():
         reversible(compiled, x)
 
 
+@pytest.mark.parametrize("how", ["coupling", "momentum"])
+def test_a_reversible_model_exports_and_compiles_for_inference_as_one_graph(how):
+    torch.manual_seed(0)
+    x = torch.randint(16, (2, 8))
+    model = nw.reshape.reversible(nw.models.gpt(16, context=8, width=16, depth=2, heads=2), x,
+                                  how=how).eval()
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(x)
+    assert torch.equal(compiled, expected)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
 def llama(**options):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
