@@ -27,11 +27,12 @@ def additions(rule: Rule) -> dict[str, Tensor]:
     """Return the tensors of a rule's state that are not its network's, by name.
 
     >>> from netwright.rules import Backprop, MonoForward
-    >>> network = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    >>> network = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(),
+    ...                         nn.Linear(5, 3))
     >>> list(additions(Backprop(network)))
     []
     >>> list(additions(MonoForward(network, num_classes=3)))
-    ['projections.0.weight', 'projections.1.weight']
+    ['projections.0.linear.weight', 'projections.1.linear.weight']
     """
     known = {id(t) for t in [*rule.network.parameters(), *rule.network.buffers()]}
     return {name: t for name, t in rule.state_dict(keep_vars=True).items()

@@ -24,7 +24,8 @@ DATA = TensorDataset(X, Y)
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+    return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 12),
+                         nn.ReLU(), nn.Linear(12, 3))
 
 
 def sgd(parameters: list) -> torch.optim.Optimizer:
@@ -106,7 +107,8 @@ X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 Y = X[:, :3].argmax(1)
 processes = int(sys.argv[2])
 torch.manual_seed(0)
-net = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.ReLU(), torch.nn.Linear(12, 3))
+net = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12),
+                          torch.nn.ReLU(), torch.nn.Linear(12, 3))
 rule = nw.rules.MonoForward(net, num_classes=3, example=X[:4])
 if __name__ == "__main__":
     lightning.Trainer(max_epochs=2, accelerator="cpu", devices=processes, logger=False,
