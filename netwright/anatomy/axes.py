@@ -229,6 +229,7 @@ def axes(network: nn.Module, example: Any, *, verify: bool = True) -> Axes:
         raise NothingToReshape("network was compiled by torch.compile, which hides its parts; give "
                                "the module that was compiled, and compile the result")
     followed = follow(record(network, example))
+    network = followed.run.network  # a copy where its first run made parameters
     groups = unit_groups(followed)
     sizes: dict[tuple[str, str, str], bool] = {}
     if verify and groups:

@@ -259,7 +259,8 @@ def _kind(network: nn.Module, graph: _Graph, held: list[int], spots: tuple[Spot,
         return "head"
     if set(held) & attended or any(graph.outer[unit] & heads for unit in held):
         return "head dimension"
-    owners = [network.get_submodule(spot.tensor.rpartition(".")[0]) for spot in spots]
+    owners = [network.get_submodule(spot.tensor.rpartition(".")[0]) for spot in spots
+              if spot.axis == 0]
     if any(isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) for owner in owners):
         return "cell"
     if len(held) > 1:

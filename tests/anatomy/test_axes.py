@@ -3,8 +3,6 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from models import GROUPED, Heads, built
-from random_networks import drawn
 from torch import Tensor, nn
 
 from netwright.anatomy.axes import Axes, axes
@@ -13,6 +11,8 @@ from netwright.anatomy.run import record
 from netwright.anatomy.unit_groups import UnitGroup, silence
 from netwright.errors import NothingToReshape, UnknownName
 from netwright.signals import call
+from tests.anatomy.models import GROUPED, Heads, built
+from tests.anatomy.random_networks import drawn
 
 
 class Recurrent(nn.Module):
@@ -382,6 +382,19 @@ def test_what_is_removed_trains_and_keeps_what_learned() -> None:
     assert [p.requires_grad for p in smaller.parameters()] == [False, False, True, True]
     smaller(torch.randn(5, 4)).sum().backward()
     assert smaller[2].weight.grad.shape == (3, 6)
+
+
+def test_parameters_that_are_not_made_yet_are_made_on_a_copy() -> None:
+    network = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3))
+    found = axes(network, torch.randn(5, 4))
+    assert [(g.kind, g.count, g.removable) for g in found.groups] == [("hidden", 8, True)]
+    assert isinstance(network[0], nn.LazyLinear)
+    assert found.remove("0: hidden", [0])[2].in_features == 7
+
+
+def test_what_feeds_a_recurrent_cell_is_hidden() -> None:
+    (group,) = axes(nn.Sequential(nn.Linear(4, 8), nn.RNNCell(8, 6)), torch.randn(5, 4)).groups
+    assert (group.kind, group.count) == ("hidden", 8)
 
 
 def test_errors() -> None:
