@@ -131,7 +131,8 @@ def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages
         raise _refusal(network, calls, seen, names)
 
     traced = None if pretrained else _traced(network, example, None, seen)
-    for candidate in islice(_tries(calls, pretrained), _TRIES):
+    holds = any(map(is_pretrained, network.modules()))  # as adapters and heads around one do
+    for candidate in islice(_tries(calls, holds), _TRIES):
         starts = groups_of(candidate.path)
         # a watched chain runs the network's own code, so it may lack a head of its own
         if traced is not None and len(traced) > len(starts) + 1:
