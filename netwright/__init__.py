@@ -15,6 +15,7 @@ face(
         "evidence": "netwright.evidence",
         "flows": "netwright.generative.flows",
         "generative": "netwright.generative",
+        "integrations": "netwright.integrations",
         "learners": "netwright.formal.learners",
         "measure": "netwright.measure",
         "models": "netwright.models",

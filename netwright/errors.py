@@ -52,6 +52,10 @@ class UnreachableStorage(NetwrightError, ConnectionError):
     """The storage of a comparison could not be opened."""
 
 
+class ReadOnlyStorage(UnreachableStorage):
+    """The storage of a comparison may be read, and not written."""
+
+
 class BadTaskFile(NetwrightError, ValueError):
     """A user's task file raised or defines no task."""
 

@@ -1,9 +1,13 @@
+import inspect
 import math
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import Literal
 
 import numpy
 import pytest
 import torch
+from torch import Generator, Tensor, nn
 
 from netwright import checks
 from netwright.errors import UnknownName
@@ -94,3 +98,49 @@ def test_finite_looks_at_numbers_and_at_tensors():
         checks.finite(b=torch.tensor([1.0, NAN, -INF]))
     with pytest.raises(ValueError, match=r"^a must be a finite number, got inf$"):
         checks.finite(a=INF)
+
+
+@checks.annotated
+def made(width: int, rate: float = math.inf, *, name: str = "", flag: bool = False,
+         sizes: Sequence[int] = (), pair: tuple[int, float] = (1, 1.0),
+         rows: "list[Tensor] | None" = None,
+         by: Mapping[str, int] | None = None, module: nn.Module | None = None,
+         kind: Literal["sum", "mean"] = "sum", generator: Generator | None = None,
+         function: Callable[[int], int] = abs) -> int:
+    return width
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"width": 2.5}, "width must be a whole number, got 2.5"),
+    ({"width": True}, "width must be a whole number, got True"),
+    ({"width": 2**70}, r"width must be a whole number below 2\*\*63, got 1180"),
+    ({"rate": math.nan}, "rate must be a finite number, got nan"),
+    ({"rate": "1"}, "rate must be a finite number, got '1'"),
+    ({"name": 3}, "name must be a string, got 3"),
+    ({"flag": 1}, "flag must be True or False, got 1"),
+    ({"sizes": "12"}, "sizes must be a list of a whole number, got '12'"),
+    ({"sizes": 3}, "sizes must be a list of a whole number, got 3"),
+    ({"sizes": [1, 2.5]}, r"sizes\[1\] must be a whole number, got 2.5"),
+    ({"pair": (1,)}, r"pair must be \(a whole number, a finite number\), got \(1,\)"),
+    ({"rows": [3]}, r"rows\[0\] must be a tensor, got 3"),
+    ({"by": {"a": 0.5}}, r"by\['a'\] must be a whole number, got 0.5"),
+    ({"by": [1]}, r"by must be a mapping to a whole number or None, got \[1\]"),
+    ({"module": "net"}, "module must be an nn.Module or None, got 'net'"),
+    ({"module": nn.Linear}, "module must be an nn.Module or None, got Linear"),
+    ({"kind": 3}, "kind must be one of 'sum', 'mean', got 3"),
+    ({"generator": 7}, "generator must be a Generator or None, got 7"),
+    ({"function": None}, "function must be a function, got None"),
+])
+def test_what_does_not_fit_an_annotation(given, message):
+    with pytest.raises(ValueError, match=message):
+        made(**{"width": 3, **given})
+
+
+def test_what_fits_an_annotation():
+    assert made(numpy.int64(3), 2, flag=numpy.bool_(True), sizes=torch.Size([1]),
+                rows=[torch.ones(1)], by={"a": 1}, kind="other",
+                generator=Generator(), function=len) == 3
+    assert made(torch.tensor(3)) == 3
+    assert made(3, math.inf) == 3  # the default, whatever it is
+    assert torch.compile(made, backend="eager", fullgraph=True)(3) == 3
+    assert inspect.signature(made).parameters["rate"].default == math.inf

@@ -317,3 +317,15 @@ def test_the_module_runs_as_a_program():
 
 def test_the_version(netwright):
     assert netwright("--version")[:2] == (0, f"netwright {version('netwright')}\n")
+
+
+def test_being_asked_to_end_is_said(tmp_path):
+    (tmp_path / "slow.py").write_text(TASK + "import time\nprint('here', flush=True)\n"
+                                      "time.sleep(100)\n")
+    process = subprocess.Popen([sys.executable, "-m", "netwright", "fit", "slow.py"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "here\n"
+    process.terminate()
+    _, err = process.communicate()
+    assert process.returncode == 143
+    assert err.strip().endswith(cli.STOPPED)

@@ -73,9 +73,10 @@ def noprop_variants(scale: Scale) -> Outcome:
                  "better than Forward-Forward": better},
         figures=figures,
         note="The verdict is by predictions of one chain, as in the paper; the mean of 8 is given "
-             "beside them. In continuous time the weight SNR'(t) puts nearly all of the loss where "
-             "z tells the label by itself, so that the block learns late to trust x over the noise "
-             "that a chain starts from; the paper trains for far longer. Tried there: "
+             "beside them. In continuous time the class is the block's own at the flow's end; read "
+             "off z_1, whose ratio of signal to noise is about 7, as before, errors were 29 %. The "
+             "weight SNR'(t) puts nearly all of the loss where z tells the label by itself, so "
+             "that the block learns x late; the paper trains for far longer. Tried there before: "
              "the cosine schedule and learned ones from other starts (log SNR from -6 to 5, -6 to "
              "2, -6 to 0, -4 to -1, -2 to 1, -1 to 2), eta of 0.1 and 10, one-hot embeddings, z "
              "scaled by sqrt(abar); in one run each, none was better by more than 2 points.",

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from netwright import checks
 from netwright.anatomy import Anatomy, anatomy
 from netwright.blocks.feedforward import RePaFeedForward, SelfGuided, StructuredLinear
 from netwright.blocks.mixing import MLPMixer
@@ -69,6 +70,7 @@ class Applicable(list[Candidate]):
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+@checks.annotated
 def applicable(model: nn.Module, example: Any, *, need: str | Sequence[str] = (), kind: str = "",
                without: str | Sequence[str] = (), all: bool = False) -> Applicable:
     """Return what can be done to this network, with the places that it is done to.

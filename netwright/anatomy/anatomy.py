@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from netwright import checks
 from netwright.anatomy import parts
 from netwright.anatomy.attention import Attention, attentions
 from netwright.anatomy.elementwise import activation_name
@@ -89,6 +90,7 @@ class Anatomy:
         return "\n".join([f"Anatomy of {self.network}", *lines])
 
 
+@checks.annotated
 @torch.inference_mode(False)
 def anatomy(network: nn.Module, example: Any) -> Anatomy:
     """Return what is inside `network`, found by watching it run on `example` in eval mode.

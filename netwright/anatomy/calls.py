@@ -114,7 +114,8 @@ def link(before: Call, after: Call, calls: list[Call]) -> tuple[Path, Path] | No
         return None
     for path, tensor in placed(before.output):
         for slot, other in placed(after.arguments):
-            if (other is tensor and before.output_versions[id(tensor)] == after.versions[id(tensor)]
+            if (other is tensor
+                    and before.output_versions.get(id(tensor)) == after.versions[id(tensor)]
                     and not any(before.end < c.start and c.end < after.start
                                 and any(t is tensor for t in tensors(c.output))
                                 for c in calls)):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from netwright import checks
 from netwright.anatomy.feedforwards import FeedForwardLayer
 from netwright.anatomy.replacing import (
     linear_weight,
@@ -54,6 +55,7 @@ class FeedForwardWeights(NamedTuple):
                                   rows(self.up_bias), self.down_bias, rows(self.gate_bias))
 
 
+@checks.annotated
 def feedforward_weights(model: nn.Module, layer: FeedForwardLayer) -> FeedForwardWeights:
     """Return the weights of `layer` as plain matrices, whatever its linear layers' class is.
 
@@ -82,6 +84,7 @@ def feedforward_weights(model: nn.Module, layer: FeedForwardLayer) -> FeedForwar
     return weights._replace(gate=linear_weight(gate), gate_bias=gate.bias)
 
 
+@checks.annotated
 def write_feedforward(model: nn.Module, layer: FeedForwardLayer,
                       weights: FeedForwardWeights) -> None:
     """Give the linear layers of `layer` new weights, in place; call it on a copy.
@@ -128,6 +131,7 @@ def _packed(weights: FeedForwardWeights, first: int) -> FeedForwardWeights:
                             up_bias=both(weights.gate_bias, weights.up_bias))
 
 
+@checks.annotated
 def put_block(model: nn.Module, layer: FeedForwardLayer, block: nn.Module) -> nn.Module:
     """Put `block` in the place of `layer`, in place; return the model. Call it on a copy.
 
@@ -155,6 +159,7 @@ def put_block(model: nn.Module, layer: FeedForwardLayer, block: nn.Module) -> nn
     return model
 
 
+@checks.annotated
 def with_blocks(model: nn.Module, blocks: Mapping[FeedForwardLayer, nn.Module]) -> nn.Module:
     """Return a copy of `model` with each layer's block in its place; see `put_block`.
 

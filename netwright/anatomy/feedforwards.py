@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.anatomy.elementwise import Itself, Named, function_of
 from netwright.anatomy.layers import common, is_linear, linear_sizes
 from netwright.anatomy.products import Product, products
@@ -58,6 +59,7 @@ class FeedForwardLayer:
         return repr(self.name) if self.name else "the model"
 
 
+@checks.annotated
 @torch.inference_mode(False)
 def feedforwards(model: nn.Module, example: Any = None, *,
                  square: bool = True) -> list[FeedForwardLayer]:

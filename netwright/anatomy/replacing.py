@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils.parametrize import is_parametrized
 
+from netwright import checks
 from netwright.anatomy.layers import is_linear, is_transposed
 from netwright.errors import UnknownName
 
 __all__ = ["linear_weight", "plain_paths", "replace", "replace_all", "write_linear"]
 
 
+@checks.annotated
 def replace(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
     """Put `module` wherever the module called `name` is, in place; return the network.
 
@@ -39,6 +41,7 @@ def replace(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return module if before is network else network
 
 
+@checks.annotated
 def replace_all(network: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     """Put each value of `made` wherever its key is in `network`, in place; return the network.
 
@@ -76,6 +79,7 @@ def standing_in(network: nn.Module, stubs: dict[str, nn.Module]) -> Iterator[Non
             place[child] = module
 
 
+@checks.annotated
 def linear_weight(layer: Any) -> Tensor:
     """Return the weight of a linear layer as (outputs, inputs), in its own memory.
 
@@ -86,6 +90,7 @@ def linear_weight(layer: Any) -> Tensor:
     return weight.T if is_transposed(layer) else weight
 
 
+@checks.annotated
 @torch.no_grad()
 def write_linear(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
     """Give a linear layer copies of a weight (outputs, inputs) and a bias, in place.
@@ -112,6 +117,7 @@ def write_linear(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
         bias.detach().clone(), learns if layer.bias is None else layer.bias.requires_grad)
 
 
+@checks.annotated
 @contextmanager
 def plain_paths(*, kernels: bool = False) -> Iterator[None]:
     """Hold PyTorch off the fused paths that skip a network's own modules.

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from netwright import checks
 from netwright.anatomy.axes import unit_groups
 from netwright.anatomy.following import follow
 from netwright.anatomy.layers import is_linear, is_transposed
@@ -58,6 +59,7 @@ class Units:
         return h.reshape(-1, self.count, 1)
 
 
+@checks.annotated
 def hidden_units(model: nn.Module, example: Any) -> list[Units]:
     """Return the hidden units of `model`, found by watching it run on `example`.
 

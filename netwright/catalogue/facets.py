@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from netwright import checks
 from netwright.errors import UnknownName
 from netwright.runtime.faces import declared, files
 
@@ -137,13 +138,14 @@ class Method:
         return f"<nw.{self.name}, a {self.facets.kind}: {self.gist}>"
 
 
+@checks.annotated
 def method(kind: str, *, papers: Sequence[str] = (), place: str = "", takes: Sequence[str] = (),
            saves: Sequence[str] = (), needs: Sequence[str] = (),
            keeps_function: bool | None = None, search: Mapping[str, Any] | None = None,
            variants: Mapping[str, Mapping[str, Any]] | None = None,
            network: Callable[[], nn.Module] | None = None,
            batch: Callable[[], Any] | None = None) -> Callable[[M], M]:
-    """Say of a class or a function what it is for, see `Facets`; it is returned as it was.
+    """Say of a class or a function what it is for, see `Facets`; it then checks its arguments.
 
     Args: those of `Facets`.
 
@@ -166,8 +168,9 @@ def method(kind: str, *, papers: Sequence[str] = (), place: str = "", takes: Seq
                   keeps_function, search or {}, variants or {}, network, batch)
 
     def say(value: M) -> M:
-        value.facets = said  # type: ignore[attr-defined]
-        return value
+        checked = checks.annotated(value)
+        checked.facets = said  # type: ignore[attr-defined]
+        return checked
     return say
 
 
@@ -192,6 +195,7 @@ def searched(value: Any) -> Mapping[str, Any]:
     return said.search if isinstance(said, Facets) else {}
 
 
+@checks.annotated
 def gist(value: Any) -> str:
     """Return the first sentence of a docstring on one line.
 

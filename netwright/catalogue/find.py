@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from textwrap import shorten
 from typing import Any
 
+from netwright import checks
 from netwright.catalogue.facets import KINDS, NEEDS, PLACES, SAVES, Method, methods
 from netwright.catalogue.papers import paper, verdicts
 from netwright.errors import UnknownName
@@ -45,6 +46,7 @@ class Found(list[Method]):
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+@checks.annotated
 def find(words: str = "", *, need: str | Sequence[str] = (), place: str = "", kind: str = "",
          without: str | Sequence[str] = ()) -> Found:
     """Return the methods that fit everything that is asked for, those best shown first.

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from netwright import checks
 from netwright.catalogue.facets import public_name
 from netwright.errors import UnknownName
 from netwright.runtime.faces import declared, files
@@ -22,6 +23,7 @@ __all__ = ["locate", "name_of", "short_name"]
 TORCH = {"torch.nn": nn, "torch.optim": torch.optim, "torch.nn.functional": functional}
 
 
+@checks.annotated
 def locate(word: str, what: str = "method") -> Any:
     """Return the method, or the part of PyTorch, that is called `word`.
 

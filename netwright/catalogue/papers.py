@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from netwright import checks
 from netwright.catalogue.facets import methods
 from netwright.catalogue.measurements import measurements
 from netwright.errors import UnknownName
@@ -91,6 +92,7 @@ def _text(file: str) -> str:
     return (Path(__file__).parent / file).read_text(encoding="utf-8")
 
 
+@checks.annotated
 def paper(id: str) -> Paper:
     """Return the paper with this id.
 
@@ -106,6 +108,7 @@ def paper(id: str) -> Paper:
     return by_id[id]
 
 
+@checks.annotated
 def find(words: str = "", *, family: str | None = None, missing: bool = False) -> list[Paper]:
     """Return the papers whose entry holds every one of `words`, in upper or lower case.
 
@@ -135,6 +138,7 @@ def find(words: str = "", *, family: str | None = None, missing: bool = False) -
     return [entry for entry in papers() if fits(entry)]
 
 
+@checks.annotated
 def resolve(name: str) -> Any:
     """Return what a name of the catalogue stands for, as `rules.MonoForward`; "" for netwright.
 

@@ -3,14 +3,19 @@
 import importlib
 import os
 import pkgutil
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
 from netwright.errors import NetwrightError
 from netwright.runtime.version import __version__
+from netwright.runtime.written import plain
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False)
@@ -40,8 +45,10 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for command in pkgutil.iter_modules(__path__, f"{__name__}."):
         importlib.import_module(command.name)
+    told: list[int] = []
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        with _told_to_end(told):
+            status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if status == 130:  # how some releases of Typer return from Ctrl-C
             status = _refuse(STOPPED, status)
     except ClickException as error:
@@ -50,15 +57,36 @@ def main() -> None:
         status = _refuse(STOPPED, 130)
     except (NetwrightError, ValueError, OSError, ImportError) as error:
         status = _refuse(str(error) or type(error).__name__)
-    except Exception as error:  # what the user's own code raises, and netwright's own mistakes
+    except SystemExit:
+        raise
+    except BaseException as error:  # what the user's own code raises, and netwright's own mistakes
         if os.environ.get("NETWRIGHT_TRACEBACK"):
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         status = _refuse(f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno};"
                          " NETWRIGHT_TRACEBACK=1 shows how it came to that)")
+    if told and status == 130:
+        status = 128 + told[0]
     sys.exit(status if isinstance(status, int) else 0)
 
 
+@contextmanager
+def _told_to_end(told: list[int]) -> Iterator[None]:
+    """Let SIGTERM end the body as Ctrl-C does, so that what it holds is let go and that is said."""
+    def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        told.append(number)
+        raise KeyboardInterrupt
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where signals cannot be handled
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _refuse(message: str, status: int = 2) -> int:
-    print("netwright: " + " ".join(message.split()), file=sys.stderr)
+    print("netwright: " + plain(message), file=sys.stderr)
     return status

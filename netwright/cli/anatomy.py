@@ -2,6 +2,7 @@
 
 from netwright.cli import app
 from netwright.cli.arguments import Network, Shape, Text, named_network
+from netwright.runtime.written import plain
 
 
 @app.command()
@@ -22,5 +23,5 @@ def anatomy(
                          "an input, such as --shape 1,3,32,32")
     table = Table("part", "name", "sizes", box=None, header_style="bold", pad_edge=False)
     for row in look(module, example).table():
-        table.add_row(row["part"], Cell(row["name"]), Cell(row["sizes"]))
+        table.add_row(row["part"], Cell(plain(row["name"])), Cell(row["sizes"]))
     Console().print(table)

@@ -7,6 +7,7 @@ import typer
 
 from netwright.cli import app
 from netwright.cli.arguments import Json, Network, Shape, Text, named_network
+from netwright.runtime.written import plain
 
 
 @app.command()
@@ -42,7 +43,8 @@ def applicable(
                   pad_edge=False)
     table.columns[0].no_wrap = True
     for row in found.rows():
-        where = Cell(row["why"]) if row["applies"] else Cell(f"no: {row['why']}", "dim")
+        why = plain(row["why"])
+        where = Cell(why) if row["applies"] else Cell(f"no: {why}", "dim")
         table.add_row(row["name"], where, ", ".join(row["saves"]), ", ".join(row["asks"]))
     Console().print(table)
     print(f"{sum(row['applies'] for row in found.rows())} changes apply.")

@@ -92,7 +92,9 @@ def named_network(name: str, shape: str | None, text: Path | None = None) -> tup
     sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a user's own package is found
     try:
         holder = importlib.import_module(package)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ValueError(f"{package} could not be imported: {type(error).__name__}: {error}"
                          ) from error
     if not hasattr(holder, attribute):
@@ -102,7 +104,9 @@ def named_network(name: str, shape: str | None, text: Path | None = None) -> tup
     if not isinstance(network, nn.Module):
         try:
             network = network()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise ValueError(f"{name} could not be called without arguments "
                              f"({type(error).__name__}: {error}); give a module, or a function "
                              "that builds one") from error

@@ -7,6 +7,7 @@ import typer
 
 from netwright.cli import app
 from netwright.cli.arguments import Text, check_file, check_folder, named_task, written
+from netwright.runtime.written import plain
 
 
 @app.command()
@@ -56,7 +57,7 @@ def fit(
                   validation=parts.test, metric=found.score,
                   higher_is_better=found.maximize, checkpoint=checkpoint,
                   tensorboard=tensorboard, progress=not quiet)
-    print(f"{found.metric_name} on the test set: {history.epochs[-1].metric:.4g} "
+    print(f"{plain(found.metric_name)} on the test set: {history.epochs[-1].metric:.4g} "
           f"after {len(history)} epochs")
     if plot:
         history.plot(plot)

@@ -7,6 +7,7 @@ import typer
 from netwright.cli import app
 from netwright.cli.arguments import Network, Shape, Text, named_network
 from netwright.errors import CannotStage
+from netwright.runtime.written import plain
 
 
 @app.command()
@@ -36,7 +37,7 @@ def stages(
     rows = found.table(example)
     for i, row in enumerate(rows):
         shape_of = row["shape"] and "x".join(map(str, row["shape"]))
-        table.add_row(str(i), Cell(row["name"]), Cell(", ".join(row["modules"])),
+        table.add_row(str(i), Cell(plain(row["name"])), Cell(", ".join(row["modules"])),
                       f"{row['parameters']:,}", shape_of or "")
     Console().print(table)
     total = sum(p.numel() for p in module.parameters())

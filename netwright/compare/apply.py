@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from netwright import checks
 from netwright.compare.changes import Change
 from netwright.compare.recipe import Recipe
 from netwright.compare.recipe import recipe as read
@@ -17,6 +18,7 @@ from netwright.tasks import Parts, Task
 __all__ = ["apply"]
 
 
+@checks.annotated
 def apply(recipe: Any, model: nn.Module, calibration: Any) -> nn.Module:
     """Return a copy of `model` that the reshapes and blocks of `recipe` have changed.
 

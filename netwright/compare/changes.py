@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from netwright import checks
 from netwright.catalogue.facets import facets, searched
 from netwright.compare.places import check_whole, put
 from netwright.compare.recipe import Recipe, recipe
@@ -159,6 +160,7 @@ class Change:
         return rate.default if isinstance(rate.default, float) else task.learning_rate
 
 
+@checks.annotated
 def changes(given: Any) -> list[Change]:
     """Return the changes that a user named: one, a list, or a mapping of label to change.
 

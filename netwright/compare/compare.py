@@ -17,7 +17,8 @@ from netwright.compare.changes import Change
 from netwright.compare.changes import changes as read
 from netwright.compare.display import Display
 from netwright.compare.results import Comparison, Row
-from netwright.compare.trials import Ledger, patient, storage_at, without_password
+from netwright.compare.trials import Ledger, patient, storage_at
+from netwright.compare.urls import url_of, without_password
 from netwright.compare.workers import elsewhere, here, payload_of, why_not
 from netwright.errors import UnreachableStorage
 from netwright.runtime.fingerprint import fingerprint
@@ -37,6 +38,7 @@ CHANGES = ("Backprop", "FeedbackAlignment", "DirectFeedbackAlignment", "ForwardF
 STORAGE = Path("runs/netwright.db")
 
 
+@checks.annotated
 def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int] = 3,
             trials: int = 4, epochs: int | None = None,
             storage: "str | Path | BaseStorage | None" = None, workers: int | None = None,
@@ -79,6 +81,9 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
     >>> found.rows[0].change, found.rows[0].mean > 0.8
     ('Backprop', True)
     """
+    checks.count(1, optional=True, workers=workers)
+    if isinstance(storage, (str, Path)):
+        url_of(storage)
     chosen = tasks(list(TASKS) if task is None else task)
     wanted = read(list(CHANGES) if changes is None else changes)
     plan = _plan(chosen, wanted, seeds=seeds, trials=trials, epochs=epochs, device=device)
@@ -86,7 +91,6 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
         check_ready(entry)
     asked = workers is not None or isinstance(storage, (str, Path, NoneType))
     workers = min(os.cpu_count() or 1, 4) if workers is None else workers
-    checks.count(1, workers=workers)
     if storage is None:
         STORAGE.parent.mkdir(parents=True, exist_ok=True)
         storage = STORAGE
@@ -109,6 +113,7 @@ def compare(task: Any = None, changes: Any = None, *, seeds: int | Sequence[int]
     return Comparison(rows, {**plan.settings, "storage": without_password(kept)})
 
 
+@checks.annotated
 def recorded(storage: "str | Path | BaseStorage" = STORAGE) -> Comparison:
     """Return what a storage holds of every comparison, the newest settings of each change.
 
@@ -116,9 +121,9 @@ def recorded(storage: "str | Path | BaseStorage" = STORAGE) -> Comparison:
         UnreachableStorage: the storage cannot be opened, or there is no such file.
     """
     if isinstance(storage, (str, Path)) and "://" not in str(storage) \
-            and not Path(storage).is_file():
-        raise UnreachableStorage(f"storage {storage} does not exist; run a comparison "
-                                        "first, or name another file")
+            and not Path(storage).exists():
+        raise UnreachableStorage(f"storage {without_password(str(storage))} does not exist; run a "
+                                 "comparison first, or name another file")
     newest: dict[tuple[str, str], tuple[float, Mapping[str, Any], str]] = {}
     rows = []
     with storage_at(storage) as opened:

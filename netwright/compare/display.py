@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from netwright.runtime.written import plain
+
 if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.live import Live
@@ -57,7 +59,7 @@ class Display:
     def note(self, text: str) -> None:
         """Show a line that stays."""
         if self._console is not None:
-            self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
+            self._console.print(plain(text), style="yellow", highlight=False, soft_wrap=True)
 
     def show(self, statuses: Sequence[Status]) -> None:
         """Show how things stand now."""
@@ -70,7 +72,7 @@ class Display:
             if (each.task, each.change) in fresh:
                 mark, style = (f"failed: {each.failure}", "red") if each.failure else (
                     "done", "green")
-                self._console.print(f"{each.task} · {each.change}: {mark}", style=style,
+                self._console.print(plain(f"{each.task} · {each.change}: {mark}"), style=style,
                                     highlight=False, soft_wrap=True)
         if self._live is not None:
             self._live.update(self._table(statuses))
@@ -86,7 +88,8 @@ class Display:
         head.add_row(ProgressBar(total=total, completed=ended, width=32),
                      Text(f"{ended} of {total} runs"), Text(f"{_clock(spent)} so far"),
                      Text(f"{left(statuses)}"))
-        lines = [Text(f"  {each.task} · {each.change} · {what}, epoch {epoch} of {epochs}")
+        lines = [Text("  " + plain(f"{each.task} · {each.change} · {what}, epoch {epoch} of "
+                                   f"{epochs}"))
                  for each in statuses for what, epoch, epochs in each.running]
         return Group(head, *lines)
 

@@ -16,6 +16,7 @@ from netwright.catalogue.names import name_of
 from netwright.compare.reading import parsed, step_of_data
 from netwright.compare.steps import Step, step_of
 from netwright.rules.rule import Rule
+from netwright.runtime.written import read_json
 
 __all__ = ["Recipe", "recipe"]
 
@@ -66,6 +67,7 @@ class Recipe:
         return found
 
 
+@checks.annotated
 def recipe(given: Any) -> Recipe:
     """Return what is written as text, as plain data, as JSON or in Python as a `Recipe`.
 
@@ -87,7 +89,7 @@ def recipe(given: Any) -> Recipe:
     if isinstance(given, Recipe):
         return given
     if isinstance(given, Path):
-        return recipe(_json(given.read_text(encoding="utf-8"), str(given)))
+        return recipe(read_json(given, "a recipe"))
     if isinstance(given, str) and given.lstrip().startswith("{"):
         return recipe(_json(given, "the recipe"))
     if isinstance(given, Mapping):
@@ -98,8 +100,9 @@ def recipe(given: Any) -> Recipe:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} must be JSON, got {text[:60]!r}: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        said = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{where} must be JSON, got {text[:60]!r}: {said}") from error
 
 
 def _steps(given: Any) -> list[Step]:

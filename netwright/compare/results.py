@@ -2,12 +2,14 @@
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from netwright.errors import CorruptCheckpoint
+from netwright.runtime.written import read_json, write_text
 
 __all__ = ["Comparison", "Row"]
 
@@ -62,13 +64,19 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Write the comparison as JSON."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Comparison":
-        """Read a comparison that `save` wrote."""
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls([Row(**row) for row in stored["rows"]], stored["settings"])
+        """Read a comparison that `save` wrote.
+
+        Raises:
+            CorruptCheckpoint: the file holds something else, or is damaged.
+        """
+        stored = read_json(path, "a comparison that save wrote")
+        try:
+            return cls([Row(**row) for row in stored["rows"]], stored["settings"])
+        except (KeyError, TypeError) as error:
+            raise CorruptCheckpoint(f"{path} must be a comparison that save wrote, got JSON of "
+                                    f"something else ({type(error).__name__}: {error}); name "
+                                    "another file") from error

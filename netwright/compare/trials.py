@@ -1,5 +1,6 @@
 """Jobs that several processes and machines share through an Optuna storage, each done once."""
 
+import logging
 import os
 import platform
 import threading
@@ -12,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from netwright.errors import UnreachableStorage
+from netwright.compare.urls import url_of, without_password, without_secrets
+from netwright.errors import ReadOnlyStorage, UnreachableStorage
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -21,15 +23,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BEAT = 2.0  # seconds between a worker's signs of life
+PATIENCE = 60.0  # seconds that a storage that is away is waited for
 GRACE = 60.0  # seconds without one after which a worker on another machine counts as dead
 LIVES = 3  # deaths of a worker after which a job is given up
 
 
-def open_storage(storage: "str | Path | BaseStorage") -> "BaseStorage":
+def open_storage(storage: "str | Path | BaseStorage", *, wait: bool = False) -> "BaseStorage":
     """Return the Optuna storage at a URL or a file's path, ready for use.
 
     A path is an SQLite file, made where it does not exist. `postgresql://` uses whichever of
-    psycopg and psycopg2 is installed.
+    psycopg and psycopg2 is installed. With `wait` a server that is away may come back, see
+    `patient`; one that says itself that it is starting is waited for in any case.
 
     Raises:
         UnreachableStorage: there is no such server, folder or driver, or the file is no database.
@@ -39,14 +43,18 @@ def open_storage(storage: "str | Path | BaseStorage") -> "BaseStorage":
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if isinstance(storage, optuna.storages.BaseStorage):
         return storage
-    url = _url(storage)
-    shown = without_password(url)
+    if not isinstance(storage, (str, Path)):
+        raise ValueError("storage must be a path, a database URL or an Optuna storage, got "
+                         f"{storage!r} of {type(storage).__name__}; try runs/netwright.db")
+    url = url_of(storage)
+    shown = without_password(str(storage))
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
         options["connect_args"] = {"timeout": 60}
     elif url.startswith("postgresql"):
         options["connect_args"] = {"connect_timeout": 10}
-    for attempt in range(6):
+    patience = _Patience()
+    while True:
         try:
             opened = optuna.storages.RDBStorage(url, engine_kwargs=options)
             return optuna.storages.get_storage(opened)
@@ -55,63 +63,46 @@ def open_storage(storage: "str | Path | BaseStorage") -> "BaseStorage":
                                      f"installed ({_line(error)}); PostgreSQL's comes with "
                                      "pip install 'netwright[distributed]'") from error
         except ArgumentError as error:
-            raise UnreachableStorage(f"storage {shown!r} is neither a path nor a database URL; "
-                                     "try runs/netwright.db or postgresql://user@host/name"
-                                     ) from error
+            said = without_secrets(_line(error), url)
+            raise UnreachableStorage(f"storage {shown!r} is neither a path nor a database URL "
+                                     f"({said}); try runs/netwright.db or "
+                                     "postgresql://user@host/name") from None
         except (SQLAlchemyError, OSError, RuntimeError, AssertionError, ValueError) as error:
+            said = without_secrets(_line(error), url)
             # Processes that start together may all be making the tables.
             making = ("already exists", "UNIQUE constraint", "duplicate key", "alembic")
             busy = isinstance(error, (RuntimeError, AssertionError)) or any(
-                word in str(error) for word in making)
-            if attempt == 5 or not busy:
+                word in said for word in making)
+            away = any(word in said for word in ("starting up", "recovery mode", "shutting down")) \
+                or (wait and not url.startswith("sqlite"))
+            if not patience.goes_on(said, minute=away, briefly=busy):
                 advice = "name another file, or move this one away" \
-                    if "not a database" in str(error) or "malformed" in str(error) \
+                    if "not a database" in said or "malformed" in said \
                     else "check that it runs and that you may write to it"
-                raise UnreachableStorage(f"storage {shown} could not be opened: {_line(error)}; "
-                                         f"{advice}") from error
-            time.sleep(0.1 * 2 ** attempt)
-    raise AssertionError("the last attempt returns or raises")
+                raise UnreachableStorage(f"storage {shown} could not be opened: {said}; "
+                                         f"{advice}") from (error if said == _line(error) else None)
 
 
 @contextmanager
-def storage_at(storage: "str | Path | BaseStorage") -> "Iterator[BaseStorage]":
+def storage_at(storage: "str | Path | BaseStorage", *,
+               wait: bool = False) -> "Iterator[BaseStorage]":
     """Open a storage, and close its connections afterwards unless it was open before."""
-    opened = open_storage(storage)
+    opened = open_storage(storage, wait=wait)
     try:
         yield opened
     finally:
-        opened.remove_session()
-        engine = getattr(getattr(opened, "_backend", None), "engine", None)
-        if opened is not storage and engine is not None:
-            engine.dispose()
+        if opened is storage:
+            opened.remove_session()
+        else:
+            let_go(opened)
 
 
-def _url(storage: str | Path) -> str:
-    text = str(storage)
-    if "://" not in text:
-        path = Path(text)
-        if not path.parent.is_dir():
-            raise UnreachableStorage(f"storage {text} is in the folder {path.parent}, which does "
-                                     "not exist; make it, or name another file")
-        return f"sqlite:///{path}"
-    from importlib.util import find_spec
-    scheme, rest = text.split("://", 1)
-    if scheme.startswith("sqlite") and rest.strip("/") in ("", ":memory:"):
-        raise UnreachableStorage(f"storage {text} is in memory, where nothing is kept; name a "
-                                 "file, such as runs/netwright.db")
-    if scheme in ("postgres", "postgresql") and find_spec("psycopg2") is None:
-        return f"postgresql+psycopg://{rest}"
-    return text
-
-
-def without_password(url: str) -> str:
-    """Return a storage's URL as it may be shown; a path stays as it is."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return url
+def let_go(storage: "BaseStorage") -> None:
+    """Close a storage's connections; it opens others when it is used again."""
+    storage.remove_session()
+    engine = getattr(getattr(storage, "_backend", None), "engine", None)
+    if engine is not None:
+        engine.dispose()
 
 
 def _line(error: BaseException) -> str:
@@ -169,14 +160,21 @@ class Ledger:
         from optuna.study import StudyDirection
         self.storage, self.name = storage, name
         direction = StudyDirection.MAXIMIZE if maximize else StudyDirection.MINIMIZE
-        try:
-            self.study = patient(lambda: storage.create_new_study([direction], name))
-        except DuplicatedStudyError:
+        try:  # looked for first, so that what is finished can be read where nothing may be written
             self.study = patient(lambda: storage.get_study_id_from_name(name))
+        except KeyError:
+            try:
+                self.study = patient(lambda: storage.create_new_study([direction], name))
+            except DuplicatedStudyError:
+                self.study = patient(lambda: storage.get_study_id_from_name(name))
         known = patient(lambda: storage.get_study_user_attrs(self.study))
-        for key, value in attributes.items():
-            if known.get(key) != value:
-                self._write(storage.set_study_user_attr, self.study, key, value)
+        try:
+            for key, value in attributes.items():
+                if known.get(key) != value:
+                    self._write(storage.set_study_user_attr, self.study, key, value)
+        except ReadOnlyStorage:
+            if "netwright" not in known:
+                raise
         self._seen: dict[int, tuple[Any, float]] = {}
 
     def trials(self) -> "dict[str, list[FrozenTrial]]":
@@ -308,24 +306,56 @@ class Ledger:
 
 
 def patient(call: Callable[[], T]) -> T:
-    """Return what `call` gives; try again where the storage is busy or away for a moment.
+    """Return what `call` gives; try again where the storage is busy or away.
+
+    One that is away is waited for a minute, as long as a server takes to recover from a crash,
+    and after three seconds that is said.
 
     Raises:
         UnreachableStorage: it did not come back.
+        ReadOnlyStorage: it may only be read.
     """
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import DBAPIError
-    for attempt in range(6):
+    patience = _Patience()
+    while True:
         try:
             return call()
         except (StorageInternalError, DBAPIError) as error:
-            if attempt == 5:
-                cause = error.__cause__ or error
+            said = _line(error.__cause__ or error)
+            if any(word in said for word in ("readonly database", "read-only transaction",
+                                             "permission denied")):
+                raise ReadOnlyStorage(f"the storage may only be read: {said}; name another, or "
+                                      "let it be written") from error
+            broken = any(word in said for word in ("malformed", "not a database", "no such table",
+                                                   "does not exist"))
+            if not patience.goes_on(said, minute=not broken, briefly=True):
                 raise UnreachableStorage(
-                    f"the storage stopped answering: {_line(cause)}; nothing that was finished "
+                    f"the storage stopped answering: {said}; nothing that was finished "
                     "is lost: run the same again to go on") from error
-            time.sleep(0.1 * 2 ** attempt)
-    raise AssertionError("the last attempt returns or raises")
+
+
+class _Patience:
+    """How long a storage has been waited for, and how long it still may be."""
+
+    def __init__(self) -> None:
+        self.start, self.slept, self.attempt, self.said = time.monotonic(), 0.0, 0, False
+
+    def goes_on(self, failure: str, *, minute: bool, briefly: bool) -> bool:
+        """Sleep and return True, or return False where it has been long enough."""
+        waited = max(time.monotonic() - self.start, self.slept)
+        if not ((minute and waited < PATIENCE) or (briefly and self.attempt < 5)):
+            return False
+        if waited > 3 and not self.said:
+            logging.getLogger("netwright").warning(
+                "the storage does not answer (%s); it is waited for up to %.0f seconds", failure,
+                PATIENCE)
+            self.said = True
+        pause = min(0.1 * 2 ** self.attempt, 2.0)
+        time.sleep(pause)
+        self.slept += pause
+        self.attempt += 1
+        return True
 
 
 def worker() -> dict[str, Any]:

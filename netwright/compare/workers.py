@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import pickletools
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,14 +13,14 @@ import threading
 import time
 import traceback
 from dataclasses import replace
-from typing import Any
+from typing import IO, Any, Union
 
 import torch
 
 from netwright import errors
 from netwright.compare.cells import Cell, Plan, cells_of, message_of, work
 from netwright.compare.display import Display
-from netwright.compare.trials import storage_at
+from netwright.compare.trials import let_go, storage_at
 from netwright.errors import NetwrightError
 
 
@@ -46,7 +47,10 @@ def here(cells: list[Cell], display: Display) -> None:
 def elsewhere(cells: list[Cell], payload: bytes, workers: int, display: Display) -> None:
     """Let other processes do the jobs, and show how they stand."""
     with tempfile.TemporaryFile() as log:
-        crew = [_hire(payload, log) for _ in range(workers)]
+        let_go(cells[0].tune.storage)
+        crew: list[Worker] = []
+        for _ in range(workers):
+            crew.append(_hire(payload, log, crew))
         deaths = 0
         try:
             while True:
@@ -59,7 +63,8 @@ def elsewhere(cells: list[Cell], payload: bytes, workers: int, display: Display)
                         deaths += 1
                         _inquire(process, log, deaths)
                         _dismiss(process)
-                        crew[i] = _hire(payload, log)
+                        let_go(cells[0].tune.storage)
+                        crew[i] = _hire(payload, log, crew)
                 time.sleep(0.3)
         finally:
             for process in crew:
@@ -93,7 +98,10 @@ def why_not(plan: Plan, url: Any) -> str:
     return "the plan cannot be sent to another process"
 
 
-def _hire(payload: bytes, log: Any) -> "subprocess.Popen[bytes]":
+def _hire(payload: bytes, log: Any, crew: "list[Worker]") -> "Worker":
+    """Start a worker: by a fork, which has all imports, where that is safe."""
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        return _Forked(payload, log, crew)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
                    "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     serving = "from netwright.compare.workers import serve; serve()"
@@ -109,14 +117,76 @@ def _hire(payload: bytes, log: Any) -> "subprocess.Popen[bytes]":
     return process
 
 
-def _dismiss(process: "subprocess.Popen[bytes]") -> None:
+class _Forked:
+    """A worker that is a fork of this process; it is asked as `subprocess.Popen` is.
+
+    Its thread pools are this process's own, of which none is in it: it uses one thread. Nothing of
+    this process's that others see, such as its output or a storage's connections, is used there.
+    """
+
+    def __init__(self, payload: bytes, log: Any, crew: "list[Worker]") -> None:
+        source, lifeline = os.pipe()
+        answers, answer = os.pipe()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                for other in crew:  # or a pipe of theirs would stay open when this process dies
+                    for pipe in (other.stdin, other.stdout):
+                        if pipe is not None and not pipe.closed:
+                            os.close(pipe.fileno())
+                os.close(lifeline)
+                os.close(answers)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+                sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
+                sys.stdout = sys.stderr = os.fdopen(os.dup(2), "w", 1, encoding="utf-8",
+                                                    errors="replace")
+                _do(payload, os.fdopen(source, "rb", 0), answer)
+            except KeyboardInterrupt:
+                os._exit(130)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        os.close(source)
+        os.close(answer)
+        self.stdin: IO[bytes] | None = os.fdopen(lifeline, "wb", 0)
+        self.stdout: IO[bytes] | None = os.fdopen(answers, "rb")
+
+    def poll(self) -> int | None:
+        """Return its status once it has ended, None before."""
+        return self._waited(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        """Return its status when it has ended."""
+        return self._waited(0)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def _waited(self, how: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, how)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+Worker = Union["subprocess.Popen[bytes]", _Forked]
+
+
+def _dismiss(process: "Worker") -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()
 
 
-def _inquire(process: "subprocess.Popen[bytes]", log: Any, deaths: int) -> None:
+def _inquire(process: "Worker", log: Any, deaths: int) -> None:
     """Raise what ended a worker, unless it was killed and another may take its place."""
     assert process.stdout is not None
     said = process.stdout.read()
@@ -130,7 +200,7 @@ def _inquire(process: "subprocess.Popen[bytes]", log: Any, deaths: int) -> None:
         return
     log.seek(0)
     lines = log.read().decode(errors="replace").strip().splitlines()
-    if process.returncode > 0 or deaths > 10:
+    if (process.returncode or 0) > 0 or deaths > 10:
         raise RuntimeError(f"a worker process ended with status {process.returncode}: "
                            f"{lines[-1] if lines else 'it said nothing'}; "
                            "workers=1 runs everything in this process")
@@ -140,8 +210,14 @@ def serve() -> None:
     """Do the jobs of the plan that comes on standard input; what a worker process runs."""
     source, answer = sys.stdin.buffer, os.dup(1)
     os.dup2(2, 1)  # what a task prints goes to the log
-    payload = source.read(int.from_bytes(source.read(8), "big"))
+    try:
+        _do(source.read(int.from_bytes(source.read(8), "big")), source, answer)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
+
+def _do(payload: bytes, source: Any, answer: int) -> None:
+    """Do the jobs of a plan; end when `source` ends; say on `answer` what went wrong."""
     def end_with_parent() -> None:
         source.read(1)
         os._exit(1)
@@ -150,12 +226,10 @@ def serve() -> None:
     gc.freeze()  # the imported libraries stay: measuring memory need not search them each time
     try:
         plan, url, forgiven = pickle.loads(payload)
-        with storage_at(url) as storage:
+        with storage_at(url, wait=True) as storage:
             work(cells_of(plan, storage, forgiven))
         # The last look of the one who started this worker ends it.
         threading.Event().wait()
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as error:
         traceback.print_exc()
         os.write(answer, json.dumps({"error": type(error).__name__,

@@ -1,24 +1,34 @@
 import inspect
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
 
+from netwright import checks
+from netwright.blocks.experts.mixture import MixtureOfExperts
 from netwright.catalogue.facets import Facets, facets
 from netwright.contracts.checks import (
     Make,
     broken,
     cast,
     check,
+    check_once,
     difference,
     expect,
     expect_same,
     hold,
     move,
 )
+from netwright.errors import CannotReverse
+from netwright.reversing.engine import Stored, run
 from netwright.runtime.padding import holding
 from netwright.signals import apply
 
@@ -39,6 +49,7 @@ SAME_SHAPE = ("activation", "feedforward", "normalisation", "experts", "attentio
               "token mixing", "residual block")
 
 
+@checks.annotated
 def check_block(block: Callable[..., nn.Module], *, arguments: Mapping[str, Any] | None = None,
                 network: Callable[[], nn.Module] | None = None,
                 batch: Callable[[], Any] | None = None) -> None:
@@ -237,6 +248,42 @@ def gradients_are_those_of_finite_differences(make: Make) -> None:
 
 
 @check
+def forward_mode_gives_the_slope_of_the_backward_pass(make: Make) -> None:
+    case = make(dtype=torch.float64)
+    if not getattr(case.block, "differentiable", True) or getattr(
+            case.block, "surrogate_gradient", False):
+        return
+    named = {name: p for name, p in case.block.named_parameters() if p.is_floating_point()}
+    leaves = [*named.values(), *(part for part in case.inputs() if part.is_floating_point())]
+    ways = [torch.randn_like(leaf) for leaf in leaves]
+    move(leaves, ways, 0.03)  # off the kinks at which some are made
+    for leaf in leaves:
+        leaf.requires_grad_()
+    plain = case.outputs()
+    above = [torch.randn(part.shape, dtype=torch.float64) for part in plain]
+    pairs = [(part, over) for part, over in zip(plain, above, strict=True) if part.requires_grad]
+    if not pairs:
+        return
+    value = torch.stack([(part * over).sum() for part, over in pairs]).sum()
+    found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    parts = [float((g * way).sum()) for g, way in zip(found, ways, strict=True)]
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        duals = {id(leaf): forward_ad.make_dual(leaf.detach(), way)
+                 for leaf, way in zip(leaves, ways, strict=True)}
+        x = tree_map_only(Tensor, lambda part: duals.get(id(part), part), case.x)
+        torch.manual_seed(1)
+        outputs = functional_call(case.block, {name: duals[id(p)] for name, p in named.items()},
+                                  x if isinstance(x, tuple) else (x,))
+        seen = sum(float((tangent * over).sum()) for part, over in zip(
+            (part for part in tree_leaves(outputs) if isinstance(part, Tensor)), above, strict=True)
+            if (tangent := forward_ad.unpack_dual(part).tangent) is not None)
+    expect(abs(seen - sum(parts)) <= 1e-6 * (1 + sum(map(abs, parts))),
+           f"a slope of {sum(parts):.6g} in forward mode, as by the gradients", f"{seen:.6g}",
+           "give its autograd.Function a jvp, or take plain operations where "
+           "netwright.runtime.modes.transformed() says so")
+
+
+@check
 def training_gives_finite_gradients_in_the_weights_type(make: Make) -> None:
     case = make()
     case.block.train()
@@ -361,3 +408,139 @@ def layouts_do_not_matter(make: Make) -> None:
         Tensor, lambda part: part.transpose(0, -1).contiguous().transpose(0, -1), case.x)
     expect_close(case.outputs(strided), expected, "the same from x that is not contiguous",
                  "use reshape in place of view")
+
+
+def _stored(course: "Course", x: Any) -> Tensor:
+    return course.made(x)
+
+
+def _checkpointed(course: "Course", x: Any, *, reentrant: bool) -> Tensor:
+    args = x if isinstance(x, tuple) else (x,)
+    made: Tensor = checkpoint(lambda *given: course.made(given), *args, use_reentrant=reentrant)
+    return made
+
+
+def _reversed(course: "Course", x: Any) -> Tensor:
+    args = x if isinstance(x, tuple) else (x,)
+    step = Stored("the block", lambda first: course.made((first, *args[1:])), [course.network],
+                  [part for part in tree_leaves(args[1:]) if isinstance(part, Tensor)])
+    return run([step], [args[0]], first=course.steps == 0)[0]
+
+
+class Course:
+    """Some steps of training a block, two passes before each backward pass."""
+
+    def __init__(self, make: Make, way: Callable[["Course", Any], Tensor] = _stored,
+                 **optimizer: bool) -> None:
+        case = make(dtype=torch.float64)
+        self.x, self.place = case.x, case.place
+        self.network = case.block.train()
+        if self.place == "router":  # which learns, and is told its loads, in a mixture
+            self.network = MixtureOfExperts(8, lambda: nn.Linear(8, 8), case.block).double()
+        torch.manual_seed(3)
+        for p in self.network.parameters():
+            with torch.no_grad():
+                p.add_(0.03 * torch.randn_like(p))
+        self.way, self.steps, self.how = way, 0, optimizer
+        self.optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([*self.network.parameters(), nn.Parameter(torch.zeros(1))], 0.05,
+                               **self.how)
+
+    def made(self, x: Any) -> Tensor:
+        """Return what the block makes of `x`, in one row."""
+        outputs = [part for part in tree_leaves(apply(self.network, x)) if isinstance(part, Tensor)]
+        return torch.cat([part.flatten() for part in outputs if part.is_floating_point()])
+
+    def half(self, number: int) -> None:
+        """Take a pass and keep its output for the backward pass."""
+        x = tree_map_only(Tensor, lambda part: (part * (1 + 0.2 * number)).requires_grad_()
+                          if part.is_floating_point() else part, self.x)
+        torch.manual_seed(number)
+        self.outputs.append(self.way(self, x))
+
+    def step(self, between: Callable[[], None] = lambda: None) -> list[Tensor]:
+        """Take two passes, go back through both, and step; return the gradients."""
+        self.outputs: list[Tensor] = []
+        self.optimizer.zero_grad()
+        for number in (2 * self.steps, 2 * self.steps + 1):
+            self.half(number)
+        sum((y.square().mean() for y in self.outputs), torch.tensor(0.0)).backward()
+        between()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                 for p in self.network.parameters()]
+        self.optimizer.step()
+        self.steps += 1
+        return found
+
+    def continued(self, network: nn.Module) -> None:
+        """Go on with another network, which has this one's gradients."""
+        for p, new in zip(self.network.parameters(), network.parameters(), strict=True):
+            new.grad = p.grad
+        self.network = network.train()
+        self.optimizer = self._new_optimizer()
+
+
+WAYS: dict[str, Callable[[Course, Any], Tensor]] = {
+    "a checkpoint": partial(_checkpointed, reentrant=False),
+    "a reentrant checkpoint": partial(_checkpointed, reentrant=True),
+    "a reversible stack": _reversed,
+}
+
+
+def _learns(make: Make) -> bool:
+    case = make()
+    first = case.inputs()[0] if case.inputs() else torch.zeros(0, dtype=torch.long)
+    return (getattr(case.block, "differentiable", True) and first.is_floating_point()
+            and isinstance(case.x, Tensor | tuple)
+            and all(isinstance(part, Tensor) for part in (
+                case.x if isinstance(case.x, tuple) else (case.x,)))
+            and any(p.requires_grad for p in case.block.parameters())
+            and any(part.requires_grad for part in case.outputs()))
+
+
+def expect_course(found: list[Tensor], expected: list[Tensor], how: str) -> None:
+    for one, other in zip(found, expected, strict=True):
+        worst = float((one - other).abs().max()) if one.numel() else 0.0
+        expect(worst <= 1e-7 * (1 + float(other.abs().max() if other.numel() else 0)),
+               f"the gradients of plain training {how}", f"a difference of {worst:.1e}",
+               "let nothing move between a pass and the same pass run again "
+               "(netwright.runtime.passes), hear of steps from the optimizer, and keep what "
+               "waits for a step in the state_dict")
+
+
+@check_once
+def a_pass_that_runs_again_gives_the_same_gradients(make: Make) -> None:
+    if not _learns(make):
+        return
+    plain = Course(make)
+    expected = [plain.step() for _ in range(3)]
+    for name, way in WAYS.items():
+        course = Course(make, way)
+        try:
+            for k in range(3):
+                expect_course(course.step(), expected[k], f"under {name}, in step {k + 1}")
+        except CannotReverse:  # which says what is right instead
+            continue
+
+
+@check_once
+def any_optimizer_and_a_resume_in_the_middle_give_the_same_steps(make: Make) -> None:
+    if not _learns(make):
+        return
+    plain = Course(make)
+    expected = [plain.step() for _ in range(3)][-1]
+    for how in ("fused", "foreach"):
+        course = Course(make, _stored, **{how: True})
+        expect_course([course.step() for _ in range(3)][-1], expected, f"with {how}=True")
+    for name in ("deepcopy", "load_state_dict"):
+        course = Course(make)
+        course.step()
+
+        def change(course: Course = course, name: str = name) -> None:
+            copied = deepcopy(course.network) if name == "deepcopy" else Course(make).network
+            copied.load_state_dict(course.network.state_dict())
+            course.continued(copied)
+        course.step(between=change)
+        expect_course(course.step(), expected, f"after {name} before a step")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 from torch.utils._pytree import tree_leaves
 
+from netwright import checks
 from netwright.catalogue.facets import Facets, facets
 from netwright.contracts.checks import (
     Make,
@@ -32,6 +33,7 @@ SUPPLIED: dict[str, Any] = {"channels": 4, "dim": 4, "size": 4, "condition_chann
                             "label_dim": 2, "cond_dim": 5, "dims": 2}
 
 
+@checks.annotated
 def check_generative(model: Callable[..., nn.Module], *,
                      arguments: Mapping[str, Any] | None = None,
                      network: Callable[[], nn.Module] | None = None,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from netwright import checks
 from netwright.contracts.checks import Make, check, expect, expect_same, hold
 from netwright.rules.exact.backprop import Backprop
 from netwright.rules.rule import Rule
@@ -15,6 +16,7 @@ from netwright.runtime.random_state import every_random_state
 __all__ = ["check_measure"]
 
 
+@checks.annotated
 def check_measure(measure: Callable[..., Any], *, arguments: Mapping[str, Any] | None = None,
                   network: Callable[[], nn.Module] | None = None,
                   batch: Callable[[], tuple[Any, Tensor]] | None = None) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from netwright import checks
 from netwright.catalogue.facets import Facets, facets
 from netwright.contracts.checks import (
     Make,
@@ -22,6 +23,7 @@ __all__ = ["check_objective"]
 CLASSES, HORIZON = 3, 4
 
 
+@checks.annotated
 def check_objective(objective: Callable[..., Any], *,
                     arguments: Mapping[str, Any] | None = None,
                     network: None = None, batch: Callable[[], Any] | None = None) -> None:

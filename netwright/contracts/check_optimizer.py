@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from netwright import checks
 from netwright.contracts.check_rule import ordinary_batch, ordinary_network
 from netwright.contracts.checks import (
     Make,
@@ -25,6 +26,7 @@ from netwright.training.loop import fit
 __all__ = ["check_optimizer"]
 
 
+@checks.annotated
 def check_optimizer(optimizer: Callable[..., Optimizer], *,
                     arguments: Mapping[str, Any] | None = None,
                     network: Callable[[], nn.Module] | None = None,

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._pytree import tree_leaves, tree_map
 
+from netwright import checks
 from netwright.contracts.checks import Make, broken, check, check_once, expect, hold, offered
 from netwright.errors import NothingToReshape, UnknownName
 from netwright.models.gpt import gpt
@@ -27,6 +28,7 @@ _OTHER_NAMES = ("batch", "batches", "data", "dataset", "inputs", "loader", "samp
                 "x")
 
 
+@checks.annotated
 def check_reshape(reshape: Callable[..., nn.Module], *,
                   arguments: Mapping[str, Any] | None = None,
                   network: Callable[[], nn.Module] | None = None,

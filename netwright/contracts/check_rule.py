@@ -8,6 +8,7 @@ from torch.nn.functional import gaussian_nll_loss
 from torch.optim import SGD
 from torch.utils._pytree import tree_leaves, tree_map
 
+from netwright import checks
 from netwright.contracts.checks import (
     Make,
     broken,
@@ -26,6 +27,7 @@ __all__ = ["check_rule"]
 FEATURES, CLASSES = 20, 3
 
 
+@checks.annotated
 def check_rule(rule: Callable[..., Rule], *, arguments: Mapping[str, Any] | None = None,
                network: Callable[[], nn.Module] | None = None,
                batch: Callable[[], tuple[Any, Tensor]] | None = None) -> None:

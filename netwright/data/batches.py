@@ -12,6 +12,7 @@ from netwright.signals import mapped
 __all__ = ["Batches"]
 
 
+@checks.annotated
 class Batches:
     """Batches of tensors in memory, in an order that the seed and the epoch alone decide.
 

@@ -7,12 +7,14 @@ import numpy
 import torch
 from torch import Tensor
 
+from netwright import checks
 from netwright.data._folder import locate
 from netwright.errors import MissingData
 
 __all__ = ["Graph", "citeseer", "cora", "karate"]
 
 
+@checks.annotated
 class Graph(NamedTuple):
     """A graph whose nodes are classified, with the nodes of each part as masks.
 
@@ -38,6 +40,7 @@ class Graph(NamedTuple):
         return [((self.features, self.edge_index), self.y.where(inside, -100))]
 
 
+@checks.annotated
 def karate() -> Graph:
     """Return Zachary's karate club of 1977: 34 members, and which of two clubs each went to.
 
@@ -61,6 +64,7 @@ def karate() -> Graph:
                  validation, test)
 
 
+@checks.annotated
 def cora() -> Graph:
     """Return Cora from `NETWRIGHT_DATA/planetoid`: 2,708 papers in 7 fields, and who cites whom.
 
@@ -76,6 +80,7 @@ def cora() -> Graph:
     return _planetoid("cora")
 
 
+@checks.annotated
 def citeseer() -> Graph:
     """Return CiteSeer from `NETWRIGHT_DATA/planetoid`: 3,327 papers in 6 fields, split as `cora`.
 

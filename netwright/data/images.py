@@ -8,12 +8,14 @@ import numpy
 import torch
 from torch import Tensor
 
+from netwright import checks
 from netwright.data._folder import locate
 from netwright.errors import MissingData
 
 __all__ = ["Split", "cifar10", "digits", "mnist"]
 
 
+@checks.annotated
 class Split(NamedTuple):
     """Inputs and targets for training, and those held out."""
 
@@ -23,6 +25,7 @@ class Split(NamedTuple):
     y_test: Tensor
 
 
+@checks.annotated
 def digits(*, test: float = 0.2, seed: int = 0) -> Split:
     """Return scikit-learn's 1,797 digits, held-out part drawn with equal classes.
 
@@ -41,6 +44,7 @@ def digits(*, test: float = 0.2, seed: int = 0) -> Split:
                  y_test.long())
 
 
+@checks.annotated
 def mnist() -> Split:
     """Return MNIST's 60,000 and 10,000 digits from `NETWRIGHT_DATA/mnist`, IDX files gzipped.
 
@@ -57,6 +61,7 @@ def mnist() -> Split:
     return Split(*parts)
 
 
+@checks.annotated
 def cifar10() -> Split:
     """Return CIFAR-10 from `NETWRIGHT_DATA/cifar10`, Parquet as on the Hugging Face hub.
 

@@ -22,6 +22,7 @@ STROKES = numpy.array([
 ])
 
 
+@checks.annotated
 def mnist1d(*, samples: int = 5000, test: float = 0.2, length: int = 40,
             padding: tuple[int, int] = (36, 60), scale: float = 0.4, translation: int = 48,
             correlated_noise: float = 0.25, noise: float = 0.02, shear: float = 0.75,

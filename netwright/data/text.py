@@ -1,6 +1,7 @@
 import torch
 from torch import Tensor
 
+from netwright import checks
 from netwright.data._folder import locate
 from netwright.data.images import Split
 from netwright.errors import MissingData
@@ -10,6 +11,7 @@ __all__ = ["CHARACTERS", "characters", "pydoc_text", "tinyshakespeare"]
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # a new line, then printable ASCII
 
 
+@checks.annotated
 def pydoc_text() -> str:
     """Return the English text on Python's syntax that ships with CPython, about 450,000 characters.
 
@@ -22,6 +24,7 @@ def pydoc_text() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
+@checks.annotated
 def tinyshakespeare() -> str:
     """Return about a million characters of Shakespeare from `NETWRIGHT_DATA/tinyshakespeare`.
 
@@ -36,6 +39,7 @@ def tinyshakespeare() -> str:
                           f"{_SHAKESPEARE}") from error
 
 
+@checks.annotated
 def characters(text: str, *, context: int = 64, test: float = 0.1) -> Split:
     """Cut `text` into windows of `context` characters, each with the character that follows.
 

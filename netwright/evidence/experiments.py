@@ -91,6 +91,7 @@ def experiments(where: PathLike | None = None) -> dict[str, Experiment]:
     return dict(sorted(_known.items()))
 
 
+@checks.annotated
 def experiment(name: str, where: PathLike | None = None) -> Experiment:
     """Return the experiment called `name`; raise UnknownName with the nearest names."""
     known = experiments(where)

@@ -1,7 +1,6 @@
 """What was measured: one file for each experiment."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from netwright import checks
 from netwright.catalogue.measurements import measurements
 from netwright.evidence.code import fingerprints
 from netwright.evidence.experiments import experiment, experiments
@@ -17,6 +17,7 @@ from netwright.evidence.folder import PathLike, folder
 from netwright.evidence.outcome import Scale
 from netwright.runtime.machine import machine
 from netwright.runtime.version import __version__
+from netwright.runtime.written import write_text
 
 __all__ = ["ages", "recorded", "run"]
 
@@ -25,6 +26,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 Age = Literal["of this code", "older than its code", "not known", "not run"]
 
 
+@checks.annotated
 def run(name: str, scale: Scale = "desk", results: PathLike | None = None) -> dict[str, Any]:
     """Run the experiment called `name`, write what it found to `results`, and return it.
 
@@ -49,11 +51,12 @@ def run(name: str, scale: Scale = "desk", results: PathLike | None = None) -> di
     }
     home.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1)
-    _write(home / f"{name}.json", text + "\n")
+    write_text(home / f"{name}.json", text + "\n")
     measurements.cache_clear()
     return json.loads(text)
 
 
+@checks.annotated
 def recorded(results: PathLike | None = None) -> dict[str, dict[str, Any]]:
     """Return the results in the folder `results`, the experiments' own by default, by name.
 
@@ -65,6 +68,7 @@ def recorded(results: PathLike | None = None) -> dict[str, dict[str, Any]]:
                             for path, stat in zip(paths, stats, strict=True))))
 
 
+@checks.annotated
 def ages() -> dict[str, Age]:
     """Return for each experiment whether its result is of the code that there is now."""
     results, known = recorded(), experiments()
@@ -92,9 +96,3 @@ def _age(result: Mapping[str, Any] | None, now: str) -> Age:
 @lru_cache(maxsize=4)
 def _read(state: tuple[tuple[Path, int, int], ...]) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path, *_ in state}
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

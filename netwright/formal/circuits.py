@@ -29,6 +29,7 @@ class Semiring:
     minus: Callable[[Tensor, Tensor], Tensor]
 
 
+@checks.annotated
 def modular(n: int) -> Semiring:
     """Return Z_n: whole numbers modulo n. Z_2 has exclusive or as sum, and as product.
 
@@ -42,6 +43,7 @@ def modular(n: int) -> Semiring:
     return Semiring(f"Z_{n}", n, lambda a: a % n, lambda y, b: (y - b) % n)
 
 
+@checks.annotated
 def saturating(largest: int) -> Semiring:
     """Return the numbers 0 to `largest`, at which sums and products stop: 1 is or with and.
 
@@ -250,6 +252,7 @@ class PolynomialCircuit(nn.Module):
                                  f"{int(low if low < 0 else high)}")
 
 
+@checks.annotated
 def evaluator(inputs: int, outputs: int = 1, *, semiring: Semiring | None = None
               ) -> PolynomialCircuit:
     """Return the circuit whose parameters are the table of a function: it can be any function.
@@ -293,6 +296,7 @@ def evaluator(inputs: int, outputs: int = 1, *, semiring: Semiring | None = None
                              semiring=chosen)
 
 
+@checks.annotated
 def sum_of_products(inputs: int, outputs: int = 1, *, degree: int | None = None,
                     semiring: Semiring | None = None) -> PolynomialCircuit:
     """Return the circuit whose parameters choose among products of inputs: exclusive or is x + y.

@@ -126,6 +126,7 @@ def scaling_fit(runs: Sequence[tuple[Sequence[float], Sequence[float]]], *,
     if not runs:
         raise ValueError("runs must hold at least one (compute, loss), got none")
     curves = [_checked(i, run) for i, run in enumerate(runs)]
+    checks.count(0, seed=seed)
     checks.count(1, samples=samples, advice="the default is 200")
     least = 3 if irreducible else 2
     envelope = _envelope(curves)

@@ -65,3 +65,8 @@ class _Auxiliary(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         dtype, device = ctx.like
         return grads[0], torch.ones((), dtype=dtype, device=device) * _scale[0]
+
+    @staticmethod
+    def jvp(ctx: Any, signal: Tensor | None, loss: Tensor | None) -> Tensor | None:
+        # The signal is what it is: in forward mode there is nothing to add a loss to.
+        return None if signal is None else signal.clone()

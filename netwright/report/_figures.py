@@ -1,13 +1,12 @@
 """What a comparison says: figures, the best ones, and axes for page and picture."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from netwright.compare.results import Comparison, Row
+from netwright.runtime.written import plain
 
 PALETTE = (("#0b66c3", "#6db3ff"), ("#d1560b", "#ff9d5c"), ("#0a8554", "#4fd39b"),
            ("#a8328f", "#f08bd9"), ("#8a6d00", "#e3c33f"), ("#c22f3d", "#ff8590"),
@@ -170,10 +169,6 @@ def digits_of(value: float) -> str:
     return text.rstrip("0").rstrip(".")
 
 
-def plain(text: str) -> str:
-    return " ".join(str(text).split())
-
-
 def without_nan(value: Any) -> Any:
     """Return `value` with null for what JSON has no number for."""
     if isinstance(value, float):
@@ -181,14 +176,6 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_nan(part) for key, part in value.items()}
     return [without_nan(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
 
 
 def ending(text: str) -> str:

@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from string import Template
 from typing import Any
 
+from netwright import checks
 from netwright.compare.results import Comparison, Row
 from netwright.compare.steps import text_of
 from netwright.report._figures import (
@@ -25,18 +26,18 @@ from netwright.report._figures import (
     metric_title,
     overlap,
     pareto,
-    plain,
     score_of,
     score_text,
     spread_of,
     unit_of,
     value_of,
     without_nan,
-    write_text,
 )
 from netwright.runtime.version import __version__
+from netwright.runtime.written import plain, write_text
 
 
+@checks.annotated
 def html(comparison: Comparison, path: str | Path) -> Path:
     """Write the comparison as one self-contained page with interactive plots; return its path.
 

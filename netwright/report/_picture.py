@@ -18,16 +18,16 @@ from netwright.report._figures import (
     metric_title,
     overlap,
     pareto,
-    plain,
     score_axis,
     score_of,
     spread_of,
     unit_of,
     value_of,
-    write_text,
 )
+from netwright.runtime.written import plain, write_text
 
 
+@checks.annotated
 def picture(comparison: Comparison, path: str | Path, task: str | None = None) -> Path:
     """Write accuracy against peak memory and against training time as an SVG; return its path.
 
@@ -160,4 +160,4 @@ def _callouts(places: Sequence[tuple[float, float]], names: Sequence[str], hues:
 
 def _xml(text: str) -> str:
     """Return `text` escaped, without the control characters that XML has no place for."""
-    return escape("".join(c for c in plain(text) if c.isprintable()))
+    return escape(plain(text))

@@ -4,18 +4,20 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from netwright import checks
 from netwright.compare.results import Comparison
 from netwright.report._figures import (
     FIGURES,
     best_of,
     by_task,
     metric_title,
-    plain,
     score_text,
     value_of,
 )
+from netwright.runtime.written import plain
 
 
+@checks.annotated
 def table(comparison: Comparison) -> Table:
     """Return the comparison as a table for a terminal, one block a task, the best marked by *.
 

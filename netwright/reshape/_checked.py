@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from netwright.anatomy.residual_blocks import example_of
 from netwright.errors import BrokenReshape, CannotStage
+from netwright.reshape._calibration import few
 from netwright.runtime.modes import evaluating, rehearsing, same_attributes, training
 from netwright.signals import apply, copied, tensor_of, tensors
-
-ROWS = 2  # of a batch: the least with which batch normalisation runs in train mode
 
 
 class Remembered:
@@ -89,21 +87,12 @@ _ADVICE = ("the model that was given is as it was; leave this network's unusual 
 
 def _expected(model: nn.Module, x: Any) -> tuple[Any, list[Tensor] | None]:
     """Return an input and what `model` gives for it; None where it does not run."""
-    for given in (_few(x), x):
+    for given in (few(x), x):
         try:
             return given, _outputs(model, given, evaluating)
         except Exception:  # the example is not one, and whoever needed it has said so
             continue
     return x, None
-
-
-def _few(x: Any) -> Any:
-    """Return the first rows of a batch, or `x` where it does not look like one."""
-    sizes = {t.shape[:1] for t in tensors(x)}
-    if len(sizes) != 1 or not (size := sizes.pop()) or size[0] <= ROWS:
-        return x
-    return tree_map(lambda t: t[:ROWS] if isinstance(t, Tensor) else t,
-                    dict(x) if isinstance(x, Mapping) else x)
 
 
 def _outputs(model: nn.Module, x: Any, held: Callable[[nn.Module], Any]) -> list[Tensor]:

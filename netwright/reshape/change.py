@@ -26,7 +26,8 @@ Half = Callable[..., nn.Module]
 H = TypeVar("H", bound=Half)
 P = ParamSpec("P")
 
-_DATA = ("calibration", "example", "generator", "progress", "resume")  # what a record leaves out
+# What a record leaves out.
+_DATA = ("calibration", "example", "generator", "progress", "resume")
 _OWN: dict[str, "Reshape"] = {}  # reshapes of the user's, by module and name
 
 

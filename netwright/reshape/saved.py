@@ -410,14 +410,14 @@ def _weights_digest(folder: Path) -> str:
 def _content(folder: Path) -> dict[str, Any]:
     """Return what `changes.json` says, checked."""
     path = folder / CHANGES
-    if not path.exists():
+    if not path.is_file():
         raise CorruptCheckpoint(f"{path} is missing: {folder} is no folder that netwright.save "
                                 "wrote")
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         digest = content.pop("sha256")
         kind = content["format"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} cannot be read ({error}); restore {folder} from a "
                                 "copy") from error
     if kind != FORMAT:
@@ -436,7 +436,7 @@ def _read(folder: Path, files: Mapping[str, str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, digest in files.items():
         path = folder / name
-        if not path.exists():
+        if not path.is_file():
             raise CorruptCheckpoint(f"{path} is missing; restore {folder} from a copy")
         if _digest(path) != digest:
             raise CorruptCheckpoint(f"{path} does not match its digest in {CHANGES}; restore "
@@ -515,7 +515,11 @@ def _recover(folder: Path) -> None:
         return
     last = following / CHANGES  # moved last, so that until then this begins again
     if last.exists():
-        written = set(json.loads(last.read_text(encoding="utf-8"))["written"])
+        try:
+            written = set(json.loads(last.read_text(encoding="utf-8"))["written"])
+        except (ValueError, KeyError, TypeError, RecursionError, IsADirectoryError) as error:
+            raise CorruptCheckpoint(f"{last} cannot be read ({error}); remove {following}, and "
+                                    f"{folder} is as it was before") from error
         for path in following.iterdir():
             if path != last:
                 os.replace(path, folder / path.name)

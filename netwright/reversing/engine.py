@@ -11,7 +11,6 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from netwright.errors import CannotReverse
 from netwright.runtime.attributes import Attributes
+from netwright.runtime.modes import transformed
 from netwright.runtime.passes import as_the_first
 from netwright.runtime.random_state import (
     random_state,
@@ -230,7 +230,7 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
 
     `first` also looks for what takes time to see: a step that cannot be undone, that makes
     something else when it runs again, that changes a stream in place, or that uses a tensor which
-    needs a gradient and is not its own. All gradients are handed over together then.
+    needs a gradient and is not its own.
 
     Where nothing needs a gradient, in an exported graph, and inside `torch.func` and forward-mode
     differentiation, the steps just run.
@@ -253,9 +253,7 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
 
 def _run(steps: Sequence[Step], streams: Sequence[Tensor], exact: bool,
          first: bool) -> list[Tensor]:
-    transformed = (forward_ad._current_level >= 0
-                   or torch._C._functorch.maybe_current_level() is not None)
-    if transformed or not (first or torch.is_grad_enabled()):
+    if transformed() or not (first or torch.is_grad_enabled()):
         return forth(steps, streams)
     wanted = torch.is_grad_enabled()
     everything = first or _elsewhere[0]
@@ -309,7 +307,10 @@ class _Plan:
         self.records = [_Record(step) for step in self.steps]
         self.stop = len(self.steps)  # no step before this one has a gradient to give
         owners = {id(deputy): given[key] for key, deputy in deputies.items()}
-        bounds = [0] if first else self._bounds()
+        # A first pass hands over all together, so that what it finds wrong changes nothing; but for
+        # one that a checkpoint runs again, when it is no longer the first.
+        listened = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        bounds = self._bounds() if listened or not first else [0]
         self.links: list[_Link] = [
             _Link(self.records[start:end], start, end, owners)
             for start, end in pairwise([*bounds, len(self.steps)])]
@@ -636,7 +637,7 @@ def _updated(step: Update, streams: list[Tensor], record: _Record, plan: _Plan) 
                                 f"{tuple(old.shape)} and made {got} of it; what is added to a "
                                 "stream must have the stream's shape")
     if plan.first:
-        record.given = _samples([*reads, *x])
+        record.given = _samples(reads or x)  # what it writes comes back by what it makes
         record.made = _samples([made] if isinstance(step, Add) else y)
     if middle is not None:
         after = plan.source.read()
@@ -688,6 +689,7 @@ def _look_back(step: Update, x: list[Tensor], y: list[Tensor], made: Any, record
                                 f"{tuple(old.shape)}; it must undo the step")
         if not (plan.first and _real(old) and old.numel()):
             continue
+        old, new, got = old.detach(), new.detach(), got.detach()
         scale = max(float(old.abs().amax()), float(got.abs().amax()) if got.numel() else 0, 1.0)
         error = float((old - new).abs().amax())
         if scale < float("inf") and not error <= scale * torch.finfo(old.dtype).eps ** 0.5:
@@ -720,10 +722,10 @@ def _back(plan: _Plan, k: int, held: list[Tensor], found: dict[int, Tensor]) -> 
                 _see_sound(step, streams[i], plan)
     if record.made:
         before = held if isinstance(step, Stored) else [
-            *[streams[i] for i in step.reads], *[streams[i] for i in step.writes]]
+            streams[i] for i in step.reads or step.writes]
         _see_same(step, record, before, outputs)
     if plan.first:
-        _no_strangers(step, outputs, [*given, *record.own])
+        no_strangers(step, outputs, [*given, *record.own])
     # From here on the outputs' numbers are in nobody's way, but where gradients begin.
     starts = [(get_gradient_edge(o), s if s.dtype == o.dtype else s.to(o.dtype))
               for o, s in zip(outputs, signals, strict=True)
@@ -920,7 +922,7 @@ def _unsound(step: Update) -> CannotReverse:
         "scale, use a wider dtype, or exact=True")
 
 
-def _no_strangers(step: Update | Stored, outputs: Sequence[Any], known: Sequence[Tensor]) -> None:
+def no_strangers(step: Any, outputs: Sequence[Any], known: Sequence[Tensor]) -> None:
     """Raise CannotReverse where a gradient would be lost: in a tensor that is not the step's."""
     own = {t.grad_fn for t in known if t.grad_fn is not None}
     leaves = {id(t) for t in known}

@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from netwright import checks
 from netwright.errors import CannotStage, FewStages
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.batches import labels_apart
@@ -21,6 +22,7 @@ from netwright.stages import Stage, Stages, stages
 __all__ = ["Rule"]
 
 
+@checks.annotated
 class Rule(nn.Module):
     """What replaces `loss.backward()`: one call fills `.grad` and returns the loss.
 
@@ -203,7 +205,7 @@ def _warn_of_few(rule: type[Rule], net: Stages) -> None:
         warnings.warn(
             f"network reads as {len(net)} stages ({', '.join(net.names)}) of {layers} layers, and "
             f"within a stage {rule.__name__} is backpropagation; give nw.stages(network, example, "
-            "cuts=[...]) with more of its modules to cut at", FewStages, stacklevel=4)
+            "cuts=[...]) with more of its modules to cut at", FewStages, stacklevel=6)
 
 
 def matrix_layers(stage: Stage) -> list[nn.Module]:

@@ -153,9 +153,9 @@ class _Numbers(_Whole):
         super().__init__(tensor, lambda t: t.detach().clone(), _copy, torch.equal)
 
     def differs(self) -> bool:
-        if self.version is None:
-            return super().differs()
-        return bool(self.value._version != self.version)
+        if self.version is not None and self.value._version == self.version:
+            return False
+        return super().differs()
 
 
 def _content(value: Any) -> _Content:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from netwright.runtime.attributes import Attributes
 from netwright.runtime.random_state import same_random_state
@@ -86,6 +87,15 @@ def same_attributes(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         before.put_back()
+
+
+def transformed() -> bool:
+    """Return whether a `torch.func` transform or forward-mode differentiation is going on.
+
+    A backward pass that is written by hand is in its way; what is made of plain operations is not.
+    """
+    return (forward_ad._current_level >= 0
+            or torch._C._functorch.maybe_current_level() is not None)
 
 
 @contextmanager

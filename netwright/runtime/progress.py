@@ -2,6 +2,7 @@ import math
 import time
 from typing import Any
 
+PATIENCE = 2.0  # seconds of silence, in which most is done
 REFRESH = 0.2  # seconds between redraws, so that drawing costs a training nothing that shows
 
 
@@ -26,15 +27,9 @@ class Bar:
 
     def _begin(self) -> None:
         self._begins = math.inf
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-        console = Console(stderr=True)
-        if not (console.is_terminal or console.is_jupyter):
+        self._progress = _bar()
+        if self._progress is None:
             return
-        self._progress = Progress(TextColumn("{task.description}"), BarColumn(),
-                                  TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(),
-                                  TextColumn("{task.fields[figures]}"), console=console,
-                                  auto_refresh=False)
         self._task = self._progress.add_task(f"{self._unit} 1/{self._epochs}", figures="",
                                              total=self._epochs * (self._batches or 1))
         self._progress.start()
@@ -68,3 +63,56 @@ class Bar:
         self._progress.update(self._task, description=description, completed=done, refresh=True,
                               figures=("" if loss != loss else f"loss {loss:.4g}") + self._score)
         self._due = time.perf_counter() + REFRESH
+
+
+class Tries:
+    """What has been tried of `total`, the time left and the best so far, after two seconds.
+
+    Nothing is shown where the output is not a terminal.
+
+    >>> with Tries("prune_sublayers", 3) as tries:
+    ...     for score in (0.3, 0.1, 0.2):
+    ...         tries.step(f"best {score}")
+    >>> tries.done
+    3
+    """
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.done = name, total, 0
+        self._progress: Any = None
+        self._due = time.perf_counter() + PATIENCE
+
+    def __enter__(self) -> "Tries":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.refresh()
+            self._progress.stop()
+
+    def step(self, best: str = "", count: int = 1) -> None:
+        """Count `count` more, and show the best so far."""
+        self.done += count
+        if time.perf_counter() < self._due:
+            return
+        if self._progress is None:
+            self._progress = _bar()
+            if self._progress is None:
+                self._due = float("inf")
+                return
+            self._task = self._progress.add_task(self.name, figures="", total=self.total)
+            self._progress.start()
+        self._progress.update(self._task, completed=self.done, refresh=True, figures=best)
+        self._due = time.perf_counter() + REFRESH
+
+
+def _bar() -> Any:
+    """Return a bar in the terminal, None where there is none."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    console = Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):
+        return None
+    return Progress(TextColumn("{task.description}"), BarColumn(),
+                    TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(),
+                    TextColumn("{task.fields[figures]}"), console=console, auto_refresh=False)

@@ -389,6 +389,7 @@ def entry_of(path: list[Call], calls: list[Call]) -> tuple[list[tuple[nn.Module,
     counts: dict[nn.Module, int] = {}
     for c in done:
         counts[c.module] = counts.get(c.module, 0) + 1
-    changed = any(version(t) != c.output_versions[id(t)]
+    # What was put into an output after it was returned has no version.
+    changed = any(version(t) != c.output_versions.get(id(t))
                   for c in done for t in tensors(c.output))
     return list(counts.items()), changed

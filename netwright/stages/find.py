@@ -131,7 +131,7 @@ def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages
         raise _refusal(network, calls, seen, names)
 
     traced = None if pretrained else _traced(network, example, None, seen)
-    for candidate in islice(_tries(calls, pretrained), _TRIES):
+    for candidate in islice(_tries(calls, _around_pretrained(network)), _TRIES):
         starts = groups_of(candidate.path)
         # a watched chain runs the network's own code, so it may lack a head of its own
         if traced is not None and len(traced) > len(starts) + 1:
@@ -143,6 +143,13 @@ def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages
     if traced is not None:
         return traced
     raise _refusal(network, calls, seen)
+
+
+def _around_pretrained(network: nn.Module) -> bool:
+    """Return whether all weights are a Hugging Face model's, as where adapters were put in it."""
+    held = set(network.parameters())
+    return any(is_pretrained(part) and set(part.parameters()) == held
+               for part in network.modules())
 
 
 def _tries(calls: list[Call], pretrained: bool) -> Iterator[Candidate]:

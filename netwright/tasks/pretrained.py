@@ -23,6 +23,7 @@ SENTENCES = ("A network is a chain of layers, and each of them reads what the on
 LENGTH = 64  # tokens of an example
 
 
+@checks.annotated
 def pretrained(folder: str | Path) -> nn.Module:
     """Return the model in a Hugging Face folder, or in one that `netwright.save` wrote.
 
@@ -63,6 +64,7 @@ def pretrained(folder: str | Path) -> nn.Module:
     return model.eval()
 
 
+@checks.annotated
 def example_of(model: nn.Module, folder: str | Path, text: str | Path | None = None) -> Any:
     """Return an input of a model of transformers: tokens of a text, or an image of noise.
 
@@ -99,6 +101,7 @@ def example_of(model: nn.Module, folder: str | Path, text: str | Path | None = N
                      "file that gives an example")
 
 
+@checks.annotated
 def text_task(folder: str | Path, text: str | Path, *, context: int = 128, epochs: int = 1,
               batch_size: int = 8, learning_rate: float = 5e-5) -> Task:
     """Return the task of going on with a text, for a causal language model in a folder.

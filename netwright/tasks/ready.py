@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.data import Split
 from netwright.data.batches import check_samples, named
 from netwright.errors import NetwrightError
@@ -20,6 +21,7 @@ from netwright.tasks import Parts, Task
 __all__ = ["check_ready"]
 
 
+@checks.annotated
 def check_ready(task: Task) -> None:
     """Raise unless the task's data, network, loss, metric and optimizer fit one another.
 

@@ -65,6 +65,7 @@ METRICS: Mapping[str, tuple[Callable[[Tensor, Tensor], float | Tensor], bool]] =
 }
 
 
+@checks.annotated
 @dataclass(frozen=True)
 class Task:
     """What changes are compared on: a network builder, data, a loss and a metric.
@@ -217,6 +218,7 @@ class Task:
         return Batches(x, y, max(self.batch_size, 256), shuffle=False)
 
 
+@checks.annotated
 def task(name: str) -> Task:
     """Return the built-in task called `name`; raise UnknownName with the nearest names.
 
@@ -227,6 +229,7 @@ def task(name: str) -> Task:
     return TASKS[name]
 
 
+@checks.annotated
 def load_tasks(path: str | Path) -> list[Task]:
     """Return the tasks that a Python file defines, as `Task` objects or by a function `task()`.
 
@@ -275,7 +278,9 @@ def _module(path: Path) -> ModuleType:
 def _guarded(path: Path, action: Callable[[], Any]) -> Any:
     try:
         return action()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, GeneratorExit and others' own kinds too
         if isinstance(error, SyntaxError) and error.filename == str(path):
             line: int | None = error.lineno
         else:

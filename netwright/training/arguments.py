@@ -20,13 +20,12 @@ from netwright.rules.rule import Rule
 from netwright.runtime.modes import rehearsing
 from netwright.signals import moved, tensors
 from netwright.training.batches import (
+    as_pair,
     described,
     first_batch,
     generators,
-    pair,
     parts,
     targets,
-    unlabelled,
 )
 from netwright.training.history import Epoch
 from netwright.training.scoring import has_state
@@ -62,7 +61,7 @@ def learning(rule: Rule) -> list[Parameter]:
 
 def check_data(name: str, data: Any) -> None:
     """Raise ValueError unless `data` can be passed over again and again."""
-    if not hasattr(data, "__iter__") or isinstance(data, (Tensor, Mapping)):
+    if not hasattr(data, "__iter__") or isinstance(data, (Tensor, Mapping, str)):
         raise ValueError(f"{name} must be an iterable of (x, y) batches, got "
                          f"{type(data).__name__}; use Batches(x, y, batch_size), a DataLoader or "
                          "a list")
@@ -135,7 +134,7 @@ def rehearse(rule: Rule, train: Any, validation: Any, metric: Any) -> None:
         if isinstance(data, (list, tuple)) and not data:
             raise ValueError(f"{name} yielded no batches; it is an empty {type(data).__name__}")
         batch = None if data is None else first_batch(data, generators(parts(data)))
-        seen.append(None if batch is None else (pair if rule.needs_labels else unlabelled)(batch))
+        seen.append(None if batch is None else as_pair(batch, rule))
     first, judged = seen
     if judged is not None and targets(judged[1]) and (first is None or _kind(first) !=
                                                       _kind(judged)):

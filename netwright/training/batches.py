@@ -8,12 +8,14 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from netwright.data.batches import Batches
+from netwright.rules.batches import labels_apart
+from netwright.rules.rule import Rule
 from netwright.runtime.random_state import from_one_start, is_generator
 from netwright.signals import tensors
+from netwright.training.own_loss import OwnLoss
 
 Data = Iterable[tuple[Any, Any]]
 DEPTH = 6  # how many objects lie in one another, at most: what is deeper is another's
@@ -22,29 +24,48 @@ _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dty
                     torch.Size, torch.nn.Parameter))
 
 
-def pairs(data: Data, labelled: bool = True) -> Iterator[tuple[Any, Tensor]]:
+def pairs(data: Data, rule: Rule) -> Iterator[tuple[Any, Any]]:
     """Begin a pass over `data` now, and return its batches."""
-    return map(pair if labelled else unlabelled, iter(data))
+    return map(partial(as_pair, rule=rule), iter(data))
 
 
-def pair(batch: Any) -> tuple[Any, Tensor]:
-    """Return a batch as (x, y); raise ValueError where it is none."""
+def as_pair(batch: Any, rule: Rule) -> tuple[Any, Any]:
+    """Return a batch as the (x, y) that a rule is given; raise ValueError where it is none."""
+    if not rule.needs_labels:
+        return unlabelled(batch)
+    if isinstance(batch, Mapping):
+        return keywords(batch, rule)
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and tensors(batch[1])):
         raise ValueError("a batch must be a pair (x, y) whose y is a tensor, or several in a tuple "
-                         f"or mapping, got {described(batch)}; several inputs go into x as a "
-                         "tuple or mapping")
+                         "or mapping, or be a mapping that holds labels, got "
+                         f"{described(batch)}; several inputs go into x as a tuple or mapping")
     x, y = batch
     return x, y
+
+
+def keywords(batch: Mapping[str, Any], rule: Rule) -> tuple[Any, Any]:
+    """Return a batch of keywords, as loaders of Hugging Face give them, as (x, y).
+
+    A model that computes its loss itself keeps the labels among what it is given.
+    """
+    x, y = labels_apart(rule.network, batch, None)
+    if not isinstance(rule, OwnLoss):
+        if y is None:
+            raise ValueError('a batch that is a mapping must hold a tensor "labels", got '
+                             f"{described(batch)}; give pairs (x, y), or the model itself to train "
+                             "with its own loss")
+        return x, y
+    return dict(batch), unlabelled(batch)[1] if y is None else y
 
 
 def unlabelled(batch: Any) -> tuple[Any, Tensor]:
     """Return a batch of inputs alone as (x, y), with a y that counts the samples."""
     x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 1 else batch
-    tensors = [part for part in tree_leaves(x) if isinstance(part, Tensor)]
-    if not tensors or not tensors[0].ndim:
+    held = [part for part in tensors(x) if part.ndim]
+    if not held:
         raise ValueError("a batch must hold a tensor of samples, or a tuple of what the model "
                          f"takes, got {described(batch)}; stack the samples")
-    return x, torch.zeros(len(tensors[0]))
+    return x, torch.zeros(len(held[0]))
 
 
 def parts(data: Any) -> list[Any]:

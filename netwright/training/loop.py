@@ -27,6 +27,7 @@ from netwright.training.arguments import (
 )
 from netwright.training.batches import Data
 from netwright.training.history import Epoch, History
+from netwright.training.own_loss import OwnLoss, has_own_loss
 from netwright.training.run import Run
 from netwright.training.unlabelled import Unlabelled, generative, mean_score
 
@@ -56,6 +57,10 @@ def fit(rule: Rule | nn.Module, train: Data, *, epochs: int,
     With `checkpoint` the same call made again goes on where it stopped, and ends with the weights
     of a training that was never interrupted: on CPU bit for bit.
 
+    A model that takes labels, as those of Hugging Face, is trained with its own loss. Any other
+    rule is given the labels as y, and for a model that continues its input those of the next
+    tokens.
+
     A generative model, which has `log_prob`, or declares its kind and has a `loss`, is trained on
     inputs without labels: a batch is x, or the tuple of what that method takes, and `metric` the
     mean of log p.
@@ -66,7 +71,8 @@ def fit(rule: Rule | nn.Module, train: Data, *, epochs: int,
     Args:
         rule: a rule, or a module to train by backpropagation.
         train: (x, y) that can be passed over again: a `Batches`, a `DataLoader`, a list; y may be
-            several tensors where the loss is one's own.
+            several tensors where the loss is one's own. Mappings with "labels", as loaders of
+            Hugging Face give them, do too.
         epochs: passes over `train`.
         optimizer: one, or a function of the parameters that returns one; by default Adam with a
             rate of 0.001.
@@ -150,4 +156,7 @@ def as_rule(given: Rule | nn.Module) -> Rule:
     if not isinstance(given, (nn.Module, Stages)):
         raise ValueError("rule must be a rule, or a module to train by backpropagation, got "
                          f"{type(given).__name__}; write nw.rules.Backprop(network)")
-    return Unlabelled(given) if generative(given) else Backprop(given)
+    network = given.model if isinstance(given, Stages) else given
+    if generative(network):
+        return Unlabelled(network)
+    return OwnLoss(network) if has_own_loss(network) else Backprop(network)

@@ -203,7 +203,7 @@ class Run:
             # Workers that live on hold random states that no checkpoint can see: with new ones
             # everything follows from the seed that each pass draws.
             data._iterator = None  # type: ignore[attr-defined]
-        return pairs(data, self.rule.needs_labels)
+        return pairs(data, self.rule)
 
     def _end_epoch(self) -> None:
         at, rate = self.at, self._learning_rate()

@@ -13,7 +13,14 @@ from torch import nn
 import netwright as nw
 from netwright.compare.changes import Change
 from netwright.compare.compare import tasks
-from netwright.errors import BadTaskFile, Diverged, UnknownName, UnreachableStorage
+from netwright.errors import (
+    BadTaskFile,
+    CorruptCheckpoint,
+    Diverged,
+    ReadOnlyStorage,
+    UnknownName,
+    UnreachableStorage,
+)
 from netwright.rules import Backprop, Rule
 from netwright.tasks import Parts
 
@@ -365,3 +372,26 @@ def test_nothing_given_is_changed():
     assert all(map(torch.equal, first, copies))
     assert changes == [[Backprop]]
     assert issubclass(changes[0][0], Rule)
+
+
+def test_what_is_finished_can_be_shown_where_nothing_may_be_written(tmp_path):
+    options = {"trials": 1, "epochs": 1, "workers": 1, "progress": False}
+    found = nw.compare(POINTS, ["Backprop"], seeds=1, storage=tmp_path / "a.db", **options)
+    url = f"sqlite:///file:{tmp_path / 'a.db'}?mode=ro&uri=true"
+    assert nw.recorded(url).rows == found.rows
+    assert nw.compare(POINTS, ["Backprop"], seeds=1, storage=url, **options).rows == found.rows
+    with pytest.raises(ReadOnlyStorage, match="may only be read"):
+        nw.compare(POINTS, ["Backprop"], seeds=2, storage=url, **options)
+    with pytest.raises(ReadOnlyStorage, match="may only be read"):
+        nw.compare(POINTS, ["MonoForward"], seeds=1, storage=url, **options)
+
+
+def test_a_recipe_in_a_file_that_is_none(tmp_path):
+    for text in ("[" * 100_000, "{", ""):
+        (tmp_path / "recipe.json").write_text(text)
+        with pytest.raises(CorruptCheckpoint, match="must be a recipe, and cannot be read"):
+            nw.recipe(tmp_path / "recipe.json")
+    with pytest.raises(CorruptCheckpoint, match="got a folder"):
+        nw.recipe(tmp_path)
+    with pytest.raises(ValueError, match="nested too deep"):
+        nw.recipe('{"rule": ' + '{"name": ' * 100_000)

@@ -44,3 +44,15 @@ def test_nothing_is_shown_where_nothing_is_wanted(written):
 def test_more_runs_at_once_take_less_time():
     running = [("trial 2", 1, 9), ("trial 3", 1, 9)]
     assert display.left([Status("a", "b", 2, 7, [4.0, 6.0], running)]) == "about 0:12 left"
+
+
+def test_escape_codes_in_names_are_not_passed_on(written):
+    with Display(True) as shown:
+        names = "di\x1b]0;title\x07gits", "Back\x1b[2Jprop"
+        shown.show([Status(*names, 2, 7, [3.0], [("t", 1, 2)])])
+        shown.note("a \x1b[31mline")
+        shown.show([Status(*names, 7, 7, [3.0], [])])
+        shown._live.refresh()
+    assert "\x1b]0;title" not in written.getvalue()
+    assert "\x1b[31mline" not in written.getvalue()
+    assert "Back\x1b[2J" not in written.getvalue()

@@ -3,6 +3,7 @@ import math
 import pytest
 
 from netwright.compare.results import Comparison, Row
+from netwright.errors import CorruptCheckpoint
 
 
 def test_a_comparison_round_trips(tmp_path):
@@ -23,3 +24,24 @@ def test_mean_and_spread():
     assert Row("task", "change", scores=[0.5]).spread == 0.0
     assert math.isnan(Row("task", "change").mean)
     assert math.isnan(Row("task", "change", scores=[0.5, math.nan]).spread)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", '"x"', '{"rows": 3}', "[]"])
+def test_a_file_that_is_no_comparison(tmp_path, text):
+    file = tmp_path / "found.json"
+    file.write_text(text)
+    with pytest.raises(CorruptCheckpoint, match=r"found.json must be a comparison that save wrote"):
+        Comparison.load(file)
+    with pytest.raises(CorruptCheckpoint, match="got a folder"):
+        Comparison.load(tmp_path)
+
+
+def test_it_is_saved_under_a_name_that_cannot_be_laid_in_wait_for(tmp_path):
+    (tmp_path / "other").write_text("kept")
+    (tmp_path / "found.json.tmp").symlink_to(tmp_path / "other")
+    Comparison([]).save(tmp_path / "found.json")
+    assert (tmp_path / "other").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "found.json", "found.json.tmp", "other"]
+    with pytest.raises(ValueError, match="got the folder"):
+        Comparison([]).save(tmp_path)

@@ -188,15 +188,17 @@ def test_a_driver_that_is_missing(monkeypatch):
         open_storage("postgresql+psycopg://me@127.0.0.1:9/none")
 
 
-def test_a_storage_that_goes_away(monkeypatch):
+def test_a_storage_that_goes_away(monkeypatch, caplog):
     from optuna.exceptions import StorageInternalError
-    monkeypatch.setattr(trials.time, "sleep", lambda seconds: None)
-    tries = []
+    slept, tries = [], []
+    monkeypatch.setattr(trials.time, "sleep", slept.append)
 
     def gone():
         tries.append(None)
         raise StorageInternalError("the server closed the connection\nunexpectedly")
     with pytest.raises(UnreachableStorage, match="closed the connection unexpectedly; nothing"):
         trials.patient(gone)
-    assert len(tries) == 6
+    assert 60 <= sum(slept) < 65
+    assert len(tries) == len(slept) + 1
+    assert "waited for up to 60 seconds" in caplog.text
     assert trials.patient(lambda: 3) == 3

@@ -242,13 +242,15 @@ def test_a_kill_leaves_the_old_model_or_the_new_one_whole(tmp_path, monkeypatch)
 # What bad folders and models get.
 
 @pytest.mark.parametrize("name", ["changes.json", "model.safetensors"])
-@pytest.mark.parametrize("harm", ["gone", "cut", "flipped"])
+@pytest.mark.parametrize("harm", ["gone", "cut", "flipped", "folder"])
 def test_a_damaged_folder_is_refused_with_the_files_name(tmp_path, name, harm):
     nw.save(prune_sublayers(small(), IDS, 2), tmp_path)
     path = tmp_path / name
     content = bytearray(path.read_bytes())
-    if harm == "gone":
+    if harm in ("gone", "folder"):
         path.unlink()
+        if harm == "folder":
+            path.mkdir()
     elif harm == "cut":
         path.write_bytes(content[:len(content) // 2])
     else:
@@ -261,9 +263,10 @@ def test_a_damaged_folder_is_refused_with_the_files_name(tmp_path, name, harm):
 def test_a_foreign_folder_is_refused(tmp_path):
     with pytest.raises(CorruptCheckpoint, match=r"changes\.json is missing"):
         nw.load(tmp_path, small())
-    (tmp_path / "changes.json").write_text('["other"]')
-    with pytest.raises(CorruptCheckpoint, match=r"changes\.json cannot be read"):
-        nw.load(tmp_path, small())
+    for text in ('["other"]', "[" * 100_000):
+        (tmp_path / "changes.json").write_text(text)
+        with pytest.raises(CorruptCheckpoint, match=r"changes\.json cannot be read"):
+            nw.load(tmp_path, small())
     (tmp_path / "changes.json").write_text('{"format": 9, "sha256": ""}')
     with pytest.raises(CorruptCheckpoint, match="of format 9"):
         nw.load(tmp_path, small())

@@ -936,3 +936,66 @@ def test_several_outputs_are_staged_by_the_one_that_is_meant(form, wrapped):
 def test_several_outputs_without_one_that_is_meant_are_refused():
     with pytest.raises(CannotStage, match="returned dict, which has no tensor called logits"):
         nw.stages(SeveralOutputs(lambda a, b: {"first": a, "second": b}), torch.randn(4, 8))
+
+
+def tiny_llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=32, vocab_size=20, num_labels=3, pad_token_id=0, use_cache=False))
+
+
+class LowRank(nn.Module):
+    """A linear layer with a branch of two small ones, as adapters have."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Around(nn.Module):
+    """Calls another model by its arguments' names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def test_adapters_around_a_model_leave_it_the_models_own_chain():
+    model = tiny_llama()
+    expected = nw.stages(model, {"input_ids": torch.randint(1, 20, (2, 5))}).names
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)
+        layer.mlp.down_proj = LowRank(layer.mlp.down_proj)
+    x = {"input_ids": torch.randint(1, 20, (2, 5))}
+    net = nw.stages(Around(model), x)
+    assert net.names == [f"model.{name}" for name in expected]
+    assert_same(net, x)
+
+
+def test_two_towers_in_a_module_are_staged():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 32}
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=sizes | {"vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 2},
+        vision_config=sizes | {"image_size": 16, "patch_size": 8}, projection_dim=8))
+    x = {"pixel_values": torch.randn(4, 3, 16, 16), "input_ids": torch.randint(3, 20, (4, 7))}
+
+    class Image(Around):
+        def forward(self, **given: Tensor) -> Tensor:
+            return self.model(**given).logits_per_image
+
+    net = nw.stages(Image(model), x)
+    assert len(net) > 1
+    assert_same(net, x)

@@ -152,6 +152,8 @@ def test_a_function_and_several_tasks(tmp_path):
     ("x = (\n", r"own\.py, line 1 raised SyntaxError: '\(' was never closed"),
     ("import nothing_of_that_name\n", r"own\.py, line 1 raised ModuleNotFoundError"),
     ("raise SystemExit(3)\n", r"own\.py, line 1 raised SystemExit: 3"),
+    ("raise GeneratorExit\n", r"own\.py, line 1 raised GeneratorExit"),
+    ("raise type('Odd', (BaseException,), {})(3)\n", r"own\.py, line 1 raised Odd: 3"),
     ("import netwright as nw\ntask = nw.Task('a', len, None, epochs=0)\n",
      r"own\.py, line 2 raised ValueError: epochs must be"),
     ("def task():\n    raise OSError('gone')\n", r"own\.py, line 2 raised OSError: gone"),

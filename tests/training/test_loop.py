@@ -425,6 +425,28 @@ def test_every_source_of_random_numbers_resumes(make: Callable, tmp_path: Path) 
     assert same(train(99, tmp_path / "broken"), whole)
 
 
+def test_several_outputs_and_targets() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.first(x), self.second(x)
+
+    def loss(outputs: tuple[Tensor, Tensor], y: dict[str, Tensor]) -> Tensor:
+        return cross_entropy(outputs[0], y["kind"]) + (outputs[1] - y["size"]).square().mean()
+
+    def metric(outputs: tuple[Tensor, Tensor], y: dict[str, Tensor]) -> float:
+        return float((outputs[0].argmax(1) == y["kind"]).float().mean())
+
+    batches = [(X[i:j], {"kind": Y[i:j], "size": X[i:j, :1]}) for i, j in ((0, 16), (16, 40))]
+    history = nw.fit(Backprop(Two(), loss=loss), batches, epochs=30, optimizer=sgd,
+                     validation=batches, metric=metric, accumulate=2)
+    assert history[-1].loss < history[0].loss / 2
+    assert history[-1].metric > history[0].metric
+
+
 def test_a_seed_decides() -> None:
     def trained(seed: int) -> list[float]:
         data = DataLoader(TensorDataset(X, Y), 8, shuffle=True)

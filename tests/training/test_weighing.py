@@ -96,7 +96,8 @@ def test_no_other_rule_is_left_out() -> None:
 
     def step(make: Callable, batch_size: int, accumulate: int) -> Tensor:
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(),
+                            nn.Linear(8, 3))
         rule = make(net)
         before = rule.network[2].weight.detach().clone()
         nw.fit(rule, Batches(X, Y, batch_size, shuffle=False), epochs=1, accumulate=accumulate,

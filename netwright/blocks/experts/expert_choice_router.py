@@ -43,6 +43,7 @@ class ExpertChoiceRouter(nn.Module):
     def __init__(self, dim: int, n_experts: int, k: float = 2.0, *,
                  generator: Generator | None = None) -> None:
         super().__init__()
+        checks.count(1, dim=dim)
         check_choice(n_experts, 1)
         checks.between(0, n_experts, ends=(False, True), k=k, advice=f"n_experts={n_experts}")
         self.n_experts, self.k = n_experts, k

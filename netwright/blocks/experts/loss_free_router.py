@@ -70,8 +70,10 @@ class LossFreeRouter(nn.Module):
                  scores: Literal["sigmoid", "softmax"] = "sigmoid", normalize: bool = False,
                  generator: Generator | None = None) -> None:
         super().__init__()
+        checks.count(1, dim=dim)
         check_choice(n_experts, k)
         checks.one_of(["sigmoid", "softmax"], kind_of_scores=scores)
+        checks.at_least(0, bias_rate=bias_rate)
         if normalize and k == 1:
             raise ValueError("normalize must be False with k=1, got True: the only weight would "
                              "always be 1, and the router would learn nothing")

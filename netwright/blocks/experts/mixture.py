@@ -13,6 +13,7 @@ from netwright.blocks.experts.glu_experts import GLUExperts, bank_of
 from netwright.blocks.experts.routing import Routing, TopKRouter
 from netwright.catalogue.facets import method
 from netwright.objectives.added_loss import with_auxiliary
+from netwright.runtime.modes import transformed
 from netwright.runtime.padding import read_padding, real_of
 from netwright.runtime.passes import Lent, running_again
 
@@ -211,7 +212,7 @@ class MixtureOfExperts(nn.Module):
         return cast(Tensor, y)
 
     def _experts(self, x: Tensor, sent: "_Sent") -> Tensor:
-        plain = not self.fused or torch._C._are_functorch_transforms_active()
+        plain = not self.fused or transformed()
         bank, many = (None, 0) if plain else bank_of(self.experts)
         counts, inverse = sent.counts, sent.inverse
         cut = sum(counts[:many])

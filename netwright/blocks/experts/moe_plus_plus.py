@@ -83,6 +83,7 @@ class ConstantExpert(nn.Module):
 
     def __init__(self, dim: int, *, generator: Generator | None = None) -> None:
         super().__init__()
+        checks.count(1, dim=dim)
         self.constant = nn.Parameter(torch.empty(dim))
         self.weight = nn.Parameter(torch.empty(2, dim))
         for parameter in (self.constant, self.weight):
@@ -138,6 +139,7 @@ class PathwayRouter(nn.Module):
     def __init__(self, dim: int, n_experts: int, k: int = 2, *,
                  generator: Generator | None = None) -> None:
         super().__init__()
+        checks.count(1, dim=dim)
         check_choice(n_experts, k)
         self.n_experts, self.k = n_experts, k
         self.weight = nn.Parameter(torch.empty(n_experts, dim))

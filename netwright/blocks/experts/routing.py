@@ -90,6 +90,7 @@ class TopKRouter(nn.Module):
                  softmax: Literal["chosen", "all"] | None = None, bias: bool = False,
                  generator: Generator | None = None) -> None:
         super().__init__()
+        checks.count(1, dim=dim)
         check_choice(n_experts, k)
         checks.one_of(["chosen", "all"], softmax=softmax, optional=True)
         self.n_experts, self.k = n_experts, k

@@ -37,6 +37,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int = 4, *, causal: bool = True) -> None:
         super().__init__()
+        checks.count(1, dim=dim)
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim={dim}, got {heads}")
         self.heads, self.causal = heads, causal

@@ -6,6 +6,7 @@ from torch import Generator, Tensor, nn
 
 from netwright import checks
 from netwright.catalogue.facets import method
+from netwright.runtime.modes import transformed
 
 __all__ = ["LehmerMultiplet"]
 
@@ -109,6 +110,9 @@ class LehmerMultiplet(nn.Module):
 
 def _log_sums(logs: Tensor, weights: Tensor, exponents: Tensor) -> Tensor:
     """Return log sum_i w_ji exp(r_m logs_i), as (rows, exponents, units)."""
+    if transformed():
+        powers, largest = _powers(logs, exponents)
+        return _sums(powers, weights).log() + largest
     found: Tensor = _LogSums.apply(logs, weights, exponents)
     return found
 

@@ -191,7 +191,7 @@ class SNNK(nn.Module):
                  layer: nn.Linear | None = None, scale: float = 1.0,
                  generator: Generator | None = None) -> None:
         super().__init__()
-        checks.count(1, dim_out=dim_out)
+        checks.count(1, dim_in=dim_in, dim_out=dim_out)
         features = RandomFeatures(dim_in, n_features, function, scale=scale, generator=generator)
         layer = nn.Linear(dim_in, dim_out) if layer is None else layer
         if (layer.in_features, layer.out_features) != (dim_in, dim_out):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from netwright.runtime.modes import transformed
+
 _CHUNK = 2 ** 16  # features at once on a processor, which stay in its cache
 
 
@@ -149,6 +151,11 @@ def features(x: Tensor, center: Tensor, half: Tensor, bases: Sequence[str], grid
     The grid of input i goes from center_i - half_i to center_i + half_i. Rows are read in chunks
     that stay in cache; of the slopes, only what a chunk needs exists at any time.
     """
+    if transformed():
+        wide = x.to(center.dtype)
+        z = (wide - center) / half
+        return torch.cat([BASES[name].values(wide if BASES[name].plain else z, grid, order)
+                          for name in bases], 1).to(x.dtype)
     found: Tensor = _Features.apply(x, center, half, tuple(bases), grid, order)
     return found
 

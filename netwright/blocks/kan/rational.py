@@ -9,6 +9,7 @@ from torch.nn.functional import gelu, relu, silu
 
 from netwright import checks
 from netwright.catalogue.facets import method
+from netwright.runtime.modes import transformed
 
 __all__ = ["GroupRational", "RationalFeedForward"]
 
@@ -93,7 +94,7 @@ class GroupRational(nn.Module):
         a = self.numerator.to(wide).expand(self.groups, -1)
         b = self.denominator.to(wide)
         with torch.autocast(x.device.type, enabled=False):
-            if self.backward == "autograd":
+            if self.backward == "autograd" or transformed():
                 return _quotient(x.to(wide), *_channels(a, b, self.dim)).to(x.dtype)
             y: Tensor = _Blocked.apply(x, a, b, self._rows(x))
             return y

@@ -1,7 +1,7 @@
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -153,7 +153,8 @@ class SelectableKANLinear(nn.Module):
         """Lay each input's grid over what `x` holds of it, and fit the same functions on it.
 
         Old and new functions of an edge are as near as they can be on `x`, in the mean square.
-        With another `grid` the weights are a new parameter: make the optimizer afterwards.
+        With another `grid` the weights are a new parameter: make the optimizer afterwards. A
+        layer that was made with the grid of before takes over the new one with a state dict.
         """
         new_grid = self.grid if grid is None else grid
         checks.count(1, grid=new_grid)
@@ -188,6 +189,19 @@ class SelectableKANLinear(nn.Module):
         self.grid = new_grid
         self.center.copy_(center)
         self.reach.copy_(reach)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str,
+                              *args: Any) -> None:
+        """Take the grid that the weights were refitted to, if it is another one."""
+        weight = state_dict.get(prefix + "weight")
+        if isinstance(weight, Tensor) and weight.ndim == 3 and weight.shape != self.weight.shape:
+            grid = next((grid for grid in range(1, weight.shape[1] + 1) if sum(
+                counts(self.bases, grid, self.order)) == weight.shape[1]), self.grid)
+            if grid != self.grid and weight.shape[::2] == self.weight.shape[::2]:
+                self.grid = grid
+                self.weight = nn.Parameter(self.weight.new_empty(weight.shape),
+                                           self.weight.requires_grad)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Return what a print shows."""

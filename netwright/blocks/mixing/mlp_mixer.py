@@ -88,6 +88,8 @@ class MixerBlock(nn.Module):
                  feedforward: MakeFeedForward | None = None,
                  norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
+        checks.count(1, tokens=tokens, dim=dim)
+        checks.count(1, optional=True, token_hidden=token_hidden, channel_hidden=channel_hidden)
         hidden = 4 * dim if channel_hidden is None else channel_hidden
         self.token_norm, self.channel_norm = norm(dim), norm(dim)
         self.token_mixing = (token_mixing(tokens, dim) if token_mixing else TokenMixing(
@@ -154,6 +156,7 @@ class MLPMixer(nn.Sequential):
                  feedforward: MakeFeedForward | None = None,
                  block: Callable[[int, int], nn.Module] | None = None,
                  norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
+        checks.count(1, channels=channels, classes=classes, width=width, depth=depth)
         if block and (token_mixing or feedforward):
             raise ValueError("block makes whole blocks, so that token_mixing and feedforward would "
                              "not be used; give either block or those two")

@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.feedforward import FeedForward
 from netwright.blocks.mixing.mlp_mixer import MakeTokenMixing, MixerBlock
 from netwright.catalogue.facets import method
@@ -46,6 +47,8 @@ class NiNBlock(nn.Module):
                  token_mixing: MakeTokenMixing | None = None,
                  feedforward: Callable[[int, int], nn.Module] = FeedForward) -> None:
         super().__init__()
+        checks.count(1, tokens=tokens, dim=dim)
+        checks.count(1, optional=True, token_hidden=token_hidden, channel_hidden=channel_hidden)
         self.gate_norm, self.channel_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.gate = MixerBlock(tokens, dim, token_hidden, channel_hidden,
                                token_mixing=token_mixing, feedforward=feedforward)

@@ -128,6 +128,7 @@ class RaftBlock(nn.Module):
                  raft_size: int = 2, expansion: int = 2,
                  feedforward: Callable[[int, int], nn.Module] = FeedForward) -> None:
         super().__init__()
+        checks.count(1, height=height, width=width, dim=dim)
         self.token_mixing = RaftTokenMixing(height, width, dim, raft_size, expansion=expansion)
         self.channel_norm = nn.LayerNorm(dim)
         self.feedforward = feedforward(dim, 4 * dim if hidden is None else hidden)

@@ -83,6 +83,7 @@ class ResMLPBlock(nn.Module):
     def __init__(self, tokens: int, dim: int, *, expansion: int = 4, init_scale: float = 0.1,
                  feedforward: Callable[[int, int], nn.Module] = FeedForward) -> None:
         super().__init__()
+        checks.count(1, tokens=tokens, dim=dim, expansion=expansion)
         self.token_affine, self.channel_affine = Affine(dim), Affine(dim)
         self.token_mixing = TokenMixing(tokens, layers=1)
         self.feedforward = feedforward(dim, expansion * dim)
@@ -137,6 +138,7 @@ class ResMLP(MLPMixer):
                  width: int = 384, depth: int = 12, expansion: int = 4,
                  init_scale: float | None = None,
                  feedforward: Callable[[int, int], nn.Module] = FeedForward) -> None:
+        checks.count(1, classes=classes, depth=depth, width=width, expansion=expansion)
         if init_scale is None:
             init_scale = 0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6
         scale = init_scale

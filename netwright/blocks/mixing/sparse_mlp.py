@@ -118,9 +118,12 @@ class SparseMLPBlock(nn.Module):
                 raise ValueError(f"dim must be even to be halved, got {dim}; give represent, "
                                  f"for example ({tokens}, {dim})")
             represent = (2 * tokens, dim // 2)
+        checks.pair(represent=represent)
         more, fewer = represent
         sizes: dict[str, Any] = {"represent[0]": more, "represent[1]": fewer}
-        checks.count(1, tokens=tokens, dim=dim, **sizes)
+        checks.count(1, tokens=tokens, dim=dim, token_experts=token_experts,
+                     channel_experts=channel_experts, **sizes)
+        checks.count(1, optional=True, token_hidden=token_hidden, channel_hidden=channel_hidden)
 
         def mixture(size: int, hidden: int, n: int) -> MixtureOfExperts:
             route = (ImportanceRouter(size, n, k) if router == "importance" else

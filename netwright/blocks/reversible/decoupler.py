@@ -80,6 +80,7 @@ class ReversibleDecoupler(nn.Module):
         if not channels or len(depths) != len(channels) or columns < 1:
             raise ValueError("channels and depths must have one number for each level, and columns "
                              f"be at least 1, got {channels=}, {depths=}, {columns=}")
+        checks.count(1, inputs=inputs)
         checks.count(4 * inputs, channels=channels[0],
                      advice="the first level's hold the 4 * inputs pixels of a patch")
         self.channels = tuple(channels)

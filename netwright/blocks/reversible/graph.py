@@ -65,6 +65,7 @@ class GroupedReversible(ReversibleBlock):
     def __init__(self, make_conv: Callable[[int], nn.Module], channels: int, groups: int = 2, *,
                  dim: int = -1) -> None:
         super().__init__()
+        checks.count(1, channels=channels)
         if groups < 2 or channels % groups:
             raise ValueError(f"groups must be at least 2 and divide channels={channels}, got "
                              f"{groups}")
@@ -128,7 +129,8 @@ class ReversibleGIN(nn.Module):
     def __init__(self, dim: int, depth: int, groups: int = 2, *, features: int | None = None,
                  classes: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
-        checks.count(1, depth=depth)
+        checks.count(1, dim=dim, depth=depth)
+        checks.count(1, optional=True, features=features, classes=classes)
         checks.between(0, 1, ends=(True, False), dropout=dropout)
         self.entry = nn.Identity() if features is None else nn.Linear(features, dim)
         self.blocks = ReversibleSequential(*[

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.dimensions import layers
 from netwright.blocks.reversible.downsample import InjectivePad, InvertibleDownsample
@@ -62,6 +63,7 @@ class IRevNetBlock(ReversibleBlock):
     def __init__(self, inputs: int, channels: int, *, stride: int = 1, first: bool = False,
                  bottleneck: int = 4, dropout: float = 0.0, dims: int = 2) -> None:
         super().__init__()
+        checks.count(1, inputs=inputs, channels=channels, stride=stride, bottleneck=bottleneck)
         if channels != inputs * stride ** dims:
             raise ValueError(f"channels must be inputs * stride ** dims = {inputs} * {stride} ** "
                              f"{dims} = {inputs * stride ** dims}, got {channels}; pad the input "
@@ -159,6 +161,8 @@ class IRevNet(nn.Sequential):
                  inputs: int = 3, strides: Sequence[int] | None = None, initial: int = 2,
                  injective_pad: bool = True, bottleneck: int = 4, dropout: float = 0.0,
                  dims: int = 2, exact: bool = False) -> None:
+        checks.count(1, classes=classes, inputs=inputs, initial=initial, bottleneck=bottleneck)
+        checks.between(0, 1, ends=(True, False), dropout=dropout)
         strides = tuple(strides or [1, *[2] * (len(depths) - 1)])
         if not depths or len(strides) != len(depths) or len(channels or depths) != len(depths):
             raise ValueError("channels, depths and strides must have one number for each stage, "

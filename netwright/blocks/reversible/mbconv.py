@@ -59,6 +59,7 @@ class MBConv(nn.Sequential):
                  norm: Callable[[int], nn.Module] | None = None,
                  activation: Callable[[], nn.Module] = nn.Hardswish) -> None:
         checks.between(1, 3, whole=True, dims=dims)
+        checks.count(1, kernel_size=kernel_size, stride=stride)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         checks.count(1, inputs=inputs, outputs=outputs)

@@ -133,6 +133,7 @@ class Zero(nn.Module):
         return torch.zeros_like(x)
 
 
+@checks.annotated
 class ReversibleSearch(NamedTuple):
     """What a search found.
 

@@ -167,7 +167,7 @@ class RevBiFPN(nn.Module):
             raise ValueError(f"channels must name at least two levels of at least two channels, "
                              f"got {list(channels)}")
         checks.count(0, depth=depth, blocks=blocks)
-        checks.count(1, fold=fold, inputs=inputs)
+        checks.count(1, fold=fold, inputs=inputs, kernel_size=kernel_size)
         checks.between(1, 3, whole=True, dims=dims)
         each = fold ** dims
         if channels[0] % each or channels[0] // each < inputs:

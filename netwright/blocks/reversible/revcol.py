@@ -211,15 +211,15 @@ class RevCol(nn.Module):
             step = Stored(f"level {k} of column 0", level, [level])
             streams += run([step], streams[-1:])
         ends, parts = self._kept(torch.is_grad_enabled()) | set(wanted), [*self.columns]
-        start = 0
+        start, kind = 0, (torch.is_grad_enabled(), self.training)
         for end in sorted(ends):
             steps = chained([cast(RevColumn, part).steps() for part in parts[start:end]])
             if steps:
                 streams = run(steps, streams, exact=self.exact,
-                              first=self.training not in self._seen)
+                              first=kind not in self._seen)
             levels, start = tuple(streams[1:]), end
             found[end] = levels if self.level is None else levels[self.level]
-        self._seen.add(self.training)
+        self._seen.add(kind)
         return found[number - 1] if taps is None else [found[t] for t in wanted]
 
     @torch.no_grad()

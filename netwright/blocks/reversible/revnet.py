@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from netwright import checks
 from netwright.blocks.reversible.coupling import AdditiveCoupling
 from netwright.blocks.reversible.dimensions import layers
 from netwright.blocks.reversible.sequential import ReversibleSequential
@@ -54,6 +55,8 @@ class RevNet(nn.Sequential):
     def __init__(self, channels: Sequence[int], depths: Sequence[int], classes: int, *,
                  inputs: int = 3, dropout: float = 0.0, dims: int = 2,
                  exact: bool = False) -> None:
+        checks.count(1, classes=classes, inputs=inputs)
+        checks.between(0, 1, ends=(True, False), dropout=dropout)
         if not channels or len(channels) != len(depths):
             raise ValueError("channels and depths must have one number for each stage, got "
                              f"channels={channels}, depths={depths}")

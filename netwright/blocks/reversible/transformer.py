@@ -64,6 +64,8 @@ class ReversibleTransformerBlock(ReversibleBlock):
             raise ValueError("hidden is of the feed-forward made here, got it beside "
                              "feed_forward=, which has its own; leave one of the two out")
         checks.between(0, 1, ends=(True, False), dropout=dropout)
+        checks.count(1, dim=dim)
+        checks.count(1, optional=True, hidden=hidden)
         self.dim = -1
         self.attention = _Normed(dim, attention or _attention(dim, heads, causal, dropout), dropout)
         self.feed_forward = _Normed(dim, feed_forward or nn.Sequential(

@@ -69,6 +69,7 @@ class ReversibleUNet(nn.Module):
                  activation: Callable[[], nn.Module] = nn.ReLU6, stored: bool = False,
                  exact: bool = False) -> None:
         super().__init__()
+        checks.count(1, inputs=inputs, outputs=outputs)
         if len(widths) != len(depths) or not widths:
             raise ValueError(f"depths must name one number for each of the {len(widths)} widths, "
                              f"got {list(depths)}")

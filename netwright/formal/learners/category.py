@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.formal.learners.lens import ParaLens
 
@@ -85,6 +86,7 @@ class Learner:
         return Learner.of((self.params, other.params), self.lens @ other.lens)
 
 
+@checks.annotated
 def identity() -> Learner:
     """Return the learner that has nothing to learn: b = a, and the input it asks for is b.
 

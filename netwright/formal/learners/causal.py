@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.func import jvp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.formal.learners.lens import pair
 
@@ -67,6 +68,7 @@ class Stateful:
         return Stateful((self.state, other.state), step)
 
 
+@checks.annotated
 def pointwise(function: Callable[[Any], Any]) -> Stateful:
     """Return the computation that applies a function at each time and remembers nothing.
 

@@ -2,11 +2,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from netwright import checks
 from netwright.catalogue.facets import method
 
 __all__ = ["Lens", "ParaLens"]
 
 
+@checks.annotated
 class Lens:
     """Two functions that belong together: one forwards, one back.
 

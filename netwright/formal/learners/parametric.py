@@ -18,6 +18,7 @@ __all__ = ["boolean_rate", "exclusive_or", "learning_rate", "loss", "model", "ms
            "softmax_cross_entropy", "supervised"]
 
 
+@checks.annotated
 def parametric(function: Callable[[Any, Any], Any]) -> ParaLens:
     """Return the lens of a function of parameters and input, with its reverse derivative.
 
@@ -31,6 +32,7 @@ def parametric(function: Callable[[Any, Any], Any]) -> ParaLens:
     return ParaLens(function, run=lambda p, a: pullback(function, p, a))
 
 
+@checks.annotated
 def model(module: nn.Module) -> tuple[dict[str, Tensor], ParaLens]:
     """Return the trainable parameters of `module` by name, copied, and its lens.
 
@@ -45,6 +47,7 @@ def model(module: nn.Module) -> tuple[dict[str, Tensor], ParaLens]:
     return params, parametric(function)
 
 
+@checks.annotated
 def loss(function: Callable[[Any, Any], Tensor]) -> ParaLens:
     """Return a loss of (prediction, label) as a lens whose parameter is the label.
 
@@ -68,6 +71,7 @@ exclusive_or = ParaLens(lambda y, b: y ^ b, lambda y, b, change: (change, change
 """y + b in Z2: the loss of Boolean circuits, 1 where the prediction is wrong."""
 
 
+@checks.annotated
 def learning_rate(rate: float) -> Lens:
     """Return the lens that ends a network: it answers every loss with -rate.
 

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 from netwright.reversing.engine import Step, Update
@@ -41,6 +42,7 @@ class ActNorm(Transform):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        checks.count(1, channels=channels)
         self.bias = nn.Parameter(torch.zeros(channels))
         self.log_scale = nn.Parameter(torch.zeros(channels))
         # Not a buffer: those are put back as they were while a step runs again.

@@ -114,6 +114,7 @@ class _Inverse(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
         ctx.corner = inputs[2]
         ctx.save_for_backward(inputs[1], output)
+        ctx.save_for_forward(inputs[1], output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -129,6 +130,15 @@ class _Inverse(torch.autograd.Function):
             left, top = (0 if "R" in corner else columns), (0 if "B" in corner else rows)
             padded = pad(x, (left, columns - left, top, rows - top))
             return by_y, -conv2d_weight(padded, weight.shape, by_y), None
+
+    @staticmethod
+    def jvp(ctx: Any, y: Tensor | None, by_weight: Tensor | None, corner: None) -> Tensor:
+        # W * x = y, so that  W * dx = dy - dW * x.
+        weight, x = ctx.saved_tensors
+        moved = torch.zeros_like(x) if y is None else y
+        if by_weight is not None:
+            moved = moved - corner_convolution(x, by_weight, ctx.corner)
+        return _solved(moved, weight, ctx.corner)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], y: Tensor, weight: Tensor,

@@ -73,7 +73,7 @@ class InvertibleRescaler(nn.Module):
     def __init__(self, channels: int, blocks: int, scale_encoding: bool = True, *,
                  hidden: int = 32) -> None:
         super().__init__()
-        checks.count(1, channels=channels, blocks=blocks)
+        checks.count(1, channels=channels, blocks=blocks, hidden=hidden)
         self.channels, self.scale_encoding = channels, scale_encoding
         told = 4 if scale_encoding else 0
         self.blocks = ReversibleSequential(*[

@@ -48,6 +48,7 @@ class U1Action(nn.Module):
         return self.beta * (1 - plaquettes(x).cos()).flatten(1).sum(1)
 
 
+@checks.annotated
 def plaquettes(x: Tensor) -> Tensor:
     """Return the angle of every plaquette of links `x` (batch, 2, A, B), (batch, A, B)."""
     if x.ndim != 4 or x.shape[1] != 2:
@@ -57,6 +58,7 @@ def plaquettes(x: Tensor) -> Tensor:
     return first + second.roll(-1, 1) - first.roll(-1, 2) - second
 
 
+@checks.annotated
 def topological_charge(x: Tensor) -> Tensor:
     """Return the integer charge of links `x`: the plaquettes' wrapped angles, over 2 pi.
 
@@ -67,6 +69,7 @@ def topological_charge(x: Tensor) -> Tensor:
     return (wrapped.flatten(1).sum(1) / (2 * math.pi)).round()
 
 
+@checks.annotated
 def smooth_charge(x: Tensor) -> Tensor:
     """Return the charge of links `x` by the plaquettes' sines, which has a gradient."""
     return plaquettes(x).sin().flatten(1).sum(1) / (2 * math.pi)
@@ -79,6 +82,7 @@ class Chain(NamedTuple):
     accepted: Tensor
 
 
+@checks.annotated
 def hmc(action: Action, x: Tensor, *, draws: int, steps: int, step_size: float,
         generator: Generator | None = None) -> Chain:
     """Draw from exp(-S) by hybrid Monte Carlo, one chain for each row of `x`.
@@ -159,6 +163,7 @@ def flow_hmc(flow: Transform | Flow, action: Action, x: Tensor, *, draws: int, s
             p.requires_grad_(True)
 
 
+@checks.annotated
 def field_loss(flow: Transform | Flow, action: Action, z: Tensor) -> Tensor:
     """Return the mean of S(f(z)) - log |det df/dz|: up to a constant KL(f(base) || exp(-S)).
 
@@ -168,6 +173,7 @@ def field_loss(flow: Transform | Flow, action: Action, z: Tensor) -> Tensor:
     return (action(x) - log_det).mean()
 
 
+@checks.annotated
 def autocorrelation_time(series: Tensor) -> float:
     """Return how many draws one independent draw is worth, from a statistic of several chains.
 
@@ -233,6 +239,7 @@ class GaugeTransform(Transform):
                  hidden: int = 8) -> None:
         super().__init__()
         checks.between(0, 1, whole=True, direction=direction, parity=parity)
+        checks.count(1, hidden=hidden)
         self.direction, self.parity = direction, parity
         if net is None:
             last = nn.Conv2d(hidden, 2, 3, padding=1, padding_mode="circular")
@@ -316,6 +323,7 @@ class _Move(Update):
         return x - a * upper.sin() + b * lower.sin() - y, 1 - a * upper.cos() - b * lower.cos()
 
 
+@checks.annotated
 def gauge_flow(size: tuple[int, int], depth: int = 2, *, hidden: int = 8) -> Flow:
     """Return a flow of `depth` times four `GaugeTransform`s, after which every link has moved.
 

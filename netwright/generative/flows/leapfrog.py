@@ -11,6 +11,7 @@ from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
 from netwright.generative.flows.lattice import Action, Chain
 from netwright.reversing.engine import Regroup, Step, Update
+from netwright.runtime.modes import transformed
 
 __all__ = ["LeapfrogLayer", "LeapfrogSampler"]
 
@@ -99,6 +100,9 @@ class LeapfrogLayer(ReversibleBlock):
     def force(self, x: Tensor) -> Tensor:
         """Return S'(x), which can be differentiated where x needs a gradient."""
         on = torch.is_grad_enabled() and x.requires_grad
+        if transformed() and not on:  # a leaf would not have the tangent that x may have
+            with torch.enable_grad():
+                x, on = x + torch.zeros_like(x, requires_grad=True), True
         with torch.inference_mode(False), torch.enable_grad():
             given = x if on else (x.clone() if x.is_inference() else x.detach()).requires_grad_()
             (found,) = torch.autograd.grad(self.action(given).sum(), given, create_graph=on)

@@ -3,6 +3,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.generative.flows.flow import Transform
 
@@ -35,6 +36,7 @@ class LinearTransform(Transform):
     def __init__(self, dim: int, weight: Tensor | None = None, *,
                  generator: Generator | None = None) -> None:
         super().__init__()
+        checks.count(1, dim=dim)
         if weight is None:
             weight = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
         if weight.shape != (dim, dim):

@@ -9,13 +9,15 @@ from netwright import checks
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.catalogue.facets import method
 from netwright.errors import MissingExtra, UnknownName
-from netwright.reversing.engine import Add, Update, run
+from netwright.reversing.engine import Add, Update, no_strangers, run
+from netwright.runtime.modes import rehearsing
 
 __all__ = ["ReversibleHeun", "odeint"]
 
 State = Tensor | Sequence[Tensor]
 
-_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_checked: weakref.WeakKeyDictionary[nn.Module, set[tuple[bool, bool]]] = (
+    weakref.WeakKeyDictionary())
 
 
 @method(
@@ -159,12 +161,29 @@ def odeint(f: nn.Module, y0: State, ts: Tensor, *, solver: str = "reversible_heu
     if not y0.is_floating_point():
         raise ValueError(f"y0 must have a floating-point dtype, got {y0.dtype}; make it .float()")
     _check(f, ts, steps)
+    origin: nn.Module = getattr(f, "origin", f)
+    seen = _checked.setdefault(origin, set())
+    kind = torch.is_grad_enabled(), origin.training  # what one does not show may be in another
+    first = kind not in seen
     if not reversible:
-        return _by_torchdiffeq(f, y0, ts, solver, backward, steps, rtol, atol, options)
-    known = getattr(f, "origin", f)
-    ys = _solved(ReversibleHeun(f, ts.to(y0), steps), y0, backward, first=known not in _checked)
-    _checked.add(known)
+        if first and backward == "adjoint" and torch.is_grad_enabled():
+            _see_parameters(f, y0, ts)
+        ys = _by_torchdiffeq(f, y0, ts, solver, backward, steps, rtol, atol, options)
+    else:
+        ys = _solved(ReversibleHeun(f, ts.to(y0), steps), y0, backward, first=first)
+    seen.add(kind)
     return ys
+
+
+def _see_parameters(f: nn.Module, y0: Tensor, ts: Tensor) -> None:
+    """Raise CannotReverse where f uses what needs a gradient and is not its own parameter.
+
+    The adjoint solves for the gradients of f's parameters, y0 and ts alone.
+    """
+    with rehearsing(f), torch.enable_grad():
+        y = y0.detach().requires_grad_().view_as(y0)
+        t = ts[0].detach().to(y0).requires_grad_()
+        no_strangers(f"f, {type(f).__name__}", [f(t, y)], [y, t, *f.parameters()])
 
 
 def _solved(solver: ReversibleHeun, y0: Tensor, backward: str, *, first: bool) -> Tensor:

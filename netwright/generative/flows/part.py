@@ -65,6 +65,7 @@ class Part(Transform):
         return [torch.cat([x, left], 1), *more]
 
 
+@checks.annotated
 def multi_scale(channels: int, levels: int,
                 block: Callable[[int], Sequence[Transform]]) -> list[Transform]:
     """Return the transforms of a flow of images that works at several scales.

@@ -56,6 +56,7 @@ class QuadCoupling(Transform):
         checks.count(4, channels=channels,
                      advice="give one for each quarter, or put a Squeeze before the coupling")
         checks.above(0, clamp=clamp)
+        checks.count(1, hidden=hidden)
         self.sizes = tuple(len(part) for part in torch.arange(channels).tensor_split(4))
         if nets is None:
             nets = [coupling_net(sum(self.sizes[:i]), 2 * self.sizes[i], hidden)

@@ -104,9 +104,10 @@ class ReversibleSDESolver(ReversibleBlock):
         return self._unscaled(self.inverse(streams, noise), 0)
 
     def _run(self, z: Tensor | Pair, noise: Tensor, start: int, end: int) -> Pair:
+        kind = torch.is_grad_enabled(), self.training
         streams = run(self.updates(noise), self._scaled(z, noise, start),
-                      first=self.training not in self._seen)
-        self._seen.add(self.training)
+                      first=kind not in self._seen)
+        self._seen.add(kind)
         return self._unscaled(streams, end)
 
     def _scaled(self, x: Tensor | Pair, noise: Tensor, at: int) -> list[Tensor]:

@@ -1,26 +1,28 @@
 import math
-from collections.abc import Callable, Mapping
-from copy import deepcopy
-from typing import Any, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from netwright import checks
-from netwright.anatomy.replacing import plain_paths, replace, standing_in, without_fused_paths
+from netwright.anatomy.replacing import plain_paths, replace, without_fused_paths
 from netwright.anatomy.residual import Silent, Sublayer, Trace, trace
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
-from netwright.reshape._calibration import batches_of
+from netwright.reshape._calibration import batches_of, few
 from netwright.reshape._layouts import plain_silent, silent_of
 from netwright.reshape.change import decided, reshape
+from netwright.reshape.pruning._distances import Distance, Distances
+from netwright.reshape.pruning._progress import Found
+from netwright.reshape.pruning._trials import Trials, fitting, sharing, stubs
 from netwright.runtime.modes import evaluating, same_buffers
+from netwright.runtime.progress import Tries
 from netwright.runtime.random_state import same_random_state
 from netwright.stages import call
 
 __all__ = ["prune_sublayers", "sublayers", "without_sublayers"]
-
-Distance = Literal["angular", "euclidean", "jensen-shannon"] | Callable[[Tensor, Tensor], Tensor]
 
 
 @method(
@@ -36,7 +38,8 @@ Distance = Literal["angular", "euclidean", "jensen-shannon"] | Callable[[Tensor,
 @reshape
 @torch.no_grad()
 def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
-                    distance: Distance = "angular") -> nn.Module:
+                    distance: Distance = "angular",
+                    resume: str | Path | None = None) -> nn.Module:
     """Return a copy without the `remove` sublayers whose absence changes the outputs least.
 
     s_k = argmin_s d(f(x), f_k(x)),  f_k = f without s_1, ..., s_k-1 and s.
@@ -57,11 +60,17 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     result's `removed_sublayers`, in the order of their removal. Where a Hugging Face model
     numbers its attention layers for the key-value cache, those that stay are numbered anew.
 
+    A sublayer is tried by running on from the stage that it is in, where `nw.stages` reads the
+    model, so that a try costs half a pass; what the stages take is held in memory, and no second
+    model but the result. A terminal shows a bar with the time left and the best so far.
+
     Args:
         model: a network with a residual stream.
         calibration: inputs that the outputs are compared on.
         remove: how many sublayers go.
         distance: d: "angular", "euclidean", "jensen-shannon" or a function of two outputs.
+        resume: a folder where what was tried is kept. A call that was broken off goes on from
+            there.
 
     Shapes: calibration is what the model takes (a tensor, a tuple of positional or a mapping of
     keyword arguments) or a list of such batches; outputs (batch, *, classes).
@@ -69,6 +78,7 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     Raises:
         NothingToReshape: no module's output is added to a stream that it was computed from.
         UnknownName: `distance` is none of the three.
+        CorruptCheckpoint: what `resume` holds cannot be read, or is another call's.
         ValueError: `remove` is not between 1 and the number of sublayers, or `calibration` is
             empty or gives outputs that are not finite.
 
@@ -81,25 +91,45 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     >>> len(smaller.removed_sublayers), smaller(torch.randint(96, (4, 16))).shape
     (2, torch.Size([4, 16, 96]))
     """
-    measure = _measure(distance)
+    distances = Distances(distance)
     batches = batches_of(calibration)
-    found = _found(model, batches[0])
+    trial = sharing(model)
+    found = _found(trial, few(batches[0]))
     checks.between(1, len(found.sublayers), whole=True, remove=remove,
                    advice=f"the model has {len(found.sublayers)} sublayers, {_some(found)}")
-    trial = deepcopy(model)
-    left, removed = list(found.sublayers), list[Sublayer]()
     with same_random_state(), evaluating(trial), same_buffers(trial), plain_paths():
-        outputs = [call(trial, x) for x in batches]
-        for _ in range(remove):
-            moved = [_change(trial, sublayer, found, batches, outputs, measure)
-                     for sublayer in left]
-            if not all(map(math.isfinite, moved)):
-                raise ValueError("calibration must give finite outputs with any sublayer removed, "
-                                 "got nan or infinity; check the inputs and the weights")
-            least = min(range(len(left)), key=moved.__getitem__)
-            _take_out(trial, left[least], found)
-            removed.append(left.pop(least))
-    return decided(_decision(trial, removed, found, batches[0]))
+        trials = Trials(trial, found, batches, distances)
+        known = Found(resume, {"distance": distance, "model or data": None
+                                   if resume is None else trials.digest()})
+        for name in known.removed[:remove]:
+            trials.take_out(trials.named(name))
+        count = sum(len(trials.left) - k for k in range(remove - len(trials.removed)))
+        with Tries("prune_sublayers", count) as tries:
+            while len(trials.removed) < remove:
+                trials.take_out(_least(trials, known, tries))
+                known.remove(trials.removed[-1].name)
+    return decided(_decision(trial, trials.removed, found, few(batches[0])))
+
+
+def _least(trials: Trials, known: Found, tries: Tries) -> Sublayer:
+    """Return the sublayer without which the outputs move least."""
+    moved: dict[Sublayer, float] = {}
+    best = float("inf")
+    for sublayer in list(trials.left):
+        trying, distance = (sublayer, known.tried[sublayer.name]) if (
+            sublayer.name in known.tried) else trials.distance(sublayer)
+        if trying is None:  # the model does not run without it
+            continue
+        if not math.isfinite(distance):
+            raise ValueError("calibration must give finite outputs with any sublayer removed, "
+                             "got nan or infinity; check the inputs and the weights")
+        moved[trying], best = distance, min(best, distance)
+        known.note(trying.name, distance)
+        tries.step(f"best {best:.3g}")
+    if not moved:
+        raise NothingToReshape(f"{type(trials.model).__name__} does not run without any further "
+                               f"sublayer; remove={len(trials.removed)} at most")
+    return min(moved, key=moved.__getitem__)
 
 
 @method("companion")
@@ -111,7 +141,7 @@ def sublayers(model: nn.Module, example: Any) -> list[str]:
     >>> sublayers(gpt(96, context=16, depth=2), torch.zeros(1, 16, dtype=torch.long))
     ['1.attention_out', '1.mlp_out', '2.attention_out', '2.mlp_out']
     """
-    return [sublayer.name for sublayer in _found(model, example).sublayers]
+    return [sublayer.name for sublayer in _found(sharing(model), example).sublayers]
 
 
 @method("companion")
@@ -128,14 +158,21 @@ def without_sublayers(model: nn.Module, example: Any, names: list[str]) -> nn.Mo
     >>> without_sublayers(gpt(96, context=16), x, ["1.mlp_out"]).removed_sublayers
     ('1.mlp_out',)
     """
-    found = _found(model, example)
+    trial = sharing(model)
+    found = _found(trial, example)
     known = {sublayer.name: sublayer for sublayer in found.sublayers}
     for name in names:
         checks.one_of(known, sublayer=name)
-    trial = deepcopy(model)
-    removed = [known[name] for name in dict.fromkeys(names)]
-    for sublayer in removed:
-        _take_out(trial, sublayer, found)
+    removed = []
+    for name in dict.fromkeys(names):
+        with same_random_state(), evaluating(trial), same_buffers(trial), plain_paths():
+            sublayer = fitting(trial, known[name], found, example)
+        if sublayer is None:
+            raise NothingToReshape(f"{type(model).__name__} does not run without {name}; name "
+                                   "another sublayer")
+        removed.append(sublayer)
+        for part, stub in stubs(trial, sublayer, found).items():
+            replace(trial, part, stub)
     return decided(_decision(trial, removed, found, example))
 
 
@@ -169,7 +206,7 @@ def _empty_layers(trial: Any, example: Any) -> list[int]:
     empty = [i for i, layer in enumerate(layers) if _is_empty(layer)]
     if not empty:
         return []
-    shorter = deepcopy(trial)
+    shorter = sharing(trial)
     without_fused_paths(trial)
     _number_anew(trial)
     _number_anew(shorter)
@@ -215,7 +252,7 @@ def _found(model: nn.Module, x: Any) -> Trace:
         raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
                                "the module that was compiled, and compile the result")
     with same_random_state():
-        found = trace(deepcopy(model), x)
+        found = trace(model, x)
     if not found.sublayers:
         raise NothingToReshape(
             f"{type(model).__name__} has no sublayer: no module's output was added to a tensor "
@@ -226,40 +263,6 @@ def _found(model: nn.Module, x: Any) -> Trace:
 def _some(found: Trace) -> str:
     names = [sublayer.name for sublayer in found.sublayers]
     return ", ".join(names if len(names) < 5 else [*names[:2], "...", names[-1]])
-
-
-def _change(model: nn.Module, sublayer: Sublayer, found: Trace, batches: list[Any],
-            outputs: list[Tensor], measure: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Return how far the outputs move when `sublayer` is taken out for once."""
-    total = positions = 0.0
-    with standing_in(model, _stubs(model, sublayer, found)):
-        for x, output in zip(batches, outputs, strict=True):
-            distances = measure(output, call(model, x))
-            counted = _counted(x, distances)
-            total += float(distances[counted].sum())
-            positions += int(counted.sum())
-    return total / max(positions, 1)
-
-
-def _counted(x: Any, distances: Tensor) -> Tensor:
-    mask = x.get("attention_mask") if isinstance(x, Mapping) else None
-    if mask is not None and mask.shape == distances.shape:
-        return mask.bool()
-    return torch.ones_like(distances, dtype=torch.bool)
-
-
-def _stubs(model: nn.Module, sublayer: Sublayer, found: Trace) -> dict[str, nn.Module]:
-    """Return what stands for the parts of `sublayer` that are not silent yet, by their names."""
-    names = [name for name in (sublayer.name, *sublayer.feeders)
-             if not isinstance(model.get_submodule(name), Silent)]
-    return {name: deepcopy(found.silent[name]).train(model.get_submodule(name).training)
-            for name in names}
-
-
-def _take_out(model: nn.Module, sublayer: Sublayer, found: Trace) -> None:
-    """Put `Silent` modules in the place of `sublayer`."""
-    for name, stub in _stubs(model, sublayer, found).items():
-        replace(model, name, stub)
 
 
 def _number_anew(model: Any) -> None:
@@ -276,28 +279,3 @@ def _number_anew(model: Any) -> None:
 def _cached_by_kind(config: Any) -> bool:
     """Return whether a cache of several kinds goes by the layers' own numbers."""
     return len(set(getattr(config, "layer_types", None) or ())) > 1
-
-
-def _measure(distance: Distance) -> Callable[[Tensor, Tensor], Tensor]:
-    if callable(distance):
-        return lambda old, new: torch.atleast_1d(torch.as_tensor(distance(old, new)))
-    known = {"angular": _angular, "euclidean": _euclidean, "jensen-shannon": _jensen_shannon}
-    checks.one_of(known, distance=distance)
-    return known[distance]
-
-
-def _angular(old: Tensor, new: Tensor) -> Tensor:
-    u = nn.functional.normalize(old.double(), dim=-1)
-    v = nn.functional.normalize(new.double(), dim=-1)
-    # Half the angle by its tangent, since the arc cosine loses the small angles.
-    return 2 / torch.pi * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))
-
-
-def _euclidean(old: Tensor, new: Tensor) -> Tensor:
-    return (old.double() - new.double()).norm(dim=-1)
-
-
-def _jensen_shannon(old: Tensor, new: Tensor) -> Tensor:
-    p, q = old.double().log_softmax(-1), new.double().log_softmax(-1)
-    middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=torch.float64))
-    return ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / 2

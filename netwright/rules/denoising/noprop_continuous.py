@@ -45,7 +45,11 @@ class NoPropContinuous(Rule):
     L = CE(classifier(z_1), y) + KL(z_0 || N(0, I)) + eta/2 SNR'(t) |u_hat - u_y|^2;
     prediction: z_0 ~ N(0, I), then the flow that keeps z_t distributed as above. For
     w = z sqrt(1 + rho^2) it is dw/drho = u_hat, in `steps` steps of Heun's or Euler's method,
-    each of which is exact while u_hat does not change; classifier(z_1).
+    each of which is exact while u_hat does not change; block(x, z_1, 1).
+
+    The class is what the block says at the flow's end, where in the paper classifier(z_1) reads
+    it: even in training z_1 is so noisy (SNR(1) is about 7 at first) that a classifier of z_1
+    alone errs where the block does not. The classifier is what keeps embeddings apart.
 
     `NoProp` has a block for each of a few noise levels; here a single one is told the time, and
     the number of steps is chosen at prediction. It holds `network` itself for its features of x,
@@ -137,7 +141,7 @@ class NoPropContinuous(Rule):
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
-        """Return the classifier's scores of z_1 (of several chains: log-probabilities)."""
+        """Return the block's scores at the flow's end (of several chains: log-probabilities)."""
         with evaluating(self):
             features = call(self.network, x)
             shape = (self.chains, *features.shape[:-1])
@@ -153,7 +157,8 @@ class NoPropContinuous(Rule):
                             generator=Generator().manual_seed(self.seed)).to(self.embedding)
             w = integrate(slope, z * (1 + knots[0].square()).sqrt(), knots,
                           heun=self.solver == "heun")
-            scores = self.classifier(w / (1 + knots[-1].square()).sqrt())
+            z = w / (1 + knots[-1].square()).sqrt()
+            scores: Tensor = self.block(features, z, times[-1].expand(shape))
         return scores[0] if self.chains == 1 else scores.softmax(-1).mean(0).log()
 
     def _denoised(self, features: Tensor, z: Tensor, t: Tensor) -> Tensor:

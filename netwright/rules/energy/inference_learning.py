@@ -9,13 +9,16 @@ from torch import Generator, Tensor, nn
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
-from netwright.rules.readout import without_padding
+from netwright.rules.readout import padding_mask, without_padding
 from netwright.rules.rule import Rule, chain_of, check_labels, targets
 from netwright.runtime.modes import same_buffers
 from netwright.runtime.random_state import random_state, same_random_state, set_random_state
 from netwright.stages import Stages
 
 __all__ = ["InferenceLearning"]
+
+HALVINGS = 10  # of the first step, before it is given up
+TINY = 1e-30
 
 
 @method(
@@ -29,9 +32,12 @@ class InferenceLearning(Rule):
     """Let the states settle where a step of the weights would leave them, and take that step.
 
     E = loss(h_L, y) + sum_i |h_i - f_i(h_{i-1})|^2 / (2 rate n_i), for each target;
-    n_i = 1 + |a_i|^2 for stage i's weighted layer on a_i (their sum, of several layers);
-    h_i := f_i(h_{i-1}), then `steps` times h_i := h_i - s P_i dE/dh_i, all i at once, with
-    P_i = rate n_i, at the output 1 / (1 + 1 / (rate n_L)); g = dE/dw there, its mean over targets.
+    n_i = 1 + |a_i|^2 for stage i's weighted layer on a_i (their sum, of several layers; the mean
+    over a sample's positions, tokens or patches, where it has several);
+    h_i := f_i(h_{i-1}), and in the first step, the last first,
+    d_L = dloss/dh_L, d_{i-1} = (df_i/dh_{i-1})^T d_i, h_i := f_i(h_{i-1}) - s rate n_i d_i;
+    then h_i := h_i - s P_i dE/dh_i, all i at once, with P_i = rate n_i, at the output
+    1 / (1 + 1 / (rate n_L)); g = dE/dw there, its mean over targets.
 
     SGD with lr=rate then ends at W + (h_i - f_i) a_i^T / n_i: the least change of W after which
     the layer returns h_i, and its square is |h_i - f_i|^2 / n_i. So E is the loss after the step
@@ -41,10 +47,12 @@ class InferenceLearning(Rule):
     cut them; a batch takes the mean of its samples' steps. As `rate` falls to 0, g becomes the
     exact gradient.
 
-    A step that would raise E is not taken, and s is halved; s starts at `state_rate`, and grows
-    by a tenth with each step. An error travels one stage a step, so `steps` are at least the
-    number of stages; None is 25, or that number if it is larger. Other optimizers than SGD, or
-    another lr, can take g, but then the weights do not go where the states have settled. Dropout
+    The first step brings every state what the one above it has just been pulled by, so that all
+    stages learn however many there are; steps of all states at once carry an error one stage each,
+    and `steps` are at least the number of stages; None is 25, or that number if it is larger. A
+    step that would raise E is not taken, and s is halved; s starts at `state_rate`, in the first
+    step at what is least along it, and grows by a tenth with each step. Other optimizers than SGD,
+    or another lr, can take g, but then the weights do not go where the states have settled. Dropout
     keeps one mask for all steps, and running statistics see the forward pass alone.
 
     Args:
@@ -137,7 +145,7 @@ class _Batch:
             self.loss = rule.loss(h, y)
         self.count = targets(h, y)
         self.lowest = self.loss * self.count
-        self.size = rule.state_rate
+        self.size, self.fresh = rule.state_rate, True
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -155,44 +163,94 @@ class _Batch:
 
     def step(self) -> None:
         """Move all states down E, or shorten the next step where this one would raise it."""
+        if self.fresh:
+            self.fresh = False
+            return self._sweep()
         states = [h.detach().requires_grad_() for h in self.states]
         energy, norms = self.energy(states)
         slopes = torch.autograd.grad(energy, states)
         moved = []
         for i, (h, slope, norm) in enumerate(zip(states, slopes, norms, strict=True)):
-            soft = self.rule.rate * norm.detach().view(-1, *[1] * (h.ndim - 1))
+            soft = self.rule.rate * _rows(norm, h)
             soft = 1 / (1 + 1 / soft) if i == len(states) - 1 else soft
             moved.append((h - self.size * soft * slope).detach())
-        with torch.no_grad():
-            reached, _ = self.energy(moved)
-        if reached <= self.lowest:
-            self.states, self.lowest, self.size = moved, reached, self.size * 1.1
+        if self._reached(moved):
+            self.size *= 1.1
         else:
             self.size /= 2
+        return None
 
     def energy(self, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the sum of E over the targets, and each stage's n for each sample."""
-        set_random_state(self.start)
-        energy, norms, h = self.rule.loss(states[-1], self.y) * self.count, [], self.x
-        for stage, state, dtype in zip(self.rule.stages, states, self.dtypes, strict=True):
-            self.heard.clear()
-            error = without_padding(self.x, state - stage(h, self.context))
-            norm = torch.ones(len(error), dtype=error.dtype, device=error.device)
-            for squares in self.heard:
-                norm = norm + (squares if len(squares) == len(norm) else squares.sum() / len(norm))
+        energy, norms = self.rule.loss(states[-1], self.y) * self.count, []
+        for state, (output, norm) in zip(states, self._runs(states), strict=True):
+            error = without_padding(self.x, state - output)
             squares = error.square().flatten(1).sum(1) if error.ndim > 1 else error.square()
             energy = energy + (squares / (2 * self.rule.rate * norm)).sum()
             norms.append(norm)
-            h = state.to(dtype)
         return energy, norms
 
+    def _sweep(self) -> None:
+        """Move the last state first, and each other by what pulls at the one above it."""
+        states = [h.detach().requires_grad_() for h in self.states]
+        loss = self.rule.loss(states[-1], self.y) * self.count
+        pulls = list(torch.autograd.grad(loss, states[-1]))
+        outputs, norms = zip(*self._runs(states), strict=True)
+        for output, state in zip(outputs[:0:-1], states[-2::-1], strict=True):
+            pulls.insert(0, torch.autograd.grad(output, state, pulls[0].to(output.dtype),
+                                                materialize_grads=True)[0])
+        steps = [self.rule.rate * _rows(norm, pull) * without_padding(self.x, pull)
+                 for norm, pull in zip(norms, pulls, strict=True)]
+        # where a loss that bends as the output's square would be least along these
+        fall = torch.stack([(pull * step).sum() for pull, step in zip(pulls, steps, strict=True)])
+        size = 1 / (1 + fall.sum() / pulls[-1].square().sum().clamp_min(TINY))
+        for _ in range(HALVINGS):
+            with torch.no_grad():
+                moved: list[Tensor] = []
+                for step, (output, _) in zip(steps, self._runs(moved), strict=True):
+                    moved.append(output.to(step.dtype) - size * step)
+            if self._reached(moved):
+                return
+            size = size / 2
+
+    def _reached(self, states: list[Tensor]) -> bool:
+        """Take `states` unless they would raise E; return whether they were taken."""
+        with torch.no_grad():
+            energy, _ = self.energy(states)
+        if taken := bool(energy <= self.lowest):
+            self.states, self.lowest = states, energy
+        return taken
+
+    def _runs(self, states: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each stage's output and n; `states` may grow while they are asked for."""
+        set_random_state(self.start)
+        h = self.x
+        for i, (stage, dtype) in enumerate(zip(self.rule.stages, self.dtypes, strict=True)):
+            self.heard.clear()
+            output = stage(h, self.context)
+            wide = torch.promote_types(output.dtype, torch.float32)
+            norm = torch.ones(len(output), dtype=wide, device=output.device)
+            for squares in self.heard:
+                norm = norm + (squares if len(squares) == len(norm) else squares.mean())
+            yield output, norm
+            h = states[i].to(dtype)
+
     def _hear(self, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """Note |a|^2 for each sample; a convolution reads a number once for each place it takes."""
+        """Note |a|^2 for each sample, the mean over the tokens or the patches that are read."""
         if not (arguments and isinstance(arguments[0], Tensor)
                 and arguments[0].is_floating_point()):
             return
         a = arguments[0].to(torch.promote_types(arguments[0].dtype, torch.float32))
-        a = without_padding(self.x, a)
-        kernel, stride = getattr(layer, "kernel_size", ()), getattr(layer, "stride", ())
-        reads = prod(kernel) / prod(stride) if isinstance(kernel, tuple) else 1
-        self.heard.append(reads * a.square().flatten(1).sum(1))
+        kernel = getattr(layer, "kernel_size", None)
+        mask = padding_mask(self.x, a)
+        reads: float = 1.0
+        places: float | Tensor = prod(a.shape[1:-1])
+        if mask is not None:
+            a, places = without_padding(self.x, a), (mask != 0).sum(1).clamp(min=1)
+        elif isinstance(kernel, tuple):  # a number is read once for each place it has in a patch
+            reads, places = prod(kernel) / getattr(layer, "groups", 1), prod(a.shape[2:])
+        self.heard.append(a.square().flatten(1).sum(1) * reads / places)
+
+
+def _rows(norm: Tensor, h: Tensor) -> Tensor:
+    return norm.detach().view(-1, *[1] * (h.ndim - 1))

@@ -9,6 +9,7 @@ from torch.nn import functional
 from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
+from netwright.rules.mixing import Mixing
 from netwright.rules.readout import without_padding
 from netwright.rules.rule import Rule, chain_of, check_labels
 from netwright.runtime.modes import rehearsing, same_buffers
@@ -40,8 +41,9 @@ class LikelihoodRatio(Rule):
     differentiated from stage to stage, and the loss not at all. Stages without trainable
     parameters get no noise. `control` says how the estimate's own noise is lowered, its mean
     being the same: "baseline", b is the mean loss of the sample's other copies; "antithetic",
-    copies come in pairs with noise e and -e, and b = 0: what the loss has in common in both falls
-    out where both see the same input, as the first stage does; None, b = 0.
+    copies come in pairs with noise e and -e, and b is the mean loss of the sample's other pairs
+    (0 where there is one pair): what the loss has in common in both falls out where both see the
+    same input, as the first stage does, and b takes it away elsewhere; None, b = 0.
 
     Each copy is one forward pass without a graph, for its losses, and a second one that draws
     the same noise from its seed and differentiates each stage by itself, so that no more than
@@ -52,7 +54,8 @@ class LikelihoodRatio(Rule):
     `loss` may return a loss for each sample, (batch,), whose mean is meant, and each sample is
     then taught by its own; so it is with `cross_entropy`. Where it returns one number, or where
     samples depend on each other (batch norm in training, graphs), which is found out at the first
-    batch, all samples are taught by the whole loss, which keeps the mean and is noisier.
+    batch in each mode, all samples are taught by the whole loss, which keeps the mean and is
+    noisier.
 
     Args:
         noise: the standard deviation of what is added to a stage's output, above 0.
@@ -92,7 +95,7 @@ class LikelihoodRatio(Rule):
                              f"control={control!r}; try 16")
         self.noise, self.copies, self.control, self.loss = noise, copies, control, loss
         self.stages = chain_of(self, network, example, loss, apart=False)
-        self._mixes: bool | None = None
+        self._mixing = Mixing(self.network)
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the estimated gradient to `.grad`; return the detached loss, with the noise."""
@@ -104,12 +107,14 @@ class LikelihoodRatio(Rule):
             with rehearsing(self.network):
                 output = self._run(x, seed, sign * self.noise)
                 losses.append(self._losses(output, y))
-        if self._mixes is None and len(output) > 1:
-            self._mixes = self._samples_mix(x)
+        mixes = self._mixing.found(x, lambda: self._samples_mix(x), rows=len(output))
         found = torch.stack(losses)
-        teaching = found.sum(1, keepdim=True) if self._mixes else found
-        if self.control == "baseline":  # less the mean of the others
-            teaching = (teaching - teaching.mean(0)) * (self.copies / (self.copies - 1))
+        teaching = found.sum(1, keepdim=True) if mixes else found
+        alike = 2 if self.control == "antithetic" else 1  # copies of the same noise, but its sign
+        if self.control is not None and self.copies > alike:  # less the mean of the others
+            own = teaching.unflatten(0, (-1, alike)).mean(1).repeat_interleave(alike, 0)
+            others = (self.copies * teaching.mean(0) - alike * own) / (self.copies - alike)
+            teaching = teaching - others
         teaching = teaching / (self.noise * self.copies)
         for left, (seed, sign), signal in zip(range(len(copies))[::-1], copies, teaching,
                                               strict=True):

@@ -41,8 +41,12 @@ class StationaryFeedback(Rule):
     the graph, and loses no step of memory in between. All else in the network gets the exact
     gradient of what reaches it.
 
-    a = exp(-1 / tau), the tau spread evenly on a logarithmic scale from 1 step to `memory` and
-    dealt out to the units at random (the paper's own choice of values was not to be had).
+    By default a is what each unit keeps of itself where its gates are at their biases: the sigmoid
+    of the update gate's bias in a GRU and of the forget gate's in an LSTM's c_t, 0 for its h_t,
+    and the diagonal of W_hh, within -1 and 1, without gates. With `memory` a = exp(-1 / tau), the
+    tau spread evenly on a logarithmic scale from 1 step to `memory` and dealt out to the units at
+    random: longer than what the layer itself keeps, which turns the gradient away from the exact
+    one, and reaches back where that fades (the paper's own choice of values was not to be had).
     `feedback` gives a instead, a number or a tensor of one for each unit; 0 is backpropagation
     cut off after one step.
 
@@ -52,7 +56,7 @@ class StationaryFeedback(Rule):
     h_t = W h_{t-1} + ..., W diagonal, the gradient is exact.
 
     Args:
-        memory: the longest tau, in steps of time, at least 1.
+        memory: the longest tau, in steps of time, at least 1; by default a follows the layer.
         feedback: a, in its place: a number or one for each unit.
 
     Shapes: x_t (batch, inputs), h_t and delta_t (batch, units), a (units,); x and y as the network
@@ -80,13 +84,13 @@ class StationaryFeedback(Rule):
     torch.Size([8])
     """
 
-    def __init__(self, network: nn.Module | Stages, example: Any = None, *, memory: float = 30.0,
-                 feedback: float | Tensor | None = None,
+    def __init__(self, network: nn.Module | Stages, example: Any = None, *,
+                 memory: float | None = None, feedback: float | Tensor | None = None,
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
-        checks.at_least(1, memory=memory, advice="it is a number of steps; try as many as the "
-                        "network has to look back")
+        checks.at_least(1, memory=memory, optional=True, advice="it is a number of steps; try as "
+                        "many as the network has to look back")
         self.loss, self.memory = loss, memory
         found = [(name, module) for name, module in self.network.named_modules()
                  if isinstance(module, RECURRENT)]
@@ -102,8 +106,10 @@ class StationaryFeedback(Rule):
                                  f"{module.proj_size}; project by a linear layer behind it")
             self._recurrent.append((module, count))
             states = 2 if isinstance(module, nn.LSTM) else 1
-            for _ in range(module.num_layers * (1 + module.bidirectional) * states):
-                a = self._spread(module) if feedback is None else _given(feedback, module)
+            for i in range(module.num_layers * (1 + module.bidirectional) * states):
+                a = (_given(feedback, module) if feedback is not None
+                     else _kept(module, *divmod(i, states)) if memory is None
+                     else self._spread(module, memory))
                 self.register_buffer(f"feedback_{count}", a)
                 count += 1
 
@@ -116,12 +122,12 @@ class StationaryFeedback(Rule):
         loss.backward()
         return loss.detach()
 
-    def _spread(self, module: nn.RNNBase) -> Tensor:
+    def _spread(self, module: nn.RNNBase, memory: float) -> Tensor:
         like, units = _like(module), module.hidden_size
         device = like.device if self.generator is None else self.generator.device
         places = torch.randperm(units, generator=self.generator, device=device).to(like.device)
         share = (places + 0.5) / units
-        return torch.exp(-self.memory ** -share.double()).to(like.dtype)
+        return torch.exp(-memory ** -share.double()).to(like.dtype)
 
     @contextmanager
     def _carrying(self) -> Iterator[None]:
@@ -183,6 +189,24 @@ def _given(feedback: float | Tensor, module: nn.RNNBase) -> Tensor:
         raise ValueError(f"feedback must be a number, or a tensor of {module.hidden_size}, one for "
                          f"each unit, got {tuple(a.shape)}")
     return a.expand(module.hidden_size).clone()
+
+
+@torch.no_grad()
+def _kept(module: nn.RNNBase, layer: int, state: int) -> Tensor:
+    """Return the share of itself that each unit keeps from step to step, its gates at their biases.
+
+    `state` is 0 for h_t, 1 for an LSTM's c_t.
+    """
+    weights = [getattr(module, name) for name in module._all_weights[layer]]
+    if isinstance(module, nn.LSTM) and not state:
+        return torch.zeros_like(weights[1][0])
+    if not isinstance(module, (nn.LSTM, nn.GRU)):
+        return weights[1].diagonal().clamp(-1, 1).clone()
+    if not module.bias:
+        return torch.full_like(weights[1][0], 0.5)
+    # the second gate of both: the GRU's update gate, the LSTM's forget gate
+    bias = weights[2] + weights[3]
+    return bias[module.hidden_size:2 * module.hidden_size].sigmoid()
 
 
 def _like(module: nn.RNNBase) -> Tensor:

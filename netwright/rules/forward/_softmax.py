@@ -1,5 +1,6 @@
 """The softmax that is trained beside the layers, on the activity of all of them."""
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.forward._activity import hidden
 from netwright.rules.readout import Readout, mean_of_tokens
-from netwright.runtime.modes import rehearsing
+from netwright.runtime.modes import rehearsing, same_buffers
 from netwright.runtime.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -26,11 +27,14 @@ def trained_softmax(rule: "ForwardForward", x: Any, y: Tensor) -> Tensor:
     h, context = x, rule.stages.context(x)
     parts: list[Tensor] = []
     scores: Tensor | float = 0.0
-    for i, _, h in hidden(rule.stages, rule.depth, x, context):
-        if readout := _readout(rule, i):
-            part = readout(h, y, x)
-            scores = scores + part.detach()
-            parts += [part] if keep else []
+    with ExitStack() as kept:  # running statistics are those of the samples that stages learn from
+        for module in [m for stage in list(rule.stages)[:rule.depth] for m in stage.modules]:
+            kept.enter_context(same_buffers(module))
+        for i, _, h in hidden(rule.stages, rule.depth, x, context):
+            if readout := _readout(rule, i):
+                part_scores = readout(h, y, x)
+                scores = scores + part_scores.detach()
+                parts += [part_scores] if keep else []
     # What autocast cast without a graph must not be taken for the pass that learns.
     torch.clear_autocast_cache()
     if rule.classifier:

@@ -65,9 +65,10 @@ class ForwardForward(Rule):
     that have a label carry it in their first features and learn, the others carry a neutral one.
     With `negatives="virtual_nodes"` a label is instead a pair of edges, to and from a node of the
     rule's own for the class (`virtual`), with random features; unlabelled nodes have none.
-    Positives and negatives are two copies of the graph, and predictions a copy for each class,
-    which all nodes carry. With `hard_negatives` the other class is drawn in proportion to
-    the network's own prediction, else all are as likely.
+    Positives and negatives are two copies of the graph. Predictions are copies in each of which
+    one in `tried` nodes carries a class and the others are neutral, as unlabelled nodes are in
+    training: a stage that saw mostly neutral neighbours does not know others. With `hard_negatives`
+    the other class is drawn in proportion to the network's own prediction, else all are as likely.
 
     The last stage, unless `classifier=False`, gives class scores and is not trained by goodness:
     it is a part of the softmax that the paper trains beside the layers. That softmax reads the
@@ -130,6 +131,8 @@ class ForwardForward(Rule):
         classifier: Whether the last stage gives class scores; if not it is a hidden stage too.
         normalise_input: Whether the network's input is divided by its rms.
         max_rows: The most samples that a prediction by goodness runs at once.
+        tried: In how many parts the nodes of a graph are tried with a label; 1 tries all at once,
+            as fits a training in which all nodes had labels.
         generator: Where negative labels and the first `kernels` are drawn.
 
     Shapes: x (batch, *size), a mapping that holds `pixel_values`, a graph ((nodes, features),
@@ -171,7 +174,7 @@ class ForwardForward(Rule):
                  predict_by: Literal["goodness", "softmax"] | None = None, skip: int | None = None,
                  collaborate: bool | Literal["earlier"] = False,
                  blocks: int | Sequence[str] | None = None, classifier: bool = True,
-                 normalise_input: bool = True, max_rows: int = 4096,
+                 normalise_input: bool = True, max_rows: int = 4096, tried: int = 16,
                  generator: Generator | None = None) -> None:
         super().__init__(network, generator=generator)
         self.by_class = goodness == "by_class"
@@ -184,6 +187,7 @@ class ForwardForward(Rule):
         if skip is None:
             skip = 0 if self.by_class or collaborate else 1
         checks.count(0, skip=skip, advice="it is a number of hidden stages")
+        checks.count(1, tried=tried, advice="it is a number of parts of a graph's nodes; try 16")
 
         self.links = negatives == "virtual_nodes"
         if self.links:
@@ -208,7 +212,7 @@ class ForwardForward(Rule):
         self.hard_negatives = hard_negatives and self.overlays
         self.predict_by, self.classifier = predict_by, classifier
         self.collaborate = collaborate
-        self.normalise_input, self.max_rows = normalise_input, max_rows
+        self.normalise_input, self.max_rows, self.tried = normalise_input, max_rows, tried
         self.softmax_is_read = self.hard_negatives or predict_by == "softmax"
         like = first_parameter(self.stages)
         read = range(self.first_read, depth - classifier) if self.softmax_is_read else ()
@@ -296,17 +300,30 @@ class ForwardForward(Rule):
         return (softplus(-z) * weight).sum(), onward(h, square, features), shared
 
     def _tried_labels(self, x: Any) -> Tensor:
-        image, found = self._image(x), []
-        classes = torch.arange(self.num_classes, device=image.device)
-        for labels in classes.split(max(1, self.max_rows // len(image))):
-            labelled = self._labelled(x, labels.repeat_interleave(len(image), 0))
-            squares = [square for i, square, _
-                       in hidden(self.stages, self.depth, labelled,
-                                 self.stages.context(labelled))
-                       if i >= self.first_read]
-            total = torch.stack(squares).sum(0).view(len(labels), -1)[:, :len(image)]
-            found.append(total.T)
-        return torch.cat(found, 1)
+        image = self._image(x)
+        nodes, classes = len(image), torch.arange(self.num_classes, device=image.device)
+        if not is_graph(x):
+            found = [self._goodness_of(x, labels.repeat_interleave(nodes, 0)).view(-1, nodes)
+                     for labels in classes.split(max(1, self.max_rows // nodes))]
+            return torch.cat(found).T
+        parts = min(self.tried, nodes)
+        order = torch.randperm(nodes, generator=Generator().manual_seed(0)).to(image.device)
+        part = torch.empty_like(order)
+        part[order] = torch.arange(nodes, device=image.device) % parts
+        tries = torch.cartesian_prod(torch.arange(parts, device=image.device), classes)
+        found = [self._goodness_of(x, some[:, 1:].where(part == some[:, :1], -100).flatten())
+                 .view(len(some), -1)[:, :nodes]
+                 for some in tries.split(max(1, self.max_rows // nodes))]
+        scores = torch.cat(found).view(parts, self.num_classes, nodes)
+        return scores[part, :, torch.arange(nodes, device=image.device)]
+
+    def _goodness_of(self, x: Any, labels: Tensor) -> Tensor:
+        """Return the goodness of all hidden stages that are read, for copies with `labels`."""
+        labelled = self._labelled(x, labels)
+        squares = [square for i, square, _ in hidden(self.stages, self.depth, labelled,
+                                                     self.stages.context(labelled))
+                   if i >= self.first_read]
+        return torch.stack(squares).sum(0)
 
     def _other_labels(self, y: Tensor, scores: Tensor | None) -> Tensor:
         return other_labels(y, self.num_classes, scores, self.generator)

@@ -17,6 +17,7 @@ from netwright.rules.forward._forward_mode import (
     run_with,
 )
 from netwright.rules.forward._guesses import one_by_one, owned
+from netwright.rules.mixing import Mixing
 from netwright.rules.readout import count_classes, first_parameter, without_padding
 from netwright.rules.rule import Rule, chain_of, check_labels, output_for
 from netwright.stages import Stages
@@ -58,9 +59,10 @@ class ForwardGradient(Rule):
     estimate is free of the other samples' noise; differentiation backwards happens within the
     loss (e) and within each stage (dh_i/dw_i), never from stage to stage, and the stages'
     activations are stored. Where samples depend on each other (batch norm in training, graphs),
-    which is found out at the first batch, the slope is the sum over samples, as it must be for
-    the estimate to stay unbiased. Stages without trainable parameters are not perturbed. What is
-    perturbed is a stage's output, behind its activation function where that is part of the stage.
+    which is found out at the first batch in each mode, the slope is the sum over samples, as it
+    must be for the estimate to stay unbiased. Stages without trainable parameters are not
+    perturbed. What is perturbed is a stage's output, behind its activation function where that is
+    part of the stage.
     A guess of local losses is found by differentiating backwards within a head and its stage.
 
     Under autocast the forward-mode passes keep the parameters' own precision, since PyTorch's
@@ -133,7 +135,7 @@ class ForwardGradient(Rule):
                               like=first_parameter(self.stages), generator=generator)
                 for signal, name in zip(found[:-1], self.stages.names, strict=False))
         self._vectorised = True
-        self._mixes: bool | None = None
+        self._mixing = Mixing(self.network)
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the estimated gradient to `.grad`; return the detached loss."""
@@ -238,7 +240,7 @@ class ForwardGradient(Rule):
         *hidden, logits = outputs
         loss, error = self._own_loss(None, h, x, y, gradients)
         learning = {i: h.detach() for i, h in enumerate(hidden) if h.requires_grad}
-        signals = self._signals(slopes, list(learning.values()), error, guesses)
+        signals = self._signals(x, slopes, list(learning.values()), error, guesses)
         for i, signal in zip(learning, signals, strict=True):
             hidden[i].backward(without_padding(x, signal))
         if logits.requires_grad:
@@ -246,19 +248,18 @@ class ForwardGradient(Rule):
         _add(gradients.items())
         return loss
 
-    def _signals(self, slopes: DirectionalDerivative, hidden: Sequence[Tensor], error: Tensor,
-                 guesses: Sequence[Tensor]) -> list[Tensor]:
+    def _signals(self, x: Any, slopes: DirectionalDerivative, hidden: Sequence[Tensor],
+                 error: Tensor, guesses: Sequence[Tensor]) -> list[Tensor]:
         if not hidden:
             return []
         zeros = [torch.zeros_like(h) for h in hidden]
-        if self._mixes is None and len(error) > 1:
-            self._mixes = _mixes(slopes, zeros, error)
+        mixes = self._mixing.found(x, lambda: _mixes(slopes, zeros, error), rows=len(error))
         signals = [torch.zeros_like(h) for h in hidden]
-        for directions in (one_by_one([[g] for g in guesses], self.chunk, rows=not self._mixes)
+        for directions in (one_by_one([[g] for g in guesses], self.chunk, rows=not mixes)
                            if guesses else self._directions(hidden)):
             _, change = slopes(zeros, directions)
             slope = (error * change).reshape(len(change), len(error), -1).sum(2) * self._share
-            if self._mixes:
+            if mixes:
                 slope = slope.sum(1, keepdim=True)
             for signal, v in zip(signals, directions, strict=True):
                 shape = (*slope.shape, *[1] * (v.ndim - 2))

@@ -11,8 +11,11 @@ from netwright.blocks.experts import (
     LossFreeRouter,
     MixtureOfExperts,
     feed_token_ids,
+    link_gates,
+    moe_plus_plus,
 )
 from netwright.blocks.feedforward import GLU
+from netwright.errors import CannotReverse
 from netwright.models import gpt
 from netwright.stages import stages
 
@@ -222,3 +225,81 @@ def test_ids_that_cannot_be_used():
     feed_token_ids(net)
     with pytest.raises(ValueError, match=r"must be token ids, got torch.float32 values"):
         net(x)
+
+
+def test_a_loss_free_router_hears_of_fused_steps_and_of_what_capacity_cuts():
+    torch.manual_seed(0)
+    moe = MixtureOfExperts(DIM, lambda: GLU(DIM, 5), LossFreeRouter(DIM, N, 1), capacity=1.0)
+    optimizer = torch.optim.SGD(moe.parameters(), 0.01, fused=True)
+    x = torch.randn(100, DIM) + 1
+    moe(x).sum().backward()
+    asked = moe.router(x).experts.flatten().bincount(minlength=N)
+    assert asked.max() > moe.usage.load.max()
+    optimizer.step()
+    assert torch.equal(moe.router.moves, (asked.sum() - N * asked).sign())
+    assert not moe.router.load.any()
+
+
+def test_what_was_observed_since_the_last_step_is_in_copies_and_in_the_state():
+    torch.manual_seed(0)
+    moe = mixture(LossFreeRouter(DIM, N, 1))
+    fresh = mixture(LossFreeRouter(DIM, N, 1))
+    moe(torch.randn(30, DIM) + 1)
+    fresh.load_state_dict(moe.state_dict())
+    for network in (moe, deepcopy(moe), fresh):
+        assert int(network.router.load.sum()) == 30
+        torch.optim.SGD(network.parameters(), 0.0).step()
+        assert network.router.moves.any()
+    assert "load" not in dict(moe.router.named_buffers())  # which process 0 would give to all
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_linked_routers_are_right_or_refused_when_they_run_again(reentrant):
+    torch.manual_seed(0)
+    layers = [moe_plus_plus(DIM, lambda: nn.Linear(DIM, DIM), N) for _ in range(2)]
+    plain = link_gates(nn.Sequential(*layers)).double()
+    with torch.no_grad():
+        plain[1].router.residual.normal_()
+    again, xs = deepcopy(plain), torch.randn(2, 20, DIM, dtype=torch.float64, requires_grad=True)
+
+    def outputs(network, run):
+        ends = []
+        for x in xs:  # two passes before the way back
+            for layer in network:
+                x = run(layer, x)
+            ends.append(x.square().mean())
+        sum(ends).backward()
+    outputs(plain, lambda layer, x: layer(x))
+    if reentrant:
+        with pytest.raises(CannotReverse, match="their gradient"):
+            outputs(again, lambda layer, x: checkpoint(layer, x, use_reentrant=True))
+        return
+    outputs(again, lambda layer, x: checkpoint(layer, x, use_reentrant=False))
+    for p, q in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_fed_ids_are_those_of_the_pass_that_runs_again(reentrant):
+    torch.manual_seed(0)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(12, DIM)
+            self.moe = mixture(HashRouter(N, 12))
+            self.how = None
+
+        def forward(self, ids):
+            h = self.embedding(ids)
+            return self.moe(h) if self.how is None else checkpoint(
+                self.moe, h, use_reentrant=self.how)
+    network = Network()
+    feed_token_ids(network)
+    ids, found = torch.randint(12, (2, 30)), []
+    for how in (None, reentrant):
+        network.how = how
+        network.zero_grad()
+        sum(network(part).square().mean() for part in ids).backward()
+        found.append([p.grad for p in network.parameters()])
+    torch.testing.assert_close(found[0], found[1])

@@ -262,3 +262,26 @@ def test_what_it_cannot_do_is_named():
 def test_a_fourier_series_may_differ_at_the_ends_of_its_grid():
     # Measured over three seeds: below 0.014; of a series whose period is the grid, 0.058.
     assert fit(("fourier",), torch.exp, 0) < 0.03
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("select", ["soft", "hard", "sum"])
+def test_a_refitted_layer_goes_into_a_fresh_one(select, assign):
+    x = torch.rand(200, 3).double()
+    one, fresh = layer(select), layer(select, seed=1)
+    one.refit(x, grid=9)
+    fresh.load_state_dict(one.state_dict(), assign=assign)
+    assert fresh.grid == 9
+    assert torch.equal(fresh(x), one(x))
+    fresh(x).sum().backward()
+    assert fresh.weight.grad.shape == one.weight.shape
+
+
+def test_weights_of_another_layer_are_not_taken_for_another_grid():
+    one, other = layer(), layer(outputs=5)
+    other.refit(torch.rand(50, 3).double(), grid=9)
+    before = one.grid, one.weight
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        one.load_state_dict(other.state_dict())
+    assert one.grid == before[0]
+    assert one.weight is before[1]

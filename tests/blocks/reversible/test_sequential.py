@@ -1,6 +1,8 @@
 import copy
 import pickle
+import random
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -699,3 +701,78 @@ def test_reconstruction_that_is_not_finite():
     assert all(torch.equal(after_forward[n], state[n]) for n in state)
     assert all(torch.equal(before[n], state[n]) for n in state if "norm" not in n)
     assert all(m.track_running_stats for m in network.modules() if isinstance(m, nn.BatchNorm1d))
+
+
+class Draws(nn.Module):
+    """Scales by what it draws or counts."""
+
+    total = 0  # of the class, where nothing finds it
+
+    def __init__(self, source):
+        super().__init__()
+        self.linear, self.source, self.count, self.seen = nn.Linear(4, 4), source, 0, []
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, x):
+        self.count += 1
+        Draws.total += 1
+        self.seen.append(1)
+        return self.linear(x) * {
+            "torch": lambda: float(torch.rand(())), "python": random.random,
+            "numpy": numpy.random.rand, "count": lambda: self.count, "list": lambda: len(self.seen),
+            "own": lambda: float(torch.rand((), generator=self.generator)),
+            "nowhere": lambda: 1.0 + Draws.total % 2,
+        }[self.source]()
+
+
+@pytest.mark.parametrize("source", ["torch", "python", "numpy", "count", "list", "own"])
+def test_what_a_module_draws_and_remembers_is_found_again(source):
+    blocks = [AdditiveCoupling(Draws(source), Draws(source)) for _ in range(3)]
+    ours, plain = twins(blocks)
+    x = torch.randn(6, 8, dtype=torch.float64)
+
+    def step(network):
+        torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
+        for _ in range(2):  # two forward passes before they are gone back through
+            first, second = network(x).square().sum(), network(2 * x).sum()
+            (first + second).backward()
+        assert [m.count for m in network.modules() if isinstance(m, Draws)] == [4] * 6
+        return {**{n: p.grad for n, p in network.named_parameters()},
+                "drawn": torch.tensor([float(torch.rand(())), random.random()])}
+    assert_same(step(ours), step(plain))
+
+
+def test_what_cannot_be_found_again_is_refused():
+    network = ReversibleSequential(*[AdditiveCoupling(Draws("nowhere"), nn.Linear(4, 4))])
+    y = network(torch.randn(6, 8))
+    with pytest.raises(CannotReverse, match=r"f of module '0' must make the same when it runs"):
+        y.sum().backward()
+    assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("change", [
+    lambda y: y.relu_(), lambda y: nn.functional.dropout(y, 0.3, inplace=True), lambda y: y.mul_(2),
+])
+def test_what_follows_may_work_in_place(change):
+    ours, plain = twins(additive("dense"))
+    x = torch.randn(6, 8, dtype=torch.float64)
+    for network in (ours, plain):
+        torch.manual_seed(0)
+        change(network(x)).square().sum().backward()
+    assert_same({n: p.grad for n, p in ours.named_parameters()},
+                {n: p.grad for n, p in plain.named_parameters()})
+
+
+def test_gradients_are_handed_over_block_by_block():
+    network = ReversibleSequential(*[
+        AdditiveCoupling(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3)])
+    x, order = torch.randn(6, 8), []
+    network(x).sum().backward()
+    for i in range(3):
+        network[i].g.weight.register_post_accumulate_grad_hook(lambda p, i=i: order.append(i))
+    before = network[0].g.weight.grad.clone()
+    network[2].g.weight.register_post_accumulate_grad_hook(
+        lambda p: order.append(torch.equal(network[0].g.weight.grad, before)))
+    network(x).sum().backward()
+    assert order == [2, True, 1, 0]
+    torch.testing.assert_close(network[0].g.weight.grad, 2 * before)

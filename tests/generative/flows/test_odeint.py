@@ -272,3 +272,24 @@ def test_without_torchdiffeq_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     f, y0 = problem()
     bad(lambda: odeint(f, y0, TIMES, solver="dopri5"), r"netwright\[flows\]", MissingExtra)
+
+
+class Strange(nn.Module):
+    def __init__(self, f: nn.Module, weight: Tensor) -> None:
+        super().__init__()
+        self.f, self.weights = f, [weight]
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.f(t, y) * self.weights[0]
+
+
+@pytest.mark.parametrize("solver", ["reversible_heun", "rk4", "dopri5"])
+def test_no_way_back_loses_a_gradient_though_one_without_came_first(solver: str) -> None:
+    if solver != "reversible_heun":
+        pytest.importorskip("torchdiffeq")
+    f, y0 = problem()
+    f = Strange(f, torch.ones((), dtype=y0.dtype, requires_grad=True))
+    with torch.no_grad():
+        odeint(f, y0, TIMES, solver=solver)
+    bad(lambda: odeint(f, y0, TIMES, solver=solver).sum().backward(), "neither a parameter",
+        CannotReverse)

@@ -190,7 +190,7 @@ BAD = {
     "two outputs": (lambda dim, hidden: nn.LSTM(dim, dim), {}, ValueError, "got tuple"),
     "input": (lambda dim, hidden: nn.Linear(dim + 1, dim), {}, ValueError, "must take"),
     "name": (make, {"layers": ["3"]}, UnknownName, "no feed-forward layer is called '3'"),
-    "one name": (make, {"layers": "1"}, TypeError, "sequence of names"),
+    "one name": (make, {"layers": "1"}, ValueError, "layers must be a list of a string"),
     "steps": (make, {"steps": 0}, ValueError, "steps must be at least 1"),
     "calibration": (make, {"calibration": []}, ValueError, "calibration must hold"),
     "rate": (make, {"calibration": tokens(), "lr": 1e30}, Diverged, "lower lr"),

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 import netwright as nw
-from netwright.errors import NothingToReshape, UnknownName
+from netwright.errors import CorruptCheckpoint, NothingToReshape, UnknownName
 from netwright.models import gpt
 from netwright.reshape import prune_sublayers
 from netwright.reshape.pruning import sublayers, without_sublayers
+from netwright.reshape.pruning._distances import Distances
 from netwright.stages import call
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -394,3 +395,156 @@ def test_pruned_models_are_compared(network, data, classes, tmp_path):
     assert pruned.parameters < whole.parameters
     assert pruned.flops < whole.flops
     assert len(pruned.scores) == 1
+
+
+# How they are tried.
+
+def whole_runs(model, x, remove):
+    """Return what is removed where every try is a run of the whole model."""
+    outputs, removed = call(model, x).double(), []
+    for _ in range(remove):
+        moved = {}
+        for name in sublayers(model, x):
+            if name not in removed:
+                new = call(without_sublayers(model, x, [*removed, name]), x).double()
+                u, v = (nn.functional.normalize(t, dim=-1) for t in (outputs, new))
+                angle = 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))
+                mask = x.get("attention_mask") if isinstance(x, dict) else None
+                moved[name] = (angle if mask is None or angle.shape != mask.shape
+                               else angle[mask.bool()]).mean().item()
+        removed.append(min(moved, key=moved.get))
+    return tuple(removed)
+
+
+@pytest.mark.parametrize(("name", "make"), FAMILIES)
+def test_running_on_from_a_stage_finds_what_whole_runs_find(name, make):
+    model = hugging_face(name)
+    assert prune_sublayers(model, make(), remove=3).removed_sublayers == whole_runs(
+        model, make(), 3)
+
+
+def test_a_try_runs_only_what_comes_after_its_stage():
+    model = gpt(64, context=10, depth=6).eval()
+    ran = []
+    for k in range(1, 7):
+        model[k].register_forward_hook(lambda *_, k=k: ran.append(k))
+    prune_sublayers(model, tokens().repeat(8, 1), remove=1, check=False)
+    # of 12 tries each runs on from its own block: the last block runs in all, the first in two
+    assert ran.count(6) - ran.count(1) >= 10
+
+
+def test_weights_are_not_copied_while_sublayers_are_tried():
+    model = gpt(64, context=10, depth=3)
+    held = []
+    first = next(p for p in model.parameters())
+
+    class Watching(nn.Module):
+        def forward(self, x):
+            held.append(True)
+            return x
+
+    model.append(Watching())
+    seen = {}
+    model.register_forward_pre_hook(
+        lambda m, _: seen.update({next(m.parameters()).data_ptr(): True}))
+    prune_sublayers.decide(model, tokens(), remove=2)
+    assert list(seen) == [first.data_ptr()]
+    assert held
+
+
+def test_a_model_that_reads_a_norms_weights_keeps_the_norm():
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.mixer = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, h):
+            return h + self.mixer(self.norm(h.to(self.norm.weight.dtype)))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), Reading(), Reading(), nn.Linear(8, 3))
+    x = torch.randn(6, 5)
+    pruned = prune_sublayers(model, x, remove=1)
+    assert pruned.removed_sublayers in [("1.mixer",), ("2.mixer",)]
+    kept = without_sublayers(model, x, pruned.removed_sublayers)
+    assert torch.equal(kept(x), pruned(x))
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2"])
+def test_state_space_models_are_pruned_and_write_on(kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    more = {"num_heads": 8, "head_dim": 8, "n_groups": 2} if kind == "Mamba2" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, hidden_size=32, num_hidden_layers=4, state_size=4, **more)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    pruned = prune_sublayers(model, tokens(), remove=2)
+    assert all(name.endswith("mixer") for name in pruned.removed_sublayers)
+    assert call(pruned, tokens()).isfinite().all()
+
+
+def test_the_position_bias_that_later_layers_share_is_not_removed():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.T5EncoderModel(transformers.T5Config(
+        d_model=32, num_layers=3, num_heads=4, d_kv=8, d_ff=48, vocab_size=64)).eval()
+    for p in model.parameters():
+        p.data.normal_(std=0.2)
+    x = {"input_ids": tokens()}
+    names = sublayers(model, x)
+    assert not any(name.endswith("block.0.layer.0.SelfAttention") for name in names)
+    second = next(name for name in names if "block.1.layer.0" in name)
+    without = without_sublayers(model, x, [second])
+    third = []
+    for network in (model, without):
+        network.encoder.block[2].layer[0].SelfAttention.register_forward_hook(
+            lambda m, a, k, out: third.append(k["position_bias"]),
+            with_kwargs=True)
+        network(**x)
+    assert torch.equal(third[0], third[1])
+
+
+def test_a_search_that_was_broken_off_goes_on(tmp_path):
+    model, x = gpt(64, context=10, depth=4).eval(), tokens()
+    expected = prune_sublayers(model, x, remove=4).removed_sublayers
+    tried = []
+
+    def angle(old, new):
+        tried.append(1)
+        if len(tried) == 15:
+            raise KeyboardInterrupt
+        return torch.acos(nn.functional.cosine_similarity(old.double(), new.double(), dim=-1))
+
+    path = tmp_path / "search"
+    with pytest.raises(KeyboardInterrupt):
+        prune_sublayers(model, x, remove=4, distance=angle, resume=path)
+    before = len(tried)
+    pruned = prune_sublayers(model, x, remove=4, distance=angle, resume=path)
+    assert pruned.removed_sublayers == expected
+    assert len(tried) - before <= 7 + 6 + 5  # the first removal is not sought again
+    assert nw.changes(pruned)[0].arguments.keys() == {"remove", "distance"}
+    more = prune_sublayers(model, x, remove=5, distance=angle, resume=path)
+    assert more.removed_sublayers[:4] == expected
+
+
+def test_a_search_of_other_data_another_model_or_distance_is_refused(tmp_path):
+    model, x, path = gpt(64, context=10), tokens(), tmp_path / "search"
+    prune_sublayers(model, x, remove=1, resume=path)
+    with pytest.raises(CorruptCheckpoint, match="belongs to another call, with other model or"):
+        prune_sublayers(model, x.flip(0), remove=1, resume=path)
+    with pytest.raises(CorruptCheckpoint, match="belongs to another call, with other distance"):
+        prune_sublayers(model, x, remove=1, resume=path, distance="euclidean")
+    (path / "sublayers.json").write_text("{")
+    with pytest.raises(CorruptCheckpoint, match="cannot be read"):
+        prune_sublayers(model, x, remove=1, resume=path)
+
+
+@pytest.mark.parametrize(("old", "new", "angle"), [
+    ([1, 0], [0, 2], 0.5), ([1, 0], [-3, 0], 1), ([1, 0], [1, 0], 0), ([0, 0], [1, 0], 0.5),
+    ([1, 0], [0, 0], 0.5), ([0, 0], [0, 0], 0), ([1, 0], [1, 1e-5], 1e-5 / torch.pi)])
+def test_the_angle_over_pi(old, new, angle):
+    old, new = torch.tensor([[old]]).float(), torch.tensor([[new]]).float()
+    distances = Distances("angular")
+    total, count = distances.between(old, distances.prepared(old, old), new)
+    assert count == 1
+    assert total == pytest.approx(angle, rel=1e-4, abs=1e-12)

@@ -178,14 +178,14 @@ def test_the_size_of_a_step_is_bounded_whatever_the_rate():
     assert sizes[2] < 100 * sizes[0]
 
 
-def test_convolutions_count_every_read_of_an_input():
+def test_convolutions_count_the_mean_patch():
     conv, x = nn.Conv2d(2, 3, 3, padding=1), torch.randn(4, 2, 40, 40)
     from netwright.rules.energy.inference_learning import _Batch
     network = nn.Sequential(conv, nn.Flatten(), nn.Linear(4800, 3))
     batch = _Batch(InferenceLearning(network), x, LABELS[:4])
     with batch.undone():
         _, (norm, _) = batch.energy(batch.states)
-    patches = nn.functional.unfold(x, 3, padding=1).square().sum((1, 2))
+    patches = nn.functional.unfold(x, 3, padding=1).square().sum(1).mean(1)
     torch.testing.assert_close(norm, patches + 1, rtol=0.06, atol=0)  # but for the edges
 
 
@@ -280,3 +280,30 @@ def test_labels_out_of_range():
     with pytest.raises(ValueError, match="y must be between 0 and 2"):
         InferenceLearning(network)(inputs(), LABELS + 1)
     assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_all_stages_of_a_deep_network_learn_alike(depth):
+    torch.manual_seed(0)
+    layers = [part for _ in range(depth) for part in (nn.Linear(16, 16), nn.Tanh())]
+    for layer in layers[::2]:
+        nn.init.orthogonal_(layer.weight, 1.2)
+    network, x, y = nn.Sequential(*layers[:-1]), torch.randn(16, 16), torch.arange(16) % 3
+    Backprop(network)(x, y)
+    exact = [layer.weight.grad.norm() for layer in layers[::2]]
+    network.zero_grad()
+    InferenceLearning(network)(x, y)
+    ratios = torch.stack([layer.weight.grad.norm() / e
+                          for layer, e in zip(layers[::2], exact, strict=True)])
+    assert ratios.max() < 10 * ratios.median()
+    assert ratios.min() > ratios.median() / 10
+
+
+def test_tokens_count_by_their_mean():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Linear(24, 3))
+    x = torch.randn(6, 6, 4)
+    from netwright.rules.energy.inference_learning import _Batch
+    batch = _Batch(InferenceLearning(network), x, LABELS)
+    with batch.undone():
+        _, (norm, _) = batch.energy(batch.states)
+    torch.testing.assert_close(norm, 1 + x.square().sum(2).mean(1))

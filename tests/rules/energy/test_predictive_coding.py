@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise
+from math import ceil
 from typing import Any
 
 import pytest
@@ -479,8 +480,8 @@ def small() -> nn.Sequential:
                          nn.Linear(12, 10))
 
 
-def train(rule: PredictiveCoding, x: Tensor, y: Tensor, epochs: int = 15) -> PredictiveCoding:
-    optimizer = torch.optim.Adam([p for p in rule.parameters() if p.requires_grad], lr=5e-3)
+def train(rule: PredictiveCoding, x: Tensor, y: Tensor, epochs: int = 5) -> PredictiveCoding:
+    optimizer = torch.optim.Adam([p for p in rule.parameters() if p.requires_grad], lr=1.5e-2)
     for _ in range(epochs):
         for index in torch.randperm(len(x)).split(64):
             optimizer.zero_grad()
@@ -490,7 +491,7 @@ def train(rule: PredictiveCoding, x: Tensor, y: Tensor, epochs: int = 15) -> Pre
 
 
 @pytest.mark.parametrize("incremental", [False, True])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_digits_are_learned_and_controls_are_not(incremental: bool, seed: int) -> None:
     data = digits()
 
@@ -510,13 +511,13 @@ def test_digits_are_learned_and_controls_are_not(incremental: bool, seed: int) -
     assert shuffled < 0.3
 
 
-@pytest.mark.parametrize(("depth", "steps"), [(1, 0), (2, 1), (3, 2), (4, 4), (6, 8)])
+@pytest.mark.parametrize(("depth", "steps"), [(1, 0), (2, 5), (3, 10), (4, 15), (6, 25)])
 def test_default_steps_grow_with_depth_and_reach_the_first_stage(depth: int, steps: int) -> None:
     network = mlp(depth=depth)
     rule = PredictiveCoding(network)
     rule(inputs(), LABELS)
     assert rule.steps == steps
-    assert PredictiveCoding(network, incremental=True).steps == max(depth, steps)
+    assert PredictiveCoding(network, incremental=True).steps == max(depth, ceil(1.5 * steps))
     assert network[0].weight.grad.any()
 
 

@@ -415,7 +415,7 @@ def test_images_in_a_mapping_and_convolutions_with_batch_norm():
     rule = ForwardForward(cnn)
     assert rule(x, Y).isfinite()
     assert all(p.grad.abs().sum() > 0 for p in rule.parameters())
-    assert cnn[1].num_batches_tracked == 2  # the neutral pass, and both halves as one batch
+    assert cnn[1].num_batches_tracked == 1  # of the labelled samples alone
     assert torch.equal(x, before)
 
     transformers = pytest.importorskip("transformers")
@@ -661,3 +661,30 @@ def test_errors_on_graphs():
         assert all(p.grad is None for p in rule.parameters())
     with pytest.raises(ValueError, match="x must be a graph"):
         ForwardForward(graph_network(), num_classes=3, negatives="virtual_nodes").predict(x[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"predict_by": "softmax"}, {"goodness": "by_class",
+                                     "predict_by": "softmax"}, {"collaborate": True}])
+def test_running_statistics_are_those_of_the_samples_that_stages_learn_from(options):
+    network = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8),
+                            nn.ReLU(), nn.Linear(8, 3), nn.BatchNorm1d(3))
+    x = torch.randn(6, 20)
+    rule = ForwardForward(network, x, **options)
+    rule(x, torch.tensor([0, 1, 2, 0, 1, 2]))
+    assert network[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("negatives", ["label_overlay", "virtual_nodes"])
+def test_labels_are_tried_on_some_nodes_while_the_others_are_neutral(negatives):
+    (features, edges), _ = graph()
+    rule = ForwardForward(graph_network(), num_classes=3, negatives=negatives, tried=9)
+    found = rule.predict((features, edges))
+    for node in range(9):
+        for label in range(3):
+            labels = torch.full((9,), -100)
+            labels[node] = label
+            with torch.no_grad():
+                alone = rule._goodness_of((features, edges), labels)[node]
+            torch.testing.assert_close(found[node, label], alone)
+    with pytest.raises(ValueError, match="tried must be at least 1, got 0"):
+        ForwardForward(graph_network(), num_classes=3, tried=0)
