@@ -21,7 +21,14 @@ NEAR = 3.0  # percentage points
 
 @evidence(paper="002-102", claim="Direct feedback alignment by a photonic projector, which takes "
           "ternary errors and answers with noise, comes near backpropagation with a fully "
-          "connected and with a graph convolutional network.")
+          "connected and with a graph convolutional network.",
+          shortfall=("scale",
+                     "On Cora it is as claimed: 81.4 % through the projector, 81.0 by "
+                     "backpropagation, 39 with frozen stages. On digits it is near "
+                     "backpropagation too (95.8 and 97.2 %), but frozen stages have 96.3, so "
+                     "that this set cannot show what hidden layers learn. A task on which random "
+                     "layers fall far behind, such as MNIST with narrow layers, is needed for "
+                     "the fully connected network."))
 def photonic_direct_feedback_alignment(scale: Scale) -> Outcome:
     """Compare a simulated projector with exact feedback, backpropagation and frozen stages."""
     seeds = range(1, 6 if scale == "desk" else 11)

@@ -162,6 +162,14 @@ def test_the_committed_verdicts_follow_from_the_figures():
         assert (results[name]["verdict"], results[name]["claims"]) == (verdict, claims)
 
 
+def test_what_is_not_shown_says_why():
+    known, results = experiments(), recorded()
+    short = [name for name, result in results.items() if result["verdict"] != "shown"]
+    assert [name for name in short if known[name].shortfall is None] == []
+    unexplained = [name for name in short if known[name].shortfall[0] == "open"]
+    assert len(unexplained) <= 0.15 * len(results)
+
+
 def test_an_installed_package_says_in_short_what_the_checkout_measured(tmp_path, monkeypatch):
     here = measured.measurements()
     assert set(here) == set(recorded())
