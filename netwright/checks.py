@@ -79,7 +79,8 @@ class _Arguments:
         for name, value in (*zip(self.names, args, strict=False), *kwargs.items()):
             kind, default = self.known.get(name, (Any, None))
             if kind is not Any and value is not default:
-                must = "" if name in self.own and _is_odd(value) else _unfit(name, value, kind)
+                left = name in self.own and _is_odd(value) and _is_numeric(kind)
+                must = "" if left else _unfit(name, value, kind)
                 if must:
                     raise ValueError(must)
 
@@ -109,6 +110,11 @@ def _checked_by(function: Callable[..., Any]) -> set[str]:
 def _is_odd(value: Any) -> bool:
     """Return whether a value is a number that few arguments take: not finite, or not whole."""
     return isinstance(value, float) and not value.is_integer()
+
+
+def _is_numeric(kind: Any) -> bool:
+    """Return whether nothing but a number, or None, is asked for."""
+    return set(_alternatives(kind) or [Any]) <= {int, float, type(None)}
 
 
 def _kind(annotation: Any, scope: Mapping[str, Any]) -> Any:

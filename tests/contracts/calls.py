@@ -36,7 +36,8 @@ def calls(value):
             found.append(_recorded(value, said, dict(arguments)))
         except (nw.errors.MissingExtra, TypeError):  # not here, or not by its contract
             continue
-    return [each for each in found if each is not None]
+    needed = {name for name, p in parameters(value).items() if p.default is EMPTY}
+    return [each for each in found if each is not None and needed <= each.keys()]
 
 
 def _recorded(value, said, arguments):
