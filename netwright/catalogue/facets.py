@@ -169,7 +169,8 @@ def method(kind: str, *, papers: Sequence[str] = (), place: str = "", takes: Seq
 
     def say(value: M) -> M:
         checked = checks.annotated(value)
-        checked.facets = said  # type: ignore[attr-defined]
+        for known in (value, checked):  # a function may ask what was said of it itself
+            known.facets = said  # type: ignore[attr-defined]
         return checked
     return say
 

@@ -274,7 +274,7 @@ def forward_mode_gives_the_slope_of_the_backward_pass(make: Make) -> None:
         torch.manual_seed(1)
         outputs = functional_call(case.block, {name: duals[id(p)] for name, p in named.items()},
                                   x if isinstance(x, tuple) else (x,))
-        seen = sum(float((tangent * over).sum()) for part, over in zip(
+        seen = sum(float((tangent * over).sum().detach()) for part, over in zip(
             (part for part in tree_leaves(outputs) if isinstance(part, Tensor)), above, strict=True)
             if (tangent := forward_ad.unpack_dual(part).tangent) is not None)
     expect(abs(seen - sum(parts)) <= 1e-6 * (1 + sum(map(abs, parts))),

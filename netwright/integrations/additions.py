@@ -26,6 +26,7 @@ def check_can_be_driven(rule: Any, where: str) -> None:
 def additions(rule: Rule) -> dict[str, Tensor]:
     """Return the tensors of a rule's state that are not its network's, by name.
 
+    >>> from torch import nn
     >>> from netwright.rules import Backprop, MonoForward
     >>> network = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(),
     ...                         nn.Linear(5, 3))

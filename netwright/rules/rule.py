@@ -1,6 +1,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from netwright.signals import all_of, apply, mapped, tensor_of
 from netwright.stages import Stage, Stages, stages
 
 __all__ = ["Rule"]
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 @checks.annotated
@@ -205,7 +208,16 @@ def _warn_of_few(rule: type[Rule], net: Stages) -> None:
         warnings.warn(
             f"network reads as {len(net)} stages ({', '.join(net.names)}) of {layers} layers, and "
             f"within a stage {rule.__name__} is backpropagation; give nw.stages(network, example, "
-            "cuts=[...]) with more of its modules to cut at", FewStages, stacklevel=6)
+            "cuts=[...]) with more of its modules to cut at", FewStages,
+            stacklevel=_frames_inside() + 1)
+
+
+def _frames_inside() -> int:
+    """Return how many callers, from the one of this on, stand within this package."""
+    frame, count = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, count = frame.f_back, count + 1
+    return count - 1
 
 
 def matrix_layers(stage: Stage) -> list[nn.Module]:

@@ -38,7 +38,8 @@ def holding(real: Tensor | None) -> Iterator[None]:
     try:
         yield
     finally:
-        del _held[_held.index(entry):]
+        # By identity: an outer entry may be equal, and something inside may have been cut off.
+        del _held[next((i for i, some in enumerate(_held) if some is entry), len(_held)):]
 
 
 def real_of(x: Tensor, real: Tensor | None = None) -> Tensor | None:

@@ -226,7 +226,7 @@ def test_a_call_that_was_broken_off_ends_the_same(name, tmp_path, monkeypatch):
     with pytest.raises(CorruptCheckpoint, match="cannot be read"):
         call(tmp_path)
     for bad in (3, "", file):
-        with pytest.raises(ValueError, match="resume must be a folder"):
+        with pytest.raises(ValueError, match="resume must be a"):
             call(bad)
 
 

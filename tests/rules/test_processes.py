@@ -14,6 +14,8 @@ import torch
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(),
                                 reason="PyTorch was built without torch.distributed")
 
+pytestmark = pytest.mark.check  # real processes, for every rule
+
 
 def load_worker() -> ModuleType:
     path = Path(__file__).with_name("processes_worker.py")

@@ -156,7 +156,8 @@ class MLPMixer(nn.Sequential):
                  feedforward: MakeFeedForward | None = None,
                  block: Callable[[int, int], nn.Module] | None = None,
                  norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
-        checks.count(1, channels=channels, classes=classes, width=width, depth=depth)
+        checks.count(1, channels=channels, classes=classes, width=width)
+        checks.count(0, depth=depth)
         if block and (token_mixing or feedforward):
             raise ValueError("block makes whole blocks, so that token_mixing and feedforward would "
                              "not be used; give either block or those two")

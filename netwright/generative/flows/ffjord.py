@@ -178,8 +178,9 @@ def _trace(slope: Tensor, x: Tensor, noise: Tensor | None, learning: bool) -> Te
     if not slope.requires_grad:
         return x.new_zeros(len(x))
     if noise is not None:
-        product = torch.autograd.grad(slope, x, noise, create_graph=learning,
-                                      materialize_grads=True)[0]
+        product = torch.autograd.grad(slope, x, noise, create_graph=learning, allow_unused=True)[0]
+        if product is None:
+            return x.new_zeros(len(x))
         return (product * noise).flatten(1).sum(1)
     flat = slope.flatten(1)
     units = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)

@@ -65,7 +65,9 @@ def test_it_starts_at_the_dense_function(name):
     before = deepcopy(model.state_dict())
     attention = {"llama": ["self_attn"], "layers": ["attention"]}.get(name, [])
     for given in (model, [model, deepcopy(model), deepcopy(model)]):
-        mixed = upcycle(given, x, n_experts=4, k=3, attention=attention, generator=drawn())
+        # Attention experts keep no cache, which the run of the result would refuse.
+        mixed = upcycle(given, x, n_experts=4, k=3, attention=attention, generator=drawn(),
+                        check=name != "llama")
         expected, found = (tensor_of(apply(m, x)) for m in (model, mixed))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert sum(isinstance(m, MixtureOfExperts) for m in mixed.modules()) == 2

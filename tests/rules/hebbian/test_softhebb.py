@@ -244,7 +244,7 @@ def test_errors():
     with pytest.raises(ValueError, match="stage 0 has ConvTranspose2d"):
         SoftHebb(nn.Sequential(nn.ConvTranspose2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)))
     for wrong in (0, -1.0, float("nan"), [1.0, 0.0]):
-        with pytest.raises(ValueError, match="temperature must be above 0"):
+        with pytest.raises(ValueError, match="temperature must be"):
             SoftHebb(mlp(), temperature=wrong)
     with pytest.raises(ValueError, match="one for each of the 2 hidden stages, got 3"):
         SoftHebb(mlp(), temperature=[1, 1, 1])
@@ -253,7 +253,7 @@ def test_errors():
     for norm in (0, -25, float("nan")):
         network = mlp()
         before = network[0].weight.clone()
-        with pytest.raises(ValueError, match="initial_norm must be above 0"):
+        with pytest.raises(ValueError, match="initial_norm must be"):
             SoftHebb(network, initial_norm=norm)
         assert torch.equal(network[0].weight, before)
     network = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.LazyLinear(7), nn.Linear(7, 3))
