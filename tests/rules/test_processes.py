@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(),
-                                reason="PyTorch was built without torch.distributed")
-
-pytestmark = pytest.mark.check  # real processes, for every rule
+pytestmark = [
+    pytest.mark.check,  # real processes, for every rule
+    pytest.mark.skipif(not torch.distributed.is_available(),
+                       reason="PyTorch was built without torch.distributed")]
 
 
 def load_worker() -> ModuleType:
