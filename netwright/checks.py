@@ -61,7 +61,9 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     own = types.FunctionType(call.__code__, getattr(function, "__globals__", globals()),
                              closure=call.__closure__)
     own.__kwdefaults__ = call.__kwdefaults__
-    return wraps(function)(own)
+    guarded = wraps(function)(own)
+    guarded.__bare__ = function  # type: ignore[attr-defined]
+    return guarded
 
 
 class _Arguments:

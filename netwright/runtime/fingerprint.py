@@ -73,6 +73,7 @@ def _codes_within(thing: Any, seen: dict[int, Any]) -> Iterator[str | bytes]:
     elif isinstance(thing, (FunctionType, type)) and _foreign(thing.__module__):
         yield f"{thing.__module__}.{thing.__qualname__}"
     elif isinstance(thing, FunctionType):
+        thing = _bare(thing)
         yield from _code(thing.__code__)
         cells = [cell.cell_contents for cell in thing.__closure__ or () if _full(cell)]
         yield from _codes([*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).items(),
@@ -89,6 +90,11 @@ def _codes_within(thing: Any, seen: dict[int, Any]) -> Iterator[str | bytes]:
                 yield from _codes([name, value], seen)
     else:
         yield f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _bare(function: Any) -> Any:
+    """Return a function without the check of its arguments, which learns as it is called."""
+    return getattr(function, "__bare__", function)
 
 
 def _full(cell: Any) -> bool:
@@ -143,6 +149,7 @@ def _parts(thing: Any, seen: dict[int, Any]) -> Iterator[str | bytes]:
 
 
 def _function(function: FunctionType, seen: dict[int, Any]) -> Iterator[str | bytes]:
+    function = _bare(function)
     yield f"function {function.__module__}.{function.__qualname__}"
     yield from _code(function.__code__)
     cells = [cell.cell_contents for cell in function.__closure__ or ()]

