@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves
 
 from netwright.rules.rule import Rule
-from netwright.runtime.distributed import gather
+from netwright.runtime.distributed import gather, world
 from netwright.runtime.fingerprint import code_fingerprint, is_foreign
 from netwright.training.arguments import stepped
 from netwright.training.batches import first_batch, generators, parts
@@ -170,7 +170,8 @@ def _data(data: Any, batches: int | None) -> dict[str, Any]:
     told |= {key: getattr(data, key) for key in ("batch_size", "seed", "shuffle")
              if isinstance(getattr(data, key, None), int)}
     # Each process has a share of its own; what decides is known by the first one's.
-    return told | {"head": gather(_head(data))[0]}
+    head = _head(data)
+    return told | {"head": head if world() == 1 else gather(head)[0]}
 
 
 def _head(data: Any) -> str | None:
