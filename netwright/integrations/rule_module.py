@@ -14,6 +14,7 @@ from netwright.objectives.losses import cross_entropy
 from netwright.objectives.metrics import accuracy
 from netwright.rules.batches import labels_apart
 from netwright.rules.rule import Rule, checked
+from netwright.runtime.distributed import average_gradients, share_buffers, share_weights
 
 try:
     from lightning.pytorch import LightningModule
@@ -28,9 +29,9 @@ __all__ = ["RuleModule"]
 class RuleModule(LightningModule):
     """A rule as a module of Lightning, trained by its `Trainer` as any other.
 
-    Logging, checkpoints, clipping, accumulation and bf16 are the `Trainer`'s; what the rule adds
-    to its network is part of the checkpoint. A step of several batches is that of one batch, by
-    targets. Several processes are refused.
+    Logging, checkpoints, clipping, accumulation, bf16 and several processes are the `Trainer`'s;
+    what the rule adds to its network is part of the checkpoint. A step of several batches, or of
+    several processes, is that of one batch, by targets.
 
     It logs `train_loss`, and of validation and test data `val_loss` and `val_` with the metric's
     name. A batch is a pair (x, y), or a mapping that holds "labels".
@@ -94,9 +95,7 @@ class RuleModule(LightningModule):
             raise ValueError(f"strategy must leave the weights whole in each process, got "
                              f'{strategy}; use strategy="ddp"')
         if self.trainer.world_size > 1:
-            raise ValueError(f"devices and num_nodes must be 1, got {self.trainer.world_size} "
-                             "processes, in which a rule's step is not yet that of one; use nw.fit "
-                             "under torchrun")
+            share_weights(self.rule)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Add a batch's update to `.grad`; return its loss."""
@@ -120,6 +119,8 @@ class RuleModule(LightningModule):
         """Make `.grad` that of one batch of all that was seen since the last step."""
         if self._counted and self._last != self._counted:
             self._scale(self._last / self._counted)
+        if self.trainer.world_size > 1:
+            average_gradients(self._learning(), 0.0, self._counted, self.device)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss and the metric of what the rule predicts."""
@@ -132,6 +133,11 @@ class RuleModule(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """Return what the rule predicts."""
         return self.rule.predict(self._pair(batch)[0])
+
+    def on_validation_start(self) -> None:
+        """Give all processes the same running statistics."""
+        if self.trainer.world_size > 1:
+            share_buffers(self.rule)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep where the rule's generator stands."""
