@@ -42,14 +42,14 @@ class Found:
 class _Graph:
     """The units as they are after all: where each stands, what is in it and what it is in.
 
-    `nearest` says which of its members was put in which place, where `outer` has the block that
-    this became a part of: places of one block are not the same place. `pattern` is a number that
-    is the same for units whose members were united in the same way.
+    `nearest` says which of its members was put in which place, and how often, where `outer` has
+    the block that this became a part of: places of one block are not the same place. `pattern` is
+    a number that is the same for units whose members were united in the same way.
     """
 
     places: dict[int, list[tuple[int, int]]]
     outer: dict[int, set[int]]
-    nearest: dict[int, set[tuple[int, int, int, int]]]
+    nearest: dict[int, set[tuple[int, int, int, int, int]]]
     pattern: dict[int, int]
     inner: dict[int, set[int]]
     frozen: dict[int, str]
@@ -74,8 +74,8 @@ def grouped(followed: Followed) -> list[Found]:
         frozen = next((graph.frozen[u] for u in held if u in graph.frozen), None)
         kind = tuple((graph.pattern.get(u, 0), *sorted(_counts(graph, u).items())) for u in held)
         inside = set(held)
-        outside = tuple(frozenset(entry[:3] for entry in graph.nearest[u]
-                                  if entry[3] not in inside) for u in held)
+        outside = tuple(frozenset(entry[:4] for entry in graph.nearest[u]
+                                  if entry[4] not in inside) for u in held)
         buckets[kind, frozen][outside].append(held)
     found = []
     for (_, frozen), cells in buckets.items():
@@ -104,7 +104,7 @@ def _nested(followed: Followed) -> _Graph:
                     same.append((unit, other))
                 elif other not in members:
                     graph.outer[unit].add(other)
-                    graph.nearest[unit].add((-1, 0, other, other))
+                    graph.nearest[unit].add((-1, 0, other, 1, other))
                     graph.inner[other].add(unit)
         if not same:
             return graph
@@ -122,14 +122,16 @@ def _graph(followed: Followed) -> _Graph:
         for index, root in enumerate(roots):
             places[root].append((which, index))
     outer: dict[int, set[int]] = {root: set() for root in np.unique(every).tolist()}
-    nearest: dict[int, set[tuple[int, int, int, int]]] = {root: set() for root in outer}
+    nearest: dict[int, set[tuple[int, int, int, int, int]]] = {root: set() for root in outer}
     inner: dict[int, set[int]] = defaultdict(set)
     stands, rank = _ranks(followed, every)
     for one, two in units.inside:
-        rows = np.unique(np.stack([every[one], stands[one], rank[one], two, every[two]]), axis=1)
-        for child, where, which, place, parent in rows[:, rows[0] != rows[4]].T.tolist():
+        rows, often = np.unique(np.stack([every[one], stands[one], rank[one], two, every[two]]),
+                                axis=1, return_counts=True)
+        rows = np.concatenate([rows, often[None]])[:, rows[0] != rows[4]]
+        for child, where, which, place, parent, times in rows.T.tolist():
             outer[child].add(parent)
-            nearest[child].add((where, which, place, parent))
+            nearest[child].add((where, which, place, times, parent))
             inner[parent].add(child)
     frozen: dict[int, str] = {}
     for stuck, reason in units.frozen:
