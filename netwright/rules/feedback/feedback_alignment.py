@@ -13,9 +13,8 @@ from netwright.catalogue.facets import method
 from netwright.objectives.losses import cross_entropy
 from netwright.rules.feedback.matrices import (
     Matrices,
-    accumulate,
-    counted_apart,
     draw,
+    handed_on,
     size_of,
 )
 from netwright.rules.rule import Rule, check_labels, output_for
@@ -97,14 +96,8 @@ class FeedbackAlignment(Rule):
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the update of feedback alignment to `.grad`; return the detached loss."""
-        weights = {name: module.weight for name, module in self._followed.items()}
-        self.feedback.used.clear()
-        with counted_apart([*weights.values()]):
-            loss = send_back(self.network, self._layers, self.loss, x, y)
-            for name, weight in weights.items():
-                if name in self.feedback.used and weight.grad is not None:
-                    accumulate(self.feedback[name], weight.grad)
-        return loss
+        with handed_on(self._followed, self.feedback.used, self.feedback.learn):
+            return send_back(self.network, self._layers, self.loss, x, y)
 
 
 def send_back(network: nn.Module, layers: list[tuple[nn.Module, Callable[..., Tensor]]],

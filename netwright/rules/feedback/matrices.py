@@ -1,4 +1,4 @@
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,10 @@ class Matrices(nn.Module):
             self.register_parameter(_key(name), Parameter(matrix))
         else:
             self.register_buffer(_key(name), matrix)
+
+    def learn(self, name: str, update: Tensor) -> None:
+        """Add a weight's update to `.grad` of its matrix."""
+        accumulate(self[name], update)
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the matrix that was added under `name`."""
@@ -79,6 +83,22 @@ def counted_apart(weights: Sequence[Tensor]) -> Iterator[None]:
                 weight.grad = found.add(was) if was.is_sparse else was.add_(found)
             elif was is not None:
                 weight.grad = was
+
+
+@contextmanager
+def handed_on(followed: Mapping[str, nn.Module], used: set[str],
+              learn: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Hand `learn` what the body adds to the `.grad` of each module's weight, by name.
+
+    Of those alone whose feedback carried an error, which the body puts into `used`.
+    """
+    weights: dict[str, Any] = {name: module.weight for name, module in followed.items()}
+    used.clear()
+    with counted_apart([*weights.values()]):
+        yield
+        for name, weight in weights.items():
+            if name in used and weight.grad is not None:
+                learn(name, weight.grad)
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ from netwright.rules.feedback.feedback_alignment import (
 from netwright.rules.feedback.matrices import (
     Matrices,
     accumulate,
-    counted_apart,
     draw,
+    handed_on,
 )
 from netwright.rules.rule import Rule
 from netwright.stages import Stages
@@ -89,14 +89,8 @@ class ProductFeedback(Rule):
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Add the update of product feedback alignment to `.grad`; return the detached loss."""
-        weights = {name: module.weight for name, module in self._followed.items()}
-        self.feedback.used.clear()
-        with counted_apart([*weights.values()]):
-            loss = send_back(self.network, self._layers, self.loss, x, y)
-            for name, weight in weights.items():
-                if name in self.feedback.used and weight.grad is not None:
-                    self.feedback.learn(name, weight.grad)
-        return loss
+        with handed_on(self._followed, self.feedback.used, self.feedback.learn):
+            return send_back(self.network, self._layers, self.loss, x, y)
 
 
 class Products(nn.Module):
