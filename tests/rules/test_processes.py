@@ -1,15 +1,14 @@
 """Every rule trains around DistributedDataParallel as in one process, or says what to write."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from tests.workers import worker as load_worker
 
 pytestmark = [
     pytest.mark.check,  # real processes, for every rule
@@ -17,17 +16,7 @@ pytestmark = [
                        reason="PyTorch was built without torch.distributed")]
 
 
-def load_worker() -> ModuleType:
-    path = Path(__file__).with_name("processes_worker.py")
-    spec = importlib.util.spec_from_file_location("processes_worker", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-worker = load_worker()
+worker = load_worker(__file__, "processes_worker")
 
 
 @pytest.fixture(scope="module")

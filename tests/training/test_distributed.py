@@ -1,28 +1,16 @@
 """Two processes train as one does, for every rule for which that is true in theory."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from tests.workers import worker as load_worker
 
-def load_worker() -> ModuleType:
-    path = Path(__file__).with_name("distributed_worker.py")
-    spec = importlib.util.spec_from_file_location("distributed_worker", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-worker = load_worker()
+worker = load_worker(__file__, "distributed_worker")
 SAME_IN_SHARES = [name for name, how in worker.WAYS.items() if worker.build(*how).same_in_shares]
 OWN_IN_SHARES = [name for name in worker.WAYS if name not in SAME_IN_SHARES]
 pytestmark = pytest.mark.check  # a minute and more of processor time, which all of them share
