@@ -25,7 +25,7 @@ from netwright.stages import Stages
 __all__ = ["PredictiveCoding"]
 
 START = 0.2  # of the states' rate, stable where stages stretch a change by up to twice its size
-ROUNDING = 1e-6  # of the energy: a rise is more than that
+RISE = 1e-3  # of the energy: states that swing by less, as at the kink of a ReLU, are left alone
 
 
 @method(
@@ -48,14 +48,14 @@ class PredictiveCoding(Rule):
 
     An error travels one stage a step, and `state_rate` of it, so that by default there are as many
     steps as bring most of it to the first stage. Without a `state_rate` it starts at 0.2 for each
-    batch and is halved whenever F has risen. A small `nudge` brings g near the exact gradient.
-    `loss` is a mean over targets: labels other than -100, or rows of the network's output where y
-    does not hold whole numbers. Dropout keeps one mask for all steps, and running statistics see
-    the forward pass alone.
+    batch and is halved whenever F has risen by more than a thousandth. A small `nudge` brings g
+    near the exact gradient. `loss` is a mean over targets: labels other than -100, or rows of the
+    network's output where y does not hold whole numbers. Dropout keeps one mask for all steps, and
+    running statistics see the forward pass alone.
 
     Args:
-        steps: of the states; by default (L - 1) / 0.2, or `state_rate` in its place if it is
-            given, and half as many more where `incremental`.
+        steps: of the states; by default 1.5 (L - 1) / 0.2, or `state_rate` in its place if it is
+            given.
         state_rate: the length of a step of the states, above 0; by default it follows F.
         nudge: the weight of the loss, above 0.
         incremental: whether the weights learn with every step of the states.
@@ -97,8 +97,7 @@ class PredictiveCoding(Rule):
         least = len(chain) if incremental else len(chain) - 1
         checks.above(0, state_rate=state_rate, advice="try the default", optional=True)
         if steps is None:
-            travel = (1.5 if incremental else 1) * (len(chain) - 1)  # weights learn on the way too
-            steps = max(least, ceil(travel / (state_rate or START)))
+            steps = max(least, ceil(1.5 * (len(chain) - 1) / (state_rate or START)))
         checks.count(least, steps=steps, advice="an error travels one stage a step and would not "
                      f"reach the first of {len(chain)} stages: raise steps or cut the network "
                      "into fewer stages")
@@ -217,7 +216,7 @@ class _Batch:
         self._step_weights(moves)
         if self.rule.state_rate is None:
             energy = (self.scale * root.detach() + squares / 2).detach()
-            self.rate = torch.where(energy > self.lowest * (1 + ROUNDING), self.rate / 2,
+            self.rate = torch.where(energy > self.lowest * (1 + RISE), self.rate / 2,
                                     self.rate)
             self.lowest = torch.minimum(energy, self.lowest)
 

@@ -1,7 +1,6 @@
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise
-from math import ceil
 from typing import Any
 
 import pytest
@@ -511,14 +510,30 @@ def test_digits_are_learned_and_controls_are_not(incremental: bool, seed: int) -
     assert shuffled < 0.3
 
 
-@pytest.mark.parametrize(("depth", "steps"), [(1, 0), (2, 5), (3, 10), (4, 15), (6, 25)])
+@pytest.mark.parametrize(("depth", "steps"), [(1, 0), (2, 8), (3, 15), (4, 23), (6, 38)])
 def test_default_steps_grow_with_depth_and_reach_the_first_stage(depth: int, steps: int) -> None:
     network = mlp(depth=depth)
     rule = PredictiveCoding(network)
     rule(inputs(), LABELS)
     assert rule.steps == steps
-    assert PredictiveCoding(network, incremental=True).steps == max(depth, ceil(1.5 * steps))
+    assert PredictiveCoding(network, incremental=True).steps == max(depth, steps)
     assert network[0].weight.grad.any()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_states_that_swing_at_a_kink_hold_up_no_others(seed: int) -> None:
+    torch.manual_seed(seed)
+    hidden = [part for _ in range(14) for part in (nn.Linear(32, 32), nn.ReLU())]
+    network = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), *hidden, nn.Linear(32, 4))
+    exact, x = deepcopy(network), torch.randn(64, 20)
+    y = x[:, :4].argmax(1)
+    PredictiveCoding(network)(x, y)
+    Backprop(exact)(x, y)
+    ratios = torch.stack([p.grad.norm() / q.grad.norm() for p, q in zip(
+        network.parameters(), exact.parameters(), strict=True) if p.ndim > 1])
+    # Measured over four seeds: at most 9.4; 1,400 and more where any rise halves the rate.
+    assert (ratios / ratios.median()).min() > 1 / 20
+    assert (ratios / ratios.median()).max() < 20
 
 
 @pytest.mark.parametrize(("options", "match"), [
