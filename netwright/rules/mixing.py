@@ -3,8 +3,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Mixing"]
-
 
 class Mixing:
     """Whether a network's samples depend on each other, found out once for each of its modes.

@@ -80,6 +80,13 @@ def test_everything_that_says_what_it_is_for_is_found():
     assert sorted(said) == sorted(name.rpartition(".")[2] for name in methods())
 
 
+def test_every_public_name_of_the_rules_is_a_rule():
+    # `compare --all-rules` runs what stands there.
+    found = {name.removeprefix("rules.") for name, entry in methods().items()
+             if entry.facets.kind == "rule"}
+    assert set(nw.rules.__all__) == {*found, "Rule"}
+
+
 def test_methods_are_found_without_what_extras_bring():
     extras = ("cma", "peft", "psycopg", "tensorboard", "torch_geometric", "torchdiffeq",
               "transformers")
