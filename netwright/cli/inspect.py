@@ -15,7 +15,7 @@ def inspect(
 ) -> None:
     """Show where a network's parameters, bytes, operations, time and memory go, and what helps."""
     from netwright.advise import applicable
-    from netwright.advise import inspect as look
+    from netwright.advise.inspect import inspect as look
     module, example = named_network(network, shape, text)
     if example is None:
         raise ValueError(f"where the time of {network} goes is seen by watching it run; give the "

@@ -223,7 +223,7 @@ def test_what_cannot_be_looked_at_is_refused(make, example, error, said):
 
 
 def test_no_model_and_no_repeats_are_refused():
-    with pytest.raises(ValueError, match="model must be an nn.Module"):
+    with pytest.raises(ValueError, match=r"model must be an nn\.Module"):
         inspect("model", TOKENS)
     with pytest.raises(ValueError, match="repeats must be at least 1"):
         inspect(mlp(8, 3), torch.randn(4, 8), repeats=0)

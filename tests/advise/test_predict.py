@@ -62,8 +62,8 @@ def test_bytes_of_every_reshape_are_exact(kernels, tmp_path):
             except (ValueError, TypeError):
                 continue  # it needs arguments that no general test can give
             seen.add(name)
-            folder = tmp_path / name
-            assert predict(changed, example, kernels=kernels).bytes == on_disk(changed, folder), name
+            found = predict(changed, example, kernels=kernels)
+            assert found.bytes == on_disk(changed, tmp_path / name), name
     assert len(seen) > 2
 
 
