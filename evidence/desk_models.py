@@ -1,4 +1,4 @@
-"""The two language models that experiments on trained networks share, each trained once and kept."""
+"""The two language models that experiments share, each trained once and kept."""
 
 import os
 from collections.abc import Callable
