@@ -29,7 +29,6 @@ __all__ = ["prune_weights", "weight_masks"]
 
 @method(
     "reshape",
-    papers=["004-045"],
     place="whole network",
     saves=["parameters"],
     needs=["calibration data"],
