@@ -35,6 +35,7 @@ __all__ = ["advise"]
 WORK = ".work"  # the folder, in that of the advice, of what is kept between questions
 SEARCHING = 0.75  # of the time; the rest measures the finalists
 SHARE = 0.02  # of the time that one look at the samples for screening, or for the end, may take
+CALIBRATION = 256  # samples that steps look at, at most
 ANSWERS = 80  # of the original that the least budget holds
 
 
@@ -115,7 +116,7 @@ def advise(model: nn.Module, data: Any, *, want: Any = (), keep: float = 0.98,
                         for part in (name, f"{name}/final"))
         looked = _rows(ledger, parts, answer, batch, allowed)
         laboratory = Laboratory(model, parts, judge, folder=work / "steps", batch=batch, seed=seed,
-                                screening=looked[0])
+                                screening=looked[0], calibration=looked[2])
         check_limits(wants, keep, laboratory.original)
         question = Question(tuple(wants), keep, laboratory.original)
         found, aside = options(model, parts.inputs[0], wants)
@@ -157,14 +158,15 @@ def _answer(model: nn.Module, parts: Material, batch: int, allowed: float) -> fl
 
 
 def _rows(ledger: Ledger, parts: Material, answer: float, batch: int, allowed: float
-          ) -> tuple[int, int]:
-    """Return how many samples screen and how many judge: what was settled before, if anything."""
+          ) -> tuple[int, int, int]:
+    """Return how many samples screen, judge and calibrate: what was settled before, if anything."""
     known = ledger.storage.get_study_user_attrs(ledger.study).get("rows")
     if known is None:
         most = max(4, int(SHARE * allowed / max(answer, 1e-6))) * batch
-        known = [min(rows(parts.screening), most), min(rows(parts.final), 2 * most)]
+        known = [min(rows(parts.screening), most), min(rows(parts.final), 2 * most),
+                 min(rows(parts.calibration), max(2 * batch, most // 4), CALIBRATION)]
         ledger.storage.set_study_user_attr(ledger.study, "rows", known)
-    return known[0], known[1]
+    return known[0], known[1], known[2]
 
 
 def _given(search: Search, finals: Finals, measured: Sequence[Any], found: Sequence[Option],
@@ -249,8 +251,8 @@ def _about(search: Search, source: Path | None) -> dict[str, Any]:
 
 
 def _data(search: Search, finals: Finals, answer: Any) -> dict[str, Any]:
-    parts = search.laboratory.material
-    return {"calibration": rows(parts.calibration), "screening": rows(search.laboratory.screening),
+    return {"calibration": sum(map(length, search.laboratory.inputs)),
+            "screening": rows(search.laboratory.screening),
             "final": rows(finals.part), "batch": length(answer)}
 
 

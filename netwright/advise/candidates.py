@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from netwright.advise.applicable import Candidate, applicable
+from netwright.advise.applicable import Candidate, Seen, applicable, judged
 from netwright.advise.wants import OF_INFERENCE, RESOURCES, Want
 from netwright.catalogue.facets import Method, facets, searched
 from netwright.catalogue.find import measured
-from netwright.compare.changes import _at, distribution
+from netwright.compare.changes import distribution, point_at
 from netwright.compare.recipe import Recipe, recipe
 from netwright.compare.steps import Step, is_plain
 from netwright.compare.supplies import parameters
+from netwright.reshape.change import own
 
 OFFERED = ("example", "calibration", "teacher", "data")
 GIVEN = ("calibration data",)  # of what methods need of their users, what is at hand
@@ -63,7 +64,9 @@ def options(model: nn.Module, example: Any, wants: Sequence[Want]
     """Return what can be tried on a trained model, the cheapest first, and what is set aside."""
     found: list[Option] = []
     aside: list[Aside] = []
-    for candidate in applicable(model, example, all=True):
+    seen = Seen(model, example)
+    mine = [_judged_own(name, made, seen) for name, made in own().items()]
+    for candidate in [*applicable(model, example, all=True), *mine]:
         if candidate.method.facets.kind not in KINDS:
             continue
         why = _unfit(candidate, wants)
@@ -72,6 +75,15 @@ def options(model: nn.Module, example: Any, wants: Sequence[Want]
         else:
             found.append(_option(candidate))
     return sorted(found, key=lambda option: (option.phase, option.name)), aside
+
+
+def _judged_own(name: str, made: Any, seen: Seen) -> Candidate:
+    """Return a user's own reshape beside a network, which it may not have been written for."""
+    entry = Method(name, made, made.facets)
+    try:
+        return judged(entry, seen)
+    except Exception as error:  # whatever a function of one's own raises
+        return Candidate(entry, False, f"it raised {type(error).__name__}: {error}", ())
 
 
 def asked(also: Any) -> list[Recipe]:
@@ -191,7 +203,7 @@ def _points(values: Any) -> list[Any]:
     choices = getattr(kind, "choices", None)
     if choices is not None:
         return list(choices)
-    made = [_at(kind, min((i + 0.5) / POINTS, 0.999)) for i in range(POINTS)]
+    made = [point_at(kind, min((i + 0.5) / POINTS, 0.999)) for i in range(POINTS)]
     return list(dict.fromkeys(made))
 
 
@@ -203,7 +215,7 @@ def _spread(space: Mapping[str, Any]) -> list[dict[str, Any]]:
     for _ in range(40):
         step = (1 + step) ** (1 / (len(space) + 1))
     kinds = {name: distribution(values) for name, values in space.items()}
-    return [{name: _at(kind, (0.5 + k * step ** -(j + 1)) % 1)
+    return [{name: point_at(kind, (0.5 + k * step ** -(j + 1)) % 1)
              for j, (name, kind) in enumerate(kinds.items())} for k in range(1, SETTINGS)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from netwright.measure import cost
+from netwright.measure.cost import cost
 from netwright.runtime.modes import evaluating
 from netwright.signals import apply
 
@@ -98,7 +98,7 @@ def layers(original: nn.Module, changed: nn.Module) -> list[dict[str, Any]]:
 def _became(held: Mapping[str, torch.Tensor], now: nn.Module | None) -> str:
     if now is None:
         return "removed"
-    after = {key: t for key, t in [*now.named_parameters(), *now.named_buffers()]}
+    after = dict([*now.named_parameters(), *now.named_buffers()])
     if held.keys() == after.keys() and all(
             t.shape == after[key].shape for key, t in held.items()):
         if any(t.dtype != after[key].dtype for key, t in held.items()):

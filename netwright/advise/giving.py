@@ -27,7 +27,7 @@ def give(points: Sequence[Mapping[str, Any]], kept: Path, folder: Path, source: 
             made = folder / f".{point['number']}.partial"
             shutil.rmtree(made, ignore_errors=True)
             shutil.copytree(kept / point["key"], made, copy_function=_link)
-            _beside(source, made)
+            beside(source, made)
             write_text(made / "recipe.json", json.dumps(point["plain"], indent=1))
             write_text(made / "README.md", card(point, judge))
             os.replace(made, folder / str(point["number"]))
@@ -40,7 +40,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _beside(source: Path | None, folder: Path) -> None:
+def beside(source: Path | None, folder: Path) -> None:
     """Copy what goes with a model, such as its tokenizer, where the model does not bring it."""
     if source is None or not source.is_dir():
         return

@@ -18,7 +18,7 @@ from netwright.advise.candidates import OFFERED
 from netwright.advise.figures import Figures, dtypes, figures, only_dtype, ratio, times
 from netwright.advise.material import Material, first_rows, joined
 from netwright.advise.quality import Judge, score, targets_of
-from netwright.compare import apply
+from netwright.compare.apply import apply
 from netwright.compare.recipe import Recipe
 from netwright.compare.steps import Step
 from netwright.compare.supplies import constant, supplied
@@ -61,11 +61,12 @@ class Laboratory:
     """The original, the data and the judge, and what has been made of the original so far."""
 
     def __init__(self, model: nn.Module, material: Material, judge: Judge, *, folder: Path,
-                 batch: int, seed: int, screening: int) -> None:
+                 batch: int, seed: int, screening: int, calibration: int) -> None:
         self.model, self.material, self.judge, self.seed = model, material, judge, seed
         self.folder = folder
         self.x = joined(material.screening, batch)
         self.screening = first_rows(material.screening, screening)
+        self.inputs = [x for x, _ in first_rows(material.calibration, calibration)]
         self.targets = targets_of(judge, self.screening)
         self.reference = judge.outputs(model, self.screening)
         self.original: Figures = figures(model, self.x)
@@ -112,7 +113,7 @@ class Laboratory:
         return model
 
     def _step(self, model: nn.Module, step: Step) -> nn.Module:
-        inputs = self.material.inputs
+        inputs = self.inputs
         with same_random_state():
             torch.manual_seed(self.seed)
             if hasattr(step.what, "decide"):
@@ -129,7 +130,7 @@ class Laboratory:
         if seconds < WORTH:
             return
         folder = self.folder / self._key(steps)
-        with suppress(ValueError, TypeError):  # what cannot be saved is said of the finalists
+        with suppress(ValueError, TypeError, OSError):  # which the finalists say, if it matters
             save(model, folder)
             held = sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime)
             for path in held[:-KEPT]:
@@ -172,5 +173,5 @@ def digest(model: nn.Module) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         held.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().view(-1)
-        held.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        held.update(flat.view(torch.uint8).numpy().data)
     return held.hexdigest()[:16]

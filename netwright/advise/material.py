@@ -18,7 +18,7 @@ from netwright.tasks import Parts, Task
 Batch = tuple[Any, Tensor | None]  # what the model takes, and the targets where there are any
 LEAST = 12  # samples below which three parts say nothing
 MOST = 4096  # samples that are looked at
-PATTERN = (0, 1, 2, 2)  # a quarter calibrates, a quarter screens, half is kept for the end
+SHARES = (0.25, 0.25, 0.5)  # of the samples that calibrate, that screen, that are for the end
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ def material(model: nn.Module, data: Any, *, labels: bool, batch: int) -> Materi
     _check_runs(model, batches[0][0])
     chunks = _chunks(batches, batch)
     parts: tuple[list[Batch], ...] = ([], [], [])
-    for place, chunk in enumerate(chunks):
-        parts[PATTERN[place % len(PATTERN)]].append(chunk)
+    for chunk in chunks:
+        behind = min(range(3), key=lambda i: rows(parts[i]) / SHARES[i])
+        parts[behind].append(chunk)
     return Material(*parts)
 
 
@@ -189,8 +190,12 @@ def _chunks(batches: Sequence[Batch], batch: int) -> list[Batch]:
         raise ValueError(f"data must hold at least {LEAST} different samples, so that three parts "
                          f"share none, got {count}; give more")
     size = max(1, min(batch, count // 8))
-    return [(mapped(x, lambda t, i=i: t[i:i + size]), None if y is None else y[i:i + size])
+    return [(_part(x, slice(i, i + size)), None if y is None else y[i:i + size])
             for x, y in held for i in range(0, length(x), size)]
+
+
+def _part(x: Any, index: int | slice) -> Any:
+    return mapped(x, lambda t: t[index])
 
 
 def _without_known(batch: Batch, seen: set[str]) -> Batch | None:
@@ -199,7 +204,7 @@ def _without_known(batch: Batch, seen: set[str]) -> Batch | None:
     kept = []
     for i in range(length(x)):
         held = hashlib.sha256()
-        _add(held, mapped(x, lambda t, i=i: t[i]))
+        _add(held, _part(x, i))
         if held.hexdigest() not in seen:
             seen.add(held.hexdigest())
             kept.append(i)
@@ -213,5 +218,5 @@ def _without_known(batch: Batch, seen: set[str]) -> Batch | None:
 def _add(held: Any, value: Any) -> None:
     for tensor in _inside(value):
         held.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        held.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-                    if tensor.numel() else b"")
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        held.update(flat.view(torch.uint8).numpy().data)

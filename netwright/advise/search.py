@@ -123,7 +123,7 @@ class Search:
 
     def _settings(self, round: int) -> list[Recipe]:
         """Return further settings of the better part of the methods, more for fewer of them."""
-        ranked = [option for option in self._ranked()]
+        ranked = self._ranked()
         left = ranked[:max(2, ceil(len(ranked) / 2 ** round))]
         found = []
         for option in left:

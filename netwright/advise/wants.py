@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from netwright import checks
 
@@ -125,22 +125,21 @@ def _want(name: str, limit: Any) -> Want:
     if number == 1:
         raise ValueError(f"want {name}=1 is what the original has already; name a smaller share, "
                          "such as 0.5")
-    return _refuse(name, limit)
+    _refuse(name, limit)
 
 
 def _read(name: str, limit: Any) -> tuple[float, str]:
-    if isinstance(limit, bool) or not isinstance(limit, (int, float, str)):
-        _refuse(name, limit)
-    match = _NUMBER.fullmatch(str(limit))
-    if match is None:
-        _refuse(name, limit)
+    fits = isinstance(limit, (int, float, str)) and not isinstance(limit, bool)
+    match = _NUMBER.fullmatch(str(limit)) if fits else None
     try:
-        return float(match[1].replace("_", "")), match[2]
+        if match is not None:
+            return float(match[1].replace("_", "")), match[2]
     except ValueError:
-        return _refuse(name, limit)
+        pass  # several points or exponents
+    _refuse(name, limit)
 
 
-def _refuse(name: str, limit: Any) -> Any:
+def _refuse(name: str, limit: Any) -> NoReturn:
     units = ", ".join(RESOURCES[name].units)
     raise ValueError(f"want {name} must be a share of the original between 0 and 1, such as 0.5, "
                      f"or a number above 0 with a unit ({units}), got {checks.seen(limit)}")
