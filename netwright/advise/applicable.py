@@ -352,6 +352,10 @@ def _instead(seen: Seen) -> str:
     raise Missing("it is a whole network, to be taken instead of this one")
 
 
+def _all_of_it(seen: Seen) -> str:
+    return "the whole network"
+
+
 def _flow(seen: Seen) -> str:
     raise Missing("it is a step of a flow")
 
@@ -377,4 +381,5 @@ PLACES: dict[str, Look] = {
     "whole network": _instead,
 }
 # Where a reshape changes what is there, and a block would be put where something else is.
-CHANGED: dict[str, Look] = {"experts": _experts, "token mixing": _mixer}
+CHANGED: dict[str, Look] = {"experts": _experts, "token mixing": _mixer,
+                            "whole network": _all_of_it}
