@@ -268,6 +268,33 @@ def _write(path: Path, tensors: Mapping[str, Tensor], compress: bool) -> str:
     return _digest(path)
 
 
+def stored_bytes(model: nn.Module) -> int:
+    """Return the bytes of the files of tensors that `save` would write; the model may be meta."""
+    weights: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = dict(_extra_states(model))
+    seen: set[int] = set()
+    for name, tensor, persistent in _tensors(model):
+        if id(tensor) not in seen:
+            (weights if persistent else buffers)[name] = tensor
+            seen.add(id(tensor))
+    files = [{name: weights[name] for name in shard} for shard in _shards(weights)]
+    return sum(map(_file_bytes, [*files, *([buffers] if buffers else [])]))
+
+
+def _file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of a file of safetensors: a length, a header of JSON, the numbers."""
+    from safetensors.torch import _TYPES
+    names = {dtype: name for name, dtype in _TYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + end
+
+
 def _modes(model: nn.Module) -> dict[str, Any]:
     """Return the model's mode, and the modules that are in the other one."""
     return {"training": model.training, "others": [
