@@ -42,6 +42,7 @@ face(
         "find": "netwright.catalogue.find",
         "fit": "netwright.training",
         "fixed_point": "netwright.numerics",
+        "inspect": "netwright.advise.inspect",
         "load": "netwright.reshape.saved",
         "method": "netwright.catalogue.facets",
         "parallel_forward": "netwright.stages",
