@@ -48,7 +48,8 @@ def advice(found: Mapping[str, Any], path: str | Path) -> Path:
     became = sorted({_became(layer) for point in points for layer in point["layers"]}
                     - {"untouched", "removed"})
     payload = {
-        "palette": PALETTE, "became": [*map(_label, became)], "chosen": chosen, "keep": found.get("keep"),
+        "palette": PALETTE, "became": [*map(_label, became)], "chosen": chosen,
+        "keep": found.get("keep"),
         "quality": _label(f"Quality: {found['quality']['name']}"),
         "resources": [_resource(key, found) for key in resources],
         "points": [_point(point, resources) for point in points],

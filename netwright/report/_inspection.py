@@ -94,7 +94,7 @@ def _table(found: Inspection) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _changes(changes: Iterable[Any]) -> str:
+def _changes(changes: Sequence[Any]) -> str:
     rows = "".join(
         f"<tr><td>{escape(plain(change.method.name))}<div class=note>"
         f"{escape(plain(change.method.gist))}</div></td>"
@@ -102,9 +102,10 @@ def _changes(changes: Iterable[Any]) -> str:
         f'<td style="white-space:normal">'
         f"{escape(plain(', '.join(change.method.facets.saves)))}</td></tr>"
         for change in changes)
-    return ('<div class="scroll"><table><thead><tr><th>Change</th><th>Where</th><th>Saves</th>'
-            f"</tr></thead><tbody>{rows}</tbody></table></div>" if rows else
-            '<p class="soft">`nw.applicable` lists it.</p>')
+    return (f"<details><summary>{len(changes)} changes apply to this network</summary>"
+            '<div class="scroll"><table><thead><tr><th>Change</th><th>Where</th><th>Saves</th>'
+            f"</tr></thead><tbody>{rows}</tbody></table></div></details>" if rows else
+            '<p class="soft">netwright applicable lists it.</p>')
 
 
 def _lines(lines: Iterable[str]) -> str:
