@@ -39,10 +39,11 @@ def stages(network: nn.Module | Stages, example: Any = None,
 
     An `nn.Sequential` begins a new stage at each weighted layer; a Hugging Face model has a stage
     for each layer of its list of layers, a PyTorch Geometric `BasicGNN` for each convolution. Any
-    other module is watched while it runs on `example`. A stack of blocks that `nw.reshape.reversible`
-    or `parallelize_residual` made has a stage for each block still, between which its two streams
-    pass side by side. Where that is given, the stages have been
+    other module is watched while it runs on `example`. Where that is given, the stages have been
     run beside the network and gave the same, bit for bit.
+
+    Blocks that `reversible` or `parallelize_residual` put into a stack are a stage each still, and
+    what passes between them, two streams, is one tensor with the features of both.
 
     Args:
         network: the module to read, or its stages, which are returned.
