@@ -184,7 +184,7 @@ def taken_out(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
     for name, said in decision["silent"].items():
         replace(pruned, name, silent_of(said))
     without_fused_paths(pruned)
-    _number_anew(pruned)
+    number_anew(pruned)
     if decision["layers"]:
         _without_layers(pruned, decision["layers"])
     pruned.removed_sublayers = (*getattr(pruned, "removed_sublayers", ()), *decision["removed"])
@@ -208,8 +208,8 @@ def _empty_layers(trial: Any, example: Any) -> list[int]:
         return []
     shorter = sharing(trial)
     without_fused_paths(trial)
-    _number_anew(trial)
-    _number_anew(shorter)
+    number_anew(trial)
+    number_anew(shorter)
     _without_layers(shorter, empty)
     with same_random_state(), evaluating(trial), evaluating(shorter), same_buffers(trial):
         same = torch.equal(call(trial, example), call(shorter, example))
@@ -265,7 +265,7 @@ def _some(found: Trace) -> str:
     return ", ".join(names if len(names) < 5 else [*names[:2], "...", names[-1]])
 
 
-def _number_anew(model: Any) -> None:
+def number_anew(model: Any) -> None:
     """Number the attention layers that stay, which a key-value cache expects without gaps."""
     if _cached_by_kind(getattr(model, "config", None)):
         return
