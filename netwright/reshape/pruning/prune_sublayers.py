@@ -108,7 +108,7 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
             while len(trials.removed) < remove:
                 trials.take_out(_least(trials, known, tries))
                 known.remove(trials.removed[-1].name)
-    return decided(_decision(trial, trials.removed, found, few(batches[0])))
+    return decided(decision_of(trial, trials.removed, found, few(batches[0])))
 
 
 def _least(trials: Trials, known: Found, tries: Tries) -> Sublayer:
@@ -173,7 +173,7 @@ def without_sublayers(model: nn.Module, example: Any, names: list[str]) -> nn.Mo
         removed.append(sublayer)
         for part, stub in stubs(trial, sublayer, found).items():
             replace(trial, part, stub)
-    return decided(_decision(trial, removed, found, example))
+    return decided(decision_of(trial, removed, found, example))
 
 
 @prune_sublayers.applies
@@ -191,7 +191,7 @@ def taken_out(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
     return pruned
 
 
-def _decision(trial: nn.Module, removed: list[Sublayer], found: Trace,
+def decision_of(trial: nn.Module, removed: list[Sublayer], found: Trace,
               example: Any) -> dict[str, Any]:
     """Return what is taken out, plainly; `trial` is the model without it."""
     gone = [name for sublayer in removed for name in (sublayer.name, *sublayer.feeders)]
