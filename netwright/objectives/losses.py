@@ -55,7 +55,7 @@ def normalized_distillation(students: Tensor | Sequence[Tensor],
 
     >>> import torch
     >>> small, large = torch.ones(2, 3), torch.full((2, 3), 100.0)
-    >>> normalized_distillation([0.9 * small, 0.9 * large], [small, large])
+    >>> normalized_distillation([0.9 * small, 0.9 * large], [small, large]).round()
     tensor(600.)
     """
     ours, theirs = ([x] if isinstance(x, Tensor) else list(x) for x in (students, teachers))
