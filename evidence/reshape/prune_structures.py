@@ -20,7 +20,7 @@ WAYS = ("sublayers, channels and heads", "sublayers alone", "random channels and
                 "whole sublayers alone, and than random structures, at the same ratio.")
 def multipruner(scale: Scale) -> Outcome:
     """Prune a small Llama three ways at three ratios, and tune each result for a while."""
-    steps, seeds = (100, range(2)) if scale == "desk" else (1000, range(5))
+    steps, seeds = (60, range(2)) if scale == "desk" else (1000, range(5))
     model = char_llama()
     losses: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     figures: dict[str, list[float]] = {"loss, nothing removed (nats a character)":
