@@ -2,7 +2,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -25,8 +25,9 @@ __all__ = ["distill"]
 Loss = Literal["auto", "squared", "kl"] | Callable[[Tensor, Tensor], Tensor]
 
 HELD_OUT = 5  # one batch, or one sample, of so many is held out
-LOOKS = 10  # how often the held-out data are looked at
-STALE = 2  # looks without a better state after which the rate is halved
+LOOKS = 20  # how often the held-out data are looked at
+SLOWER = 3  # what the rate is divided by when they show no gain
+ALIKE = 0.5  # the cosine from which on two layers may be a pair
 
 
 def teacher_of_the_example() -> nn.Module:
@@ -63,14 +64,15 @@ def distill(student: nn.Module, teacher: nn.Module, calibration: Any, *, steps: 
 
     d is the divergence KL(teacher ‖ student) of the softmax for logits, the squared difference
     over the teacher's squares for any other output. s_i and t_i are what numbered parts of the
-    two give (the layers of a stack), paired in their order so that they are as alike as can be:
-    the student may have fewer. Padding counts in neither.
+    two give (the layers of a stack), paired in their order so that they are as alike as can be (a
+    cosine above a half): the student may have fewer. Padding counts in neither.
 
     It is meant for a student that is close already, such as the result of another reshape: all is
-    held in eval mode, the rate is low, rises over the first steps and falls to zero at the end,
-    and is halved when held-out data show no gain. The state that comes back is the one that was
-    closest to the teacher on held-out data, which may be the one that was given. Only parameters
-    that learn are trained; those of packed or frozen parts stay.
+    held in eval mode, the rate is low, rises over the first steps and falls to zero at the end.
+    Where held-out data show no gain, it goes on from the best state at a third of the rate. The
+    state that comes back is the one that was closest to the teacher on held-out data, which may be
+    the one that was given. Only parameters that learn are trained; those of packed or frozen parts
+    stay.
 
     Args:
         student: what is trained, a copy of it.
@@ -127,7 +129,8 @@ def distill(student: nn.Module, teacher: nn.Module, calibration: Any, *, steps: 
         budget = _Budget(steps, seconds)
         best, distances = _train(pair, layers, features, learning, learning_rate, seen, budget,
                                  generator)
-    return decided({"distance": distances, "steps": budget.made,
+    said = [far if math.isfinite(far) else None for far in distances]
+    return decided({"distance": said, "steps": budget.made,
                     "layers": [list(names) for names in layers.items()]}, state=best)
 
 
@@ -156,7 +159,7 @@ class _Budget:
         return max(self.made / self.steps if self.steps else 1.0, by_time)
 
 
-def _train(pair: "_Pair", layers: Mapping[str, str], features: float, learning: list[Tensor],
+def _train(pair: "_Pair", layers: Mapping[str, str], features: float, learning: Sequence[Tensor],
            rate: float, seen: Sequence[Any], budget: _Budget, generator: Generator | None
            ) -> tuple[dict[str, Tensor], list[float]]:
     """Train the student; return its best state, and its distance before and after."""
@@ -167,13 +170,13 @@ def _train(pair: "_Pair", layers: Mapping[str, str], features: float, learning: 
     optimizer = torch.optim.Adam(masters, lr=rate)
     first = least = pair.distance()
     best = {names[id(p)]: p.detach().clone() for p in learning}
-    looked, stale, factor = 0, 0, 1.0
+    looked, factor = 0, 1.0
     order = _order(seen, generator)
     with Tries("distill", 100) as bar:
         while budget.used < 1:
             used = budget.used
             for group in optimizer.param_groups:
-                group["lr"] = rate * factor * min(1.0, used * LOOKS + 1 / LOOKS) * (
+                group["lr"] = rate * factor * min(1.0, 10 * used + 0.1) * (
                     1 + math.cos(math.pi * used)) / 2
             x = next(order)
             for p in learning:
@@ -186,18 +189,22 @@ def _train(pair: "_Pair", layers: Mapping[str, str], features: float, learning: 
             if looks > looked:
                 looked, far = looks, pair.distance()
                 if far < least:
-                    least, stale = far, 0
+                    least = far
                     best = {names[id(p)]: p.detach().clone() for p in learning}
                 else:
-                    stale += 1
-                    factor = factor / 2 if stale % STALE == 0 else factor
+                    factor /= SLOWER
+                    for p, master in zip(learning, masters, strict=True):
+                        p.data.copy_(best[names[id(p)]])
+                        master.data.copy_(p.data)
+                    optimizer.state.clear()
             bar.step(f"distance {least:.3g} of {first:.3g}",
                      max(0, min(100, int(100 * budget.used)) - bar.done))
     return best, [first, least]
 
 
 @torch.no_grad()
-def _step(optimizer: torch.optim.Optimizer, learning: list[Tensor], masters: list[Tensor]) -> None:
+def _step(optimizer: torch.optim.Optimizer, learning: Sequence[Tensor],
+          masters: Sequence[Tensor]) -> None:
     """Step on the masters, unless a gradient is not finite, and give them to what learns."""
     grads = [p.grad for p in learning if p.grad is not None]
     if not all(bool(grad.isfinite().all()) for grad in grads):
@@ -305,7 +312,7 @@ def _aligned(likeness: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
     for i in range(rows):
         for j in range(columns):
             best[i + 1][j + 1] = max(best[i][j + 1], best[i + 1][j],
-                                     best[i][j] + max(likeness[i][j], 0.0))
+                                     best[i][j] + max(likeness[i][j] - ALIKE, 0.0))
     pairs: list[tuple[int, int]] = []
     i, j = rows, columns
     while i and j:
@@ -400,9 +407,11 @@ def _pieces(batch: Any, size: int) -> list[Any]:
     count = _samples(batch)
     if count <= size:
         return [batch]
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    return [tree_map_only(Tensor, lambda t, i=i: t[i:i + size], batch)
-            for i in range(0, count, size)]
+    plain = dict(batch) if isinstance(batch, Mapping) else batch
+
+    def piece(first: int) -> Any:
+        return tree_map_only(Tensor, lambda t: t[first:first + size], plain)
+    return [piece(i) for i in range(0, count, size)]
 
 
 def _samples(batch: Any) -> int:

@@ -51,7 +51,7 @@ class Letters:
 @reshape
 @torch.no_grad()
 def trim_vocabulary(model: nn.Module, tokenizer: Any, texts: Sequence[str], *,
-                    other: Sequence[str] | None = None) -> nn.Module:
+                    other_texts: Sequence[str] | None = None) -> nn.Module:
     """Return a copy that knows the tokens of some texts alone, with the tokenizer for it.
 
     E'[i] = E[k_i],  W'[i] = W[k_i],  b'[i] = b[k_i],  k = the tokens that are kept, ascending.
@@ -59,7 +59,7 @@ def trim_vocabulary(model: nn.Module, tokenizer: Any, texts: Sequence[str], *,
     Kept are the tokens that `texts` are cut into, special tokens, single characters and bytes, and
     the pieces that a kept token is merged from. So `texts` are cut as before, and the model gives
     for them what it gave (of the logits those of kept tokens); any other text is cut into more and
-    shorter tokens, which costs quality: how much, on `other`, is on record.
+    shorter tokens, which costs quality: how much, on `other_texts`, is on record.
 
     The result's `tokenizer` is the new one; `netwright.save` writes it beside the model, and
     `netwright.load` reads it. Ties stay, and so does a Hugging Face config's and generation
@@ -75,8 +75,8 @@ def trim_vocabulary(model: nn.Module, tokenizer: Any, texts: Sequence[str], *,
         tokenizer: a fast tokenizer of transformers, one of the library tokenizers (BPE, WordPiece,
             WordLevel, Unigram), or anything with `encode`, which then knows no other tokens at all.
         texts: all that the model must still be good at; some thousand sentences.
-        other: texts to see what was lost; where None, a fifth of `texts`, looked at as if they had
-            not been given.
+        other_texts: texts to see what was lost; where None, a fifth of `texts`, looked at as if
+            they had not been given.
 
     Raises:
         NothingToReshape: there is no embedding of that size, or all tokens are kept.
@@ -100,7 +100,7 @@ def trim_vocabulary(model: nn.Module, tokenizer: Any, texts: Sequence[str], *,
                                "those alone that the model must still be good at")
     decision = {"kept": kept, "rows": rows, "embeddings": embeddings, "heads": heads,
                 "biases": _biases(model, rows, heads)}
-    decision["other_text"] = _on_other_text(model, tokenizer, texts, other, decision)
+    decision["other_text"] = _on_other_text(model, tokenizer, texts, other_texts, decision)
     return decided(decision, alike=False, tokenizer=trimmed(tokenizer, kept))
 
 
