@@ -14,7 +14,6 @@ import tempfile
 import time
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -80,11 +79,11 @@ def main() -> int:
     took = measured(models, x)
     exact = all(predicted[name].bytes == saved_bytes(changed) for name, changed in models.items())
     rank = float(spearmanr([predicted[name].seconds for name in models], [*took.values()])[0])
-    rows: list[dict[str, Any]] = [
-        {"recipe": name or "as it is", "predicted": found.seconds, "measured": took[name],
-         "bytes": found.bytes} for name, found in predicted.items()]
-    for row in rows:
-        print(f"{row['recipe']:60} {1e3 * row['predicted']:8.2f} {1e3 * row['measured']:8.2f} ms")
+    rows: dict[str, dict[str, float]] = {
+        name or "as it is": {"predicted": found.seconds, "measured": took[name],
+                             "bytes": found.bytes} for name, found in predicted.items()}
+    for name, row in rows.items():
+        print(f"{name:60} {1e3 * row['predicted']:8.2f} {1e3 * row['measured']:8.2f} ms")
     print(f"{len(rows)} candidates predicted in {seconds:.1f} s: Spearman {rank:.3f}, bytes "
           f"{'exact' if exact else 'not exact'}")
     RESULTS.write_text(json.dumps(
