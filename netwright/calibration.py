@@ -6,26 +6,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import unfold
 
 from netwright import checks
 from netwright.anatomy.layers import is_linear
-from netwright.runtime.modes import evaluating
+from netwright.anatomy.replacing import plain_paths
+from netwright.runtime.modes import evaluating, same_buffers
+from netwright.runtime.padding import holding, real_of
 from netwright.runtime.random_state import same_random_state
+from netwright.signals import apply, first_argument
 from netwright.stages import Stage, stages
 
-__all__ = ["InputStatistics", "stream"]
+__all__ = ["InputStatistics", "observe", "stream"]
 
-_KNOWN = ("gram", "mean", "absmax")
+_KNOWN = ("gram", "mean", "square", "absmax")
 _PRECISE = 4096  # features below which a Gram matrix is kept in double precision
+_NONE = ("batches must hold what the model takes at least once, got none; a few hundred tokens or "
+         "some tens of images are enough")
+_CHUNK = 8192  # rows that are taken into account at a time, of which copies are made
 
 
 class InputStatistics:
-    """What a layer takes over all rows so far: their number, mean, largest sizes, Gram matrix.
+    """What a layer takes over all rows so far: number, mean, squares, largest sizes, Gram matrix.
 
-    gram = 1/rows Σ x xᵀ;  mean = 1/rows Σ x;  absmax_j = max |x_j|.
+    gram = 1/rows Σ x xᵀ;  mean = 1/rows Σ x;  square_j = 1/rows Σ x_j²;  absmax_j = max |x_j|.
 
-    Shapes: gram (features, features); mean and absmax (features,). What was not asked for is None.
+    Shapes: gram (features, features); the others (features,). What was not asked for is None.
 
     >>> seen = InputStatistics({"gram", "absmax"})
     >>> seen.add(torch.tensor([[1.0, 2.0], [3.0, -4.0]]))
@@ -37,13 +42,17 @@ class InputStatistics:
         self.wanted, self.rows = frozenset(wanted), 0
         self.gram: Tensor | None = None
         self.mean: Tensor | None = None
+        self.square: Tensor | None = None
         self.absmax: Tensor | None = None
 
     @torch.no_grad()
     def add(self, rows: Tensor) -> None:
         """Take more rows (rows, features) into account."""
-        if not len(rows):
-            return
+        for some in rows.split(_CHUNK):
+            if len(some):
+                self._add(some)
+
+    def _add(self, rows: Tensor) -> None:
         precise = rows.double() if rows.shape[1] < _PRECISE else rows.float()
         share = len(rows) / (self.rows + len(rows))
         self.rows += len(rows)
@@ -51,9 +60,23 @@ class InputStatistics:
             self.gram = _moved(self.gram, precise.T @ precise / len(rows), share)
         if "mean" in self.wanted:
             self.mean = _moved(self.mean, precise.mean(0), share)
+        if "square" in self.wanted:
+            self.square = _moved(self.square, precise.square().mean(0), share)
         if "absmax" in self.wanted:
-            largest = rows.abs().amax(0)
-            self.absmax = largest if self.absmax is None else self.absmax.maximum(largest)
+            self.absmax = _largest(self.absmax, rows.abs().amax(0))
+
+    @torch.no_grad()
+    def merge(self, other: "InputStatistics") -> None:
+        """Take all rows into account that `other` has seen."""
+        if not other.rows:
+            return
+        self.rows += other.rows
+        share = other.rows / self.rows
+        for name in ("gram", "mean", "square"):
+            if name in self.wanted:
+                setattr(self, name, _moved(getattr(self, name), getattr(other, name), share))
+        if "absmax" in self.wanted and other.absmax is not None:
+            self.absmax = _largest(self.absmax, other.absmax)
 
 
 Visit = Callable[[Stage, Mapping[str, InputStatistics]], Any]
@@ -76,7 +99,7 @@ def stream(model: nn.Module, batches: Iterable[Any], visit: Visit, *,
         model: any module that `nw.stages` can read; it is changed as `visit` changes it.
         batches: what the model takes, each a tensor, a tuple or a mapping.
         visit: what is done at each stage.
-        statistics: of "gram", "mean" and "absmax" those that are needed.
+        statistics: of "gram", "mean", "square" and "absmax" those that are needed.
 
     Raises:
         ValueError: there is no batch.
@@ -94,21 +117,53 @@ def stream(model: nn.Module, batches: Iterable[Any], visit: Visit, *,
         checks.one_of(_KNOWN, statistics=name)
     inputs = list(batches)
     if not inputs:
-        raise ValueError("batches must hold what the model takes at least once, got none; a few "
-                         "hundred tokens or some tens of images are enough")
+        raise ValueError(_NONE)
     net = stages(model, inputs[0])
     masks = [_mask(x) for x in inputs]
-    with evaluating(model), torch.no_grad(), same_random_state():
+    with evaluating(model), torch.no_grad(), same_random_state(), plain_paths():
         contexts, signals = [net.context(x) for x in inputs], list(inputs)
         for stage in net:
             with watched(model, stage.modules, statistics) as (taken, padding):
                 for h, context, mask in zip(signals, contexts, masks, strict=True):
                     padding[:] = [mask]
-                    stage(h, context)
+                    with holding(mask):
+                        stage(h, context)
             visit(stage, taken)
-            for i, context in enumerate(contexts):
-                signals[i] = stage(signals[i], context)
+            for i, (context, mask) in enumerate(zip(contexts, masks, strict=True)):
+                with holding(mask):
+                    signals[i] = stage(signals[i], context)
     return model
+
+
+@torch.inference_mode(False)
+def observe(model: nn.Module, batches: Iterable[Any], *,
+            statistics: Collection[str] = ("gram",)) -> dict[str, InputStatistics]:
+    """Return what all linear layers and convolutions of a model take, by name, from one pass.
+
+    Nothing is held but the statistics of all layers at once, and the model may be any that runs.
+
+    Raises:
+        ValueError: there is no batch.
+        UnknownName: no statistic has that name.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> seen = observe(model, [torch.randn(5, 4)], statistics=["square"])
+    >>> {name: (layer.rows, layer.square.shape[0]) for name, layer in seen.items()}
+    {'0': (5, 4), '2': (5, 8)}
+    """
+    for name in statistics:
+        checks.one_of(_KNOWN, statistics=name)
+    count = 0
+    with (evaluating(model), torch.no_grad(), same_random_state(), plain_paths(),
+          same_buffers(model), watched(model, [model], statistics) as (taken, padding)):
+        for x in batches:
+            padding[:] = [_mask(x)]
+            with holding(padding[0]):
+                apply(model, x)
+            count += 1
+    if not count:
+        raise ValueError(_NONE)
+    return taken
 
 
 @contextmanager
@@ -117,18 +172,20 @@ def watched(model: nn.Module, modules: Iterable[nn.Module], wanted: Collection[s
     """Gather what the layers in `modules` take, by name, while the body runs.
 
     The list that is given with it holds the mask of real positions of the batch that runs.
+    Layers that take one tensor, as queries, keys and values do, have it looked at once.
     """
     inside = {part for module in modules for part in module.modules()}
     taken: dict[str, InputStatistics] = {}
     padding: list[Tensor | None] = [None]
+    last = _Last()
     handles = []
     for name, module in model.named_modules():
-        if module in inside and (is_linear(module) or (
-                isinstance(module, nn.Conv2d) and module.groups == 1)):
-            def take(layer: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                found = taken.setdefault(name, InputStatistics(wanted))
-                found.add(_rows(layer, args[0], padding[0]))
-            handles.append(module.register_forward_pre_hook(take))
+        if module in inside and (is_linear(module) or _is_convolution(module)):
+            def take(layer: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                x = first_argument(layer, args, kwargs)
+                taken.setdefault(name, InputStatistics(wanted)).merge(
+                    last.of(layer, x, padding[0], wanted))
+            handles.append(module.register_forward_pre_hook(take, with_kwargs=True))
     try:
         yield taken, padding
     finally:
@@ -136,17 +193,51 @@ def watched(model: nn.Module, modules: Iterable[nn.Module], wanted: Collection[s
             handle.remove()
 
 
+class _Last:
+    """The statistics of the tensor that was looked at last, which the next layer may take too."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] = ()
+        self.x: Tensor | None = None  # held, so that no other tensor gets its place in memory
+        self.found: InputStatistics | None = None
+
+    def of(self, layer: nn.Module, x: Tensor, mask: Tensor | None,
+           wanted: Collection[str]) -> InputStatistics:
+        key = (id(x), None if x.is_inference() else x._version, _geometry(layer), id(mask))
+        if self.found is None or key != self.key:
+            self.key, self.x, self.found = key, x, InputStatistics(wanted)
+            self.found.add(_rows(layer, x, mask))
+        return self.found
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1
+
+
+def _geometry(layer: Any) -> Any:
+    return (layer.kernel_size, layer.stride, layer.dilation, layer.padding,
+            layer.padding_mode) if _is_convolution(layer) else None
+
+
 def _rows(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     """Return what a layer takes as (rows, features): patches for a convolution."""
-    if isinstance(layer, nn.Conv2d):
-        if isinstance(layer.padding, str):
-            x = nn.functional.pad(x, layer._reversed_padding_repeated_twice)
-        patches = unfold(x, layer.kernel_size, layer.dilation,
-                         0 if isinstance(layer.padding, str) else layer.padding, layer.stride)
-        return patches.transpose(1, 2).flatten(0, 1)
-    if mask is not None and x.shape[:-1] == mask.shape:
-        return x[mask.to(x.device)]
-    return x.reshape(-1, x.shape[-1])
+    if _is_convolution(layer):
+        return _patches(layer, x)
+    real = real_of(x, mask)
+    return x.reshape(-1, x.shape[-1]) if real is None else x[real]
+
+
+def _patches(layer: Any, x: Tensor) -> Tensor:
+    """Return the windows of a convolution, each as (channels, *kernel) in a row."""
+    grid = len(layer.kernel_size)
+    x = x if x.ndim == grid + 2 else x[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    for i, (size, stride, gap) in enumerate(zip(
+            layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        x = x.unfold(2 + i, (size - 1) * gap + 1, stride)[..., ::gap]
+    places = tuple(range(2, 2 + grid))
+    return x.permute(0, *places, 1, *range(2 + grid, x.ndim)).flatten(grid + 1).flatten(0, grid)
 
 
 def _mask(x: Any) -> Tensor | None:
@@ -155,4 +246,8 @@ def _mask(x: Any) -> Tensor | None:
 
 
 def _moved(mean: Tensor | None, new: Tensor, share: float) -> Tensor:
-    return new if mean is None else mean + (new - mean) * share
+    return new.clone() if mean is None else mean + (new - mean) * share
+
+
+def _largest(known: Tensor | None, new: Tensor) -> Tensor:
+    return new.clone() if known is None else known.maximum(new)

@@ -21,6 +21,7 @@ from netwright.anatomy.unit_groups import (
     UnitGroup,
     parameters_left,
     permute,
+    places_of,
     remove,
     scale,
 )
@@ -152,18 +153,36 @@ class Axes:
         >>> found.remove_all({"0: hidden": [1], "2: hidden": [0, 4]})[2]
         Linear(in_features=2, out_features=3, bias=True)
         """
-        asked = {self.group(name).name: _leaving(self.group(name), these)
-                 for name, these in ids.items()}
+        asked = self.leaving(ids)
         model = self._copy(network)
-        remove(model, {g.name: g for g in self.groups}, asked, self.sizes)
-        _configure(model, self, asked)
+        self.take_out(model, asked)
+        return model
+
+    def leaving(self, ids: Mapping[str, Ids]) -> dict[str, np.ndarray]:
+        """Return the units that are to be removed, in order, each once.
+
+        Raises:
+            ValueError: as for `remove`.
+        """
+        return {self.group(name).name: _leaving(self.group(name), these)
+                for name, these in ids.items()}
+
+    def take_out(self, network: nn.Module, leaving: Mapping[str, np.ndarray]) -> None:
+        """Remove units from a copy of the network in place, and run it.
+
+        Raises:
+            NothingToReshape: it does not run then.
+        """
+        groups = {g.name: g for g in self.groups}
+        for part in _by_kind(groups, leaving):
+            remove(network, groups, part, self.sizes)
+        _configure(network, self, leaving)
         try:
-            run_of(model, self.example)
+            run_of(network, self.example)
         except Exception as error:  # whatever a network's own code says to a new size
             raise NothingToReshape(
-                f"ids removes units of {', '.join(asked)}, and the result does not run: {error}; "
+                f"ids removes units of {', '.join(leaving)}, and the result does not run: {error}; "
                 "remove another number, or as many of all groups of the layer") from error
-        return model
 
     def scale(self, group: str | UnitGroup, factor: float | Ids, *,
               network: nn.Module | None = None) -> nn.Module:
@@ -345,6 +364,20 @@ def _leaving(group: UnitGroup, ids: Ids) -> np.ndarray:
         raise ValueError(f"ids must leave a unit of {group.name!r}, got all {group.count}; to "
                          "take a layer out use netwright.reshape.prune_sublayers")
     return gone
+
+
+def _by_kind(groups: Mapping[str, UnitGroup], leaving: Mapping[str, np.ndarray]
+             ) -> list[dict[str, np.ndarray]]:
+    """Return units to remove one kind after the other, since each kind has sizes of its own.
+
+    They are left together where two kinds stand on one axis, whose indices the first would move.
+    """
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for name, these in leaving.items():
+        parts.setdefault(groups[name].kind, {})[name] = these
+    axes_of = [set(places_of(groups, part)) for part in parts.values()]
+    apart = len(set().union(*axes_of)) == sum(map(len, axes_of))
+    return list(parts.values()) if apart else [dict(leaving)]
 
 
 def _allowed(group: UnitGroup, what: str, words: str) -> None:

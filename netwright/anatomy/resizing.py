@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,21 +37,46 @@ def tensors_of(network: nn.Module) -> dict[str, Tensor]:
     return {**dict(network.named_buffers()), **dict(network.named_parameters())}
 
 
+def axis_sizes(network: nn.Module) -> dict[tuple[str, int], int]:
+    """Return the size of each axis of each parameter and buffer."""
+    return {(name, axis): size for name, t in tensors_of(network).items()
+            for axis, size in enumerate(t.shape)}
+
+
+def kept(network: nn.Module, gone: Mapping[Where, Sequence[int]]) -> dict[Where, np.ndarray]:
+    """Return the indices that are left of each axis, in order."""
+    full = axis_sizes(network)
+    return {where: np.setdiff1d(np.arange(full[where[:2]] * where[2]), places)
+            for where, places in gone.items()}
+
+
 @torch.no_grad()
 def resize(network: nn.Module, resizing: Resizing) -> set[tuple[str, str]]:
     """Carry out a resizing in place; return the attributes that may, or may not, be sizes."""
     held = tensors_of(network)
     before = {name: tuple(t.shape) for name, t in held.items()}
-    asked: dict[str, dict[tuple[int, int], np.ndarray]] = defaultdict(dict)
-    for (name, axis, groups), order in resizing.order.items():
-        asked[name][axis, groups] = order
     groups_left = {name: _groups(network, name, before[name], orders)
-                   for name, orders in asked.items()}
-    for name, orders in asked.items():
-        held[name].data = _taken(held[name].data, orders)
+                   for name, orders in _by_tensor(resizing.order).items()}
+    give_orders(network, resizing.order)
     after = {name: tuple(t.shape) for name, t in held.items()}
     _tell_layers(network, before, after, groups_left)
     return _tell_others(network, before, after, resizing)
+
+
+@torch.no_grad()
+def give_orders(network: nn.Module, order: Mapping[Where, np.ndarray]) -> None:
+    """Give the tensors of a network other indices along some axes, in place, and nothing else."""
+    held = tensors_of(network)
+    for name, orders in _by_tensor(order).items():
+        held[name].data = _taken(held[name].data, orders)
+
+
+def _by_tensor(order: Mapping[Where, np.ndarray]
+               ) -> dict[str, dict[tuple[int, int], np.ndarray]]:
+    asked: dict[str, dict[tuple[int, int], np.ndarray]] = defaultdict(dict)
+    for (name, axis, groups), indices in order.items():
+        asked[name][axis, groups] = indices
+    return asked
 
 
 def _taken(tensor: Tensor, orders: dict[tuple[int, int], np.ndarray]) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from netwright.anatomy.resizing import Resizing, Where, resize, tensors_of
+from netwright.anatomy.resizing import Resizing, Where, axis_sizes, kept, resize, tensors_of
 
 __all__ = ["Member", "UnitGroup"]
 
@@ -92,14 +92,7 @@ def permute(network: nn.Module, group: UnitGroup, order: np.ndarray) -> None:
 def remove(network: nn.Module, groups: Mapping[str, UnitGroup], ids: Mapping[str, np.ndarray],
            sizes: Sizes) -> set[tuple[str, str]]:
     """Take units out in place; return the attributes of which it cannot be told what they are."""
-    gone: dict[Where, set[int]] = {}
-    for name, these in ids.items():
-        for member in groups[name].members:
-            gone.setdefault((member.tensor, member.axis, member.groups), set()).update(
-                member.indices[these].ravel().tolist())
-    full = axis_sizes(network)
-    orders = {where: np.setdiff1d(np.arange(full[where[:2]] * where[2]), sorted(places))
-              for where, places in gone.items()}
+    orders = kept(network, places_of(groups, ids))
     counts = []
     for name, these in ids.items():
         group = groups[name]
@@ -109,6 +102,17 @@ def remove(network: nn.Module, groups: Mapping[str, UnitGroup], ids: Mapping[str
     kinds = {groups[name].kind for name in ids}
     changed = {key[1:]: is_size for key, is_size in sizes.items() if key[0] in kinds}
     return resize(network, Resizing(orders, counts, changed))
+
+
+def places_of(groups: Mapping[str, UnitGroup], ids: Mapping[str, np.ndarray]
+              ) -> dict[Where, list[int]]:
+    """Return the indices at which units stand, by the axes that they stand on."""
+    places: dict[Where, set[int]] = {}
+    for name, these in ids.items():
+        for member in groups[name].members:
+            places.setdefault((member.tensor, member.axis, member.groups), set()).update(
+                member.indices[these].ravel().tolist())
+    return {where: sorted(indices) for where, indices in places.items()}
 
 
 @torch.no_grad()
@@ -143,12 +147,6 @@ def _multiply(tensor: Tensor, member: Member, factors: np.ndarray) -> None:
     rows = tensor.shape[0] // member.groups
     by = by.reshape(member.groups, -1).repeat_interleave(rows, 0)
     tensor.data = tensor.data * by.reshape(*by.shape, *(1,) * (tensor.ndim - 2))
-
-
-def axis_sizes(network: nn.Module) -> dict[tuple[str, int], int]:
-    """Return the size of each axis of each parameter and buffer."""
-    return {(name, axis): size for name, t in tensors_of(network).items()
-            for axis, size in enumerate(t.shape)}
 
 
 def parameters_left(network: nn.Module, groups: Sequence[UnitGroup],

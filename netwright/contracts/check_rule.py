@@ -1,5 +1,8 @@
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,8 +10,10 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import gaussian_nll_loss
 from torch.optim import SGD
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 from netwright import checks
+from netwright.blocks.reversible import AdditiveCoupling, ReversibleSequential
 from netwright.contracts.checks import (
     Make,
     broken,
@@ -19,6 +24,7 @@ from netwright.contracts.checks import (
     hold,
     offered,
 )
+from netwright.errors import CannotReverse
 from netwright.rules.rule import Rule
 from netwright.signals import call
 
@@ -627,3 +633,142 @@ def what_stands_under_the_mask_changes_nothing(make: Make) -> None:
     for name, weight in case.weights().items():
         expect(torch.allclose(other.weights()[name], weight, rtol=1e-5, atol=1e-7),
                f"the same {name}", "another", mend)
+
+
+class _Checkpointed(nn.Module):
+    """Two layers whose activations are computed again in the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 12))
+        self.reentrant = reentrant
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.reentrant is None:
+            made: Tensor = self.layers(h)
+        else:
+            with warnings.catch_warnings():  # PyTorch's, where the network is looked at
+                warnings.simplefilter("ignore")
+                made = checkpoint(self.layers, h, use_reentrant=self.reentrant)
+        return made
+
+
+def _deep(reentrant: bool | None) -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), _Checkpointed(reentrant), nn.Tanh(),
+                         nn.Linear(12, CLASSES))
+
+
+class _Coupled(nn.Module):
+    """Two reversible blocks that keep what they compute, or compute it again."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        def half() -> nn.Module:
+            return nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.blocks = ReversibleSequential(*(AdditiveCoupling(half(), half()) for _ in range(2)))
+        self.again = again
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.again:
+            made: Tensor = self.blocks(h)
+            return made
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+
+def _coupled(again: bool) -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), _Coupled(again), nn.Tanh(),
+                         nn.Linear(16, CLASSES))
+
+
+def _on(make: Any, network: Callable[[], nn.Module] | None) -> Make:
+    """Return `make` for another network."""
+    method, arguments, _, batch = make.args
+    return partial(make.func, method, arguments, network, batch)
+
+
+class Course:
+    """Some steps of training by a rule."""
+
+    def __init__(self, make: Make, network: Callable[[], nn.Module] | None = None,
+                 **optimizer: Any) -> None:
+        self.fresh = partial(make if network is None else _on(make, network),
+                             dtype=torch.float64)
+        case = self.fresh()
+        self.rule, self.x, self.y = case.rule, case.x, case.y
+        self.how, self.steps = optimizer, 0
+        self._go_on()
+
+    def _go_on(self) -> None:
+        learning = [p for p in self.rule.parameters() if p.requires_grad]
+        self.optimizer = SGD([*learning, nn.Parameter(torch.zeros(1))], 0.05, **self.how)
+
+    def step(self, between: Callable[[], None] = lambda: None) -> list[Tensor]:
+        """Take a step; return the gradients, and what the parameters are after it."""
+        self.optimizer.zero_grad()
+        torch.manual_seed(self.steps)
+        if self.rule.generator is not None:
+            self.rule.generator.manual_seed(self.steps)
+        self.rule(self.x, self.y)
+        between()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                 for p in self.rule.parameters()]
+        self.optimizer.step()
+        self.steps += 1
+        return [*found, *(p.detach().clone() for p in self.rule.parameters())]
+
+    def run(self) -> list[list[Tensor]]:
+        return [self.step() for _ in range(3)]
+
+    def continued(self, rule: Rule) -> None:
+        """Go on with another rule, which has this one's gradients."""
+        for p, new in zip(self.rule.parameters(), rule.parameters(), strict=True):
+            new.grad = p.grad
+        self.rule = rule
+        self._go_on()
+
+
+def expect_course(found: list[list[Tensor]], expected: list[list[Tensor]], how: str) -> None:
+    for k, (ones, others) in enumerate(zip(found, expected, strict=True)):
+        for one, other in zip(ones, others, strict=True):
+            worst = float((one - other).abs().max()) if one.numel() else 0.0
+            expect(worst <= 1e-9 * (1 + float(other.abs().max() if other.numel() else 0)),
+                   f"the steps of plain training {how}", f"a difference of {worst:.1e} in the "
+                   f"step at {k}", "keep what the next call needs in the state_dict, and set "
+                   "keeps_activations where nothing may be computed again")
+
+
+@check
+def any_optimizer_and_a_resume_in_the_middle_give_the_same_steps(make: Make) -> None:
+    expected = Course(make).run()
+    for how in ("fused", "foreach"):
+        expect_course(Course(make, None, **{how: True}).run(), expected, f"with {how}=True")
+    for name in ("deepcopy", "load_state_dict"):
+        course = Course(make)
+        course.step()
+
+        def change(course: Course = course, name: str = name) -> None:
+            copied = deepcopy(course.rule) if name == "deepcopy" else course.fresh().rule
+            copied.load_state_dict(course.rule.state_dict())
+            course.continued(copied)
+        expect_course([course.step(between=change), course.step()], expected[1:],
+                      f"after {name} before a step")
+
+
+@check
+def stages_that_run_again_in_the_backward_pass_teach_the_same(make: Any) -> None:
+    if make.args[2] is not None:  # a network of a kind of its own
+        return
+    ways: list[tuple[Any, Any, dict[str, bool]]] = [
+        (_deep, None, {"a checkpoint": False, "a reentrant checkpoint": True}),
+        (_coupled, False, {"reversible blocks": True})]
+    for network, kept, again in ways:
+        plain = partial(network, kept)
+        try:
+            expected = Course(make, plain).run()
+        except ValueError:  # which says what networks it takes
+            continue
+        for name, way in again.items():
+            with suppress(CannotReverse):  # which says what is right instead
+                expect_course(Course(make, partial(network, way)).run(), expected, f"under {name}")

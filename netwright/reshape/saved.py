@@ -276,7 +276,10 @@ def _write_pretrained(model: Any, folder: Path, *, expressible: bool) -> None:
         config.save_pretrained(folder)
     else:
         note = {"load": "netwright.load(folder)", "version": __version__,
-                "changes": [record.name for record in changes(model)]}
+                "changes": [record.name for record in changes(model)],
+                "shapes": _other_shapes(model, origin["config"]), "removed": {
+                    name: units for record in changes(model)
+                    for name, units in _removed(record.decision).items()}}
         # The name of a file that is not there: from_pretrained refuses, and says this name.
         text = json.dumps(origin["config"] | {"architectures": [kind], "dtype": dtype,
                                               "netwright": note, "transformers_weights": _REFUSED},
@@ -284,6 +287,21 @@ def _write_pretrained(model: Any, folder: Path, *, expressible: bool) -> None:
         (folder / "config.json").write_text(text, encoding="utf-8")
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def _other_shapes(model: Any, config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the shapes of the tensors that are otherwise in what `config` alone makes."""
+    with torch.device("meta"):
+        first = type(model)(type(model.config).from_dict(dict(config)))
+    made = {name: tensor.shape for name, tensor, _ in _tensors(first)}
+    return {name: list(tensor.shape) for name, tensor, _ in _tensors(model)
+            if made.get(name) != tensor.shape}
+
+
+def _removed(decision: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the units that a decision takes out, by the names of their groups."""
+    removed = decision.get("removed")
+    return removed if isinstance(removed, Mapping) else {}
 
 
 def _expressible(model: Any) -> bool:

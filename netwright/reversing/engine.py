@@ -29,6 +29,7 @@ from netwright.runtime.random_state import (
     set_torch_random_state,
     torch_random_state,
 )
+from netwright.runtime.recomputing import stores
 
 __all__ = ["Add", "Update"]
 
@@ -253,7 +254,7 @@ def run(steps: Sequence[Step], streams: Sequence[Tensor], *, exact: bool = False
 
 def _run(steps: Sequence[Step], streams: Sequence[Tensor], exact: bool,
          first: bool) -> list[Tensor]:
-    if transformed() or not (first or torch.is_grad_enabled()):
+    if stores() or transformed() or not (first or torch.is_grad_enabled()):
         return forth(steps, streams)
     wanted = torch.is_grad_enabled()
     everything = first or _elsewhere[0]

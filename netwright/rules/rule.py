@@ -1,6 +1,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from netwright.rules.processes import Processes, is_parallel, refuse_parts
 from netwright.rules.scaling import note_call
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.padding import held, holding, real_positions
+from netwright.runtime.recomputing import checkpoints
 from netwright.signals import all_of, apply, mapped, tensor_of
 from netwright.stages import Stage, Stages, stages
 
@@ -41,6 +43,8 @@ class Rule(nn.Module):
     is x alone, and `same_in_shares` where processes that share a batch out do not train as one
     with all of it would, whatever is averaged. `runs_whole` says that all it does is one run of
     the network and one backward pass, so that what is wrapped around the network sees them.
+    `keeps_activations` says that nothing may be computed again in the backward pass, in checkpoints
+    and reversible blocks, since weights are others by then or the rule reads the graph itself.
 
     In a loop of one's own, several processes train `Rule(DistributedDataParallel(network), ...)`:
     each call ends with `.grad` averaged over them, that of the rule's own parameters too.
@@ -60,6 +64,7 @@ class Rule(nn.Module):
     same_in_shares = True
     resized: Collection[str] = ()
     runs_whole = False
+    keeps_activations = False
 
     def __init__(self, network: nn.Module | Stages, *, generator: Generator | None = None) -> None:
         super().__init__()
@@ -102,7 +107,8 @@ class Rule(nn.Module):
         if self._processes is not None:
             self._processes.before(self)
         # Stages that are run one by one are called with no mask; mixtures in them ask for it here.
-        with holding(real_positions(x) if isinstance(x, Mapping) else held()):
+        with (holding(real_positions(x) if isinstance(x, Mapping) else held()),
+              nullcontext() if self.runs_whole else checkpoints(stored=self.keeps_activations)):
             loss = super().__call__(x, *given, **options)
         if self._processes is not None:
             self._processes.after(self)

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from netwright.runtime.attributes import Attributes
 from netwright.runtime.random_state import same_random_state
+from netwright.runtime.recomputing import checkpoints
 
 
 @contextmanager
@@ -109,7 +110,7 @@ def rehearsing(network: nn.Module) -> Iterator[None]:
     torch.set_autocast_cache_enabled(False)
     try:
         with (torch.inference_mode(False), torch.no_grad(), same_random_state(),
-              same_buffers(network), same_attributes(network)):
+              same_buffers(network), same_attributes(network), checkpoints()):
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)

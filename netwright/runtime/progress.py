@@ -116,3 +116,14 @@ def _bar() -> Any:
     return Progress(TextColumn("{task.description}"), BarColumn(),
                     TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(),
                     TextColumn("{task.fields[figures]}"), console=console, auto_refresh=False)
+
+
+def say(text: str) -> None:
+    """Show a line in the terminal; nothing is shown where the output is not a terminal.
+
+    >>> say("pruned")
+    """
+    from rich.console import Console
+    console = Console(stderr=True)
+    if console.is_terminal or console.is_jupyter:
+        console.print(text, highlight=False)

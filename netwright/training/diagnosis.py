@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from netwright.errors import CannotStage
 from netwright.rules.rule import Rule
@@ -43,7 +44,7 @@ class Finite:
 
     def __init__(self, rule: nn.Module) -> None:
         self.rule = rule
-        self.names = {name for name, _ in self._tensors()}
+        self.names = {name for name, _ in [*rule.named_parameters(), *rule.named_buffers()]}
         self.infinite = {name for name, t in self._tensors() if bool(t.isinf().any())}
         self.unknown = {name for name, t in self._tensors() if bool(t.isnan().any())}
 
@@ -60,7 +61,7 @@ class Finite:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in [*self.rule.named_parameters(), *self.rule.named_buffers()]:
-            if tensor.is_floating_point():
+            if not is_lazy(tensor) and tensor.is_floating_point():
                 yield name, tensor
 
 

@@ -617,6 +617,11 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
         nw.fit(network(), [(X, Y)], epochs=1, optimizer=Spoil)
 
 
+def test_weights_without_a_shape_yet_are_not_looked_at() -> None:
+    lazy = nn.Sequential(nn.Linear(X.shape[1], 8), nn.ReLU(), nn.LazyLinear(3))
+    assert nw.fit(lazy, [(X, Y)], epochs=1).epochs[0].loss > 0
+
+
 # What is shown
 
 

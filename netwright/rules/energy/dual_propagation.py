@@ -66,8 +66,8 @@ class DualPropagation(Rule):
 
     Shapes: x as the network takes it; y as the loss takes it; s+ and s- as the activation returns.
 
-    Activation checkpoints do not do: those that are not reentrant raise PyTorch's
-    CheckpointError, in the others the derivative is exact.
+    Activation checkpoints and reversible blocks keep their activations, since what is computed
+    again would have no dyads.
 
     Raises:
         ValueError: `alpha` is not between 0 and 1, or `beta` is not above 0.
@@ -83,6 +83,8 @@ class DualPropagation(Rule):
     >>> network[0].weight.grad.shape
     torch.Size([8, 4])
     """
+
+    keeps_activations = True
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  alpha: float = 0.5, beta: float = 1.0,
@@ -177,9 +179,7 @@ class _Dyad(Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, activation: Callable[[Tensor], Tensor], units: _Units,
                 index: int) -> Tensor:
-        # In a shape that phi itself does not save: a checkpoint, which is run again outside of
-        # `units`, then fails and does not take what phi saves for a.
-        ctx.save_for_backward(a.unsqueeze(0))
+        ctx.save_for_backward(a)
         ctx.activation, ctx.units, ctx.index = activation, units, index
         return activation(a)
 
@@ -187,7 +187,7 @@ class _Dyad(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         units, (a,) = ctx.units, ctx.saved_tensors
         # The states differ by little, for which autocast's types have too few digits.
-        a = a.squeeze(0).to(torch.promote_types(a.dtype, torch.float32))
+        a = a.to(torch.promote_types(a.dtype, torch.float32))
         error, nudge = gradient.to(a.dtype), units.nudge.to(a.dtype)
         plus = ctx.activation(torch.addcmul(a, error, nudge, value=-units.alpha))
         minus = ctx.activation(torch.addcmul(a, error, nudge, value=1 - units.alpha))

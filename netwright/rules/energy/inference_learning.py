@@ -80,6 +80,7 @@ class InferenceLearning(Rule):
     True
     """
 
+    keeps_activations = True
     same_in_shares = False  # steps are shortened by the share's own energy
 
     def __init__(self, network: nn.Module | Stages, example: Any = None, *, rate: float = 0.1,

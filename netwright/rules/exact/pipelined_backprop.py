@@ -76,6 +76,7 @@ class PipelinedBackprop(Rule):
     """
 
     remembers = True
+    keeps_activations = True
 
     @property
     def same_in_shares(self) -> bool:  # type: ignore[override]

@@ -54,6 +54,8 @@ class TwoStageBackward(Rule):
     torch.Size([8, 4])
     """
 
+    keeps_activations = True
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                  generator: Generator | None = None) -> None:

@@ -73,6 +73,8 @@ class MomentumAuxiliary(Rule):
     False
     """
 
+    keeps_activations = True
+
     def __init__(self, network: nn.Module | Stages, example: Any = None, *,
                  blocks: int | Sequence[str] | None = None, momentum: float = 0.995,
                  width: int = 128, num_classes: int | None = None,
