@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -19,6 +20,7 @@ from netwright.reshape.change import Reshaped, changes, history, named
 from netwright.runtime.files import digest as _digest
 from netwright.runtime.files import flush as _flush
 from netwright.runtime.files import text_digest as _text_digest
+from netwright.runtime.packing import read_tensors, write_packed
 from netwright.runtime.random_state import same_random_state
 from netwright.runtime.version import __version__
 
@@ -34,7 +36,8 @@ _REFUSED = "read-this-folder-by-netwright.load.safetensors"
 
 @method("companion")
 @torch.no_grad()
-def save(model: nn.Module, folder: str | Path, *, base: str | Path | None = None) -> None:
+def save(model: nn.Module, folder: str | Path, *, base: str | Path | None = None,
+         compress: bool = False) -> None:
     """Write a model to `folder`, with all that `load` needs to build it again where it was changed.
 
     `model.safetensors` holds the weights (in several files where they are large; tied weights
@@ -45,6 +48,10 @@ def save(model: nn.Module, folder: str | Path, *, base: str | Path | None = None
 
     With `base`, a folder of the model before it was changed (or before the last of its changes),
     only what differs from that is written: adapters, for instance.
+
+    With `compress` zeros of weights are not stored, and exponents in as few bits as they need:
+    half the weights zero makes float32 files less than half as large, and bfloat16 weights take
+    two thirds. `load` gives the same numbers to the bit; nothing else can read such a folder.
 
     Kept are parameters and buffers with their dtype and ties, which parameters learn, and each
     module's mode. Hooks and other functions are not, nor is what was set by hand on a changed
@@ -57,6 +64,7 @@ def save(model: nn.Module, folder: str | Path, *, base: str | Path | None = None
         model: what is kept.
         folder: where; it is made where it is not there.
         base: a folder of the model before its changes, see above.
+        compress: whether files are made smaller, see above.
 
     Raises:
         ValueError: a reshape was given something without a public name, a part of the model was
@@ -89,8 +97,9 @@ def save(model: nn.Module, folder: str | Path, *, base: str | Path | None = None
     partial = folder / _PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    _write_pretrained(model, partial, expressible=base is None and _expressible(model))
-    content["files"] = stored.write(partial)
+    _write_pretrained(model, partial, expressible=base is None and not compress
+                      and _expressible(model))
+    content["files"] = stored.write(partial, compress)
     content["written"] = sorted(path.name for path in partial.iterdir())
     content["sha256"] = _text_digest(content)
     (partial / CHANGES).write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -192,21 +201,22 @@ class _Stored(NamedTuple):
                 stored.strides[name] = list(tensor.stride())
         return stored
 
-    def write(self, folder: Path) -> dict[str, str]:
+    def write(self, folder: Path, compress: bool) -> dict[str, str]:
         """Write the files of tensors; return their names with their digests."""
         files = {}
         shards = _shards(self.weights)
         names = [WEIGHTS] if len(shards) == 1 else [
             f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         for name, shard in zip(names, shards, strict=True):
-            files[name] = _write(folder / name, {key: self.weights[key] for key in shard})
+            files[name] = _write(folder / name, {key: self.weights[key] for key in shard},
+                                 compress)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(t.nbytes for t in self.weights.values())},
                      "weight_map": {key: name for name, shard in zip(names, shards, strict=True)
                                     for key in shard}}
             (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=1))
         if self.buffers:
-            files[BUFFERS] = _write(folder / BUFFERS, self.buffers)
+            files[BUFFERS] = _write(folder / BUFFERS, self.buffers, compress)
         return files
 
 
@@ -241,8 +251,11 @@ def _shards(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     return shards
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def _write(path: Path, tensors: Mapping[str, Tensor], compress: bool) -> str:
     from safetensors.torch import save_file
+    if compress:
+        write_packed(tensors, path)
+        return _digest(path)
     held: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -253,6 +266,33 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
         held[name] = flat
     save_file(held, path, metadata={"format": "pt"})
     return _digest(path)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Return the bytes of the files of tensors that `save` would write; the model may be meta."""
+    weights: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = dict(_extra_states(model))
+    seen: set[int] = set()
+    for name, tensor, persistent in _tensors(model):
+        if id(tensor) not in seen:
+            (weights if persistent else buffers)[name] = tensor
+            seen.add(id(tensor))
+    files = [{name: weights[name] for name in shard} for shard in _shards(weights)]
+    return sum(map(_file_bytes, [*files, *([buffers] if buffers else [])]))
+
+
+def _file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of a file of safetensors: a length, a header of JSON, the numbers."""
+    from safetensors.torch import _TYPES
+    names = {dtype: name for name, dtype in _TYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + end
 
 
 def _modes(model: nn.Module) -> dict[str, Any]:
@@ -396,13 +436,12 @@ def _given(content: Mapping[str, Any], folder: Path, base: str | Path | None) ->
 def _weights(folder: Path) -> dict[str, Tensor]:
     """Return all tensors in a folder of `save`'s or of Hugging Face's."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
     _recover(folder)
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            tensors |= load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
+            tensors |= read_tensors(path)
+        except (SafetensorError, OSError, ValueError, zlib.error) as error:
             raise CorruptCheckpoint(f"{path} cannot be read ({error})") from error
     if not tensors:
         raise CorruptCheckpoint(f"{folder} holds no .safetensors file; give the folder of the "
@@ -450,7 +489,6 @@ def _content(folder: Path) -> dict[str, Any]:
 
 def _read(folder: Path, files: Mapping[str, str]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
     tensors: dict[str, Tensor] = {}
     for name, digest in files.items():
         path = folder / name
@@ -460,8 +498,8 @@ def _read(folder: Path, files: Mapping[str, str]) -> dict[str, Tensor]:
             raise CorruptCheckpoint(f"{path} does not match its digest in {CHANGES}; restore "
                                     f"{folder} from a copy")
         try:
-            tensors |= load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
+            tensors |= read_tensors(path)
+        except (SafetensorError, OSError, ValueError, zlib.error) as error:
             raise CorruptCheckpoint(f"{path} cannot be read ({error})") from error
     return tensors
 

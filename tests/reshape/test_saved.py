@@ -295,3 +295,37 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="base must be another folder"):
         nw.save(small(), tmp_path / "a", base=tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_compressed_folder_is_smaller_and_comes_back_to_the_bit(tmp_path):
+    model = llama()
+    sparse = nw.reshape.prune_weights(model, None, 0.7)
+    x = IDS % 64
+    nw.save(sparse, tmp_path / "plain")
+    nw.save(sparse, tmp_path / "small", compress=True)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "small")]
+    assert sizes[1] < 0.6 * sizes[0]
+    again = nw.load(tmp_path / "small")
+    assert all(torch.equal(t, again.state_dict()[name])
+               for name, t in sparse.state_dict().items())
+    assert torch.equal(again(x).logits, sparse.eval()(x).logits)
+    with pytest.raises(OSError, match="read-this-folder-by-netwright"):
+        type(model).from_pretrained(tmp_path / "small")
+    nw.save(again, tmp_path / "small")
+    assert torch.equal(type(model).from_pretrained(tmp_path / "small")(x).logits, again(x).logits)
+
+
+def test_a_compressed_base_gives_its_weights(tmp_path):
+    model = small()
+    nw.save(model, tmp_path / "base", compress=True)
+    pruned = prune_sublayers(model, IDS, 2)
+    nw.save(pruned, tmp_path / "less", base=tmp_path / "base", compress=True)
+    assert torch.equal(nw.load(tmp_path / "less", small(seed=1))(IDS), pruned(IDS))
+
+
+def test_a_damaged_compressed_folder_is_told(tmp_path):
+    nw.save(small(), tmp_path, compress=True)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(CorruptCheckpoint, match="digest"):
+        nw.load(tmp_path, small())
