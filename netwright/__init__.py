@@ -26,6 +26,7 @@ face(
         "rules": "netwright.rules",
     },
     names={
+        "Advice": "netwright.advise.advice",
         "Anatomy": "netwright.anatomy.anatomy",
         "Axes": "netwright.anatomy.axes",
         "History": "netwright.training",
@@ -33,6 +34,7 @@ face(
         "Recipe": "netwright.compare.recipe",
         "Stages": "netwright.stages",
         "Task": "netwright.tasks",
+        "advise": "netwright.advise.advise",
         "anatomy": "netwright.anatomy.anatomy",
         "applicable": "netwright.advise.applicable",
         "apply": "netwright.compare.apply",
@@ -42,6 +44,7 @@ face(
         "find": "netwright.catalogue.find",
         "fit": "netwright.training",
         "fixed_point": "netwright.numerics",
+        "inspect": "netwright.advise.inspect",
         "load": "netwright.reshape.saved",
         "method": "netwright.catalogue.facets",
         "parallel_forward": "netwright.stages",

@@ -355,7 +355,8 @@ def dtype_modes_buffers_hooks_and_what_is_frozen_stay(make: Make) -> None:
     expect(list(result._forward_hooks.values()) == [_twice], "the model's hooks to be kept",
            list(result._forward_hooks.values()), "change a deepcopy, which has them")
     kinds = {t.dtype for t in result.parameters()} - {torch.float64}
-    expect(not kinds, "all weights in the model's dtype, torch.float64", kinds,
+    expect(not kinds or case.arguments.get("dtype") is not None,  # which asks for another one
+           "all weights in the model's dtype, torch.float64", kinds,
            "make new weights .to(those that are there)")
     before, after = dict(model.named_modules()), dict(result.named_modules())
     for name in before.keys() & after.keys():
@@ -367,6 +368,25 @@ def dtype_modes_buffers_hooks_and_what_is_frozen_stay(make: Make) -> None:
     kept = dict(result.named_parameters()).get(name)
     expect(kept is None or not kept.requires_grad, f"the frozen {name!r} to stay frozen",
            "one that learns", "copy requires_grad with the weights")
+
+
+@check
+def parts_in_eval_mode_stay_so_wherever_they_are_put(make: Make) -> None:
+    case = make()
+    case.network.train()
+    for k, (name, part) in enumerate(case.network.named_modules()):
+        part.was_called = name
+        part.training = k % 3 != 1
+    before = {name: part.training for name, part in case.network.named_modules()}
+    places = list(case().named_modules(remove_duplicate=False))
+    for name, part in places:
+        if sum(other is part for _, other in places) > 1:
+            continue  # one that stands for several has but one mode
+        was = vars(part).get("was_called")
+        expect(was is None or part.training == before[was],
+               f"the mode of {was!r} to be kept where it is called {name!r}", part.training,
+               "put a part elsewhere by netwright.anatomy.replace, which gives it modes, and give "
+               "it its own again")
 
 
 def _twice(module: nn.Module, args: Any, output: Any) -> Any:

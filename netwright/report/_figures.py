@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from netwright.compare.results import Comparison, Row
+from netwright.runtime.units import bytes_text, count_text, seconds_text
 from netwright.runtime.written import plain
 
 PALETTE = (("#0b66c3", "#6db3ff"), ("#d1560b", "#ff9d5c"), ("#0a8554", "#4fd39b"),
@@ -22,46 +23,6 @@ class Figure(NamedTuple):
     write: Callable[[float], str]
     meaning: str
 
-
-def bytes_text(size: float) -> str:
-    """Return a number of bytes in the unit that suits it.
-
-    >>> bytes_text(1536)
-    '1.5 KiB'
-    """
-    if not math.isfinite(size):
-        return "–"
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = min(int(math.log(max(size, 1), 1024)), len(units) - 1)
-    return f"{digits_of(size / 1024 ** power)} {units[power]}"
-
-
-def seconds_text(seconds: float) -> str:
-    """Return a time in the unit that suits it.
-
-    >>> seconds_text(0.00125), seconds_text(75)
-    ('1.25 ms', '1.25 min')
-    """
-    if not math.isfinite(seconds):
-        return "–"
-    for below, factor, unit in ((1e-3, 1e6, "µs"), (1, 1e3, "ms"), (60, 1, "s"),
-                                (3600, 1 / 60, "min")):
-        if seconds < below:
-            return f"{digits_of(seconds * factor)} {unit}"
-    return f"{digits_of(seconds / 3600)} h"
-
-
-def count_text(count: float) -> str:
-    """Return a count with the prefix that suits it.
-
-    >>> count_text(26506), count_text(1.2e9)
-    ('26.5 k', '1.2 G')
-    """
-    if not math.isfinite(count):
-        return "–"
-    prefixes = ("", "k", "M", "G", "T", "P")
-    power = min(int(math.log(max(count, 1), 1000)), len(prefixes) - 1)
-    return f"{digits_of(count / 1000 ** power)} {prefixes[power]}".rstrip()
 
 FIGURES = (
     Figure("step_time", "Step time", seconds_text,
@@ -159,14 +120,6 @@ def score_text(row: Row) -> str:
     mean, spread = score_of(row, row.mean), score_of(row, spread_of(row))
     places = 1 if is_share(row) else max(0, 3 - math.floor(math.log10(abs(mean) or 1)) - 1)
     return f"{mean:.{places}f}" + (f" ± {spread:.{places}f}" if len(row.scores) > 1 else "")
-
-
-def digits_of(value: float) -> str:
-    """Return three significant digits without an exponent."""
-    if value >= 100:
-        return f"{value:.0f}"
-    text = f"{value:.{1 if value >= 10 else 2}f}"
-    return text.rstrip("0").rstrip(".")
 
 
 def without_nan(value: Any) -> Any:

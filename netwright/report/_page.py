@@ -18,7 +18,6 @@ from netwright.report._figures import (
     PALETTE,
     best_of,
     by_task,
-    digits_of,
     ending,
     is_share,
     is_shown,
@@ -33,6 +32,7 @@ from netwright.report._figures import (
     value_of,
     without_nan,
 )
+from netwright.runtime.units import digits_of
 from netwright.runtime.version import __version__
 from netwright.runtime.written import plain, write_text
 

@@ -29,6 +29,7 @@ __all__ = ["load", "save"]
 FORMAT = 1
 CHANGES, WEIGHTS, BUFFERS = "changes.json", "model.safetensors", "buffers.safetensors"
 SHARD = 5 * 2**30  # bytes; a file of weights holds no more, unless one tensor does
+_TOKENIZER = "tokenizer.json"
 _EXTRA = "_extra_state"  # the name that state_dict gives it
 _PARTIAL, _NEXT = ".netwright.partial", ".netwright.next"
 _REFUSED = "read-this-folder-by-netwright.load.safetensors"
@@ -44,7 +45,7 @@ def save(model: nn.Module, folder: str | Path, *, base: str | Path | None = None
     once), `changes.json` what the model was and each change with its decision. A Hugging Face
     model has its `config.json` and generation config beside them. Where its own class can express
     what was changed, as a smaller number of layers, plain `from_pretrained` loads the folder too;
-    where it cannot, `from_pretrained` refuses it.
+    where it cannot, `from_pretrained` refuses it. A tokenizer that a change gave it goes along.
 
     With `base`, a folder of the model before it was changed (or before the last of its changes),
     only what differs from that is written: adapters, for instance.
@@ -99,6 +100,7 @@ def save(model: nn.Module, folder: str | Path, *, base: str | Path | None = None
     partial.mkdir()
     _write_pretrained(model, partial, expressible=base is None and not compress
                       and _expressible(model))
+    _write_tokenizer(model, partial)
     content["files"] = stored.write(partial, compress)
     content["written"] = sorted(path.name for path in partial.iterdir())
     content["sha256"] = _text_digest(content)
@@ -140,6 +142,8 @@ def load(folder: str | Path, network: nn.Module | None = None, *,
     for record in records[len(changes(model)):]:
         model = _again(model, record)
     _fill(model, tensors, content, folder)
+    if any("tokenizer" in name for name in content["written"]):
+        _read_tokenizer(model, folder)
     return model
 
 
@@ -268,6 +272,33 @@ def _write(path: Path, tensors: Mapping[str, Tensor], compress: bool) -> str:
     return _digest(path)
 
 
+def stored_bytes(model: nn.Module) -> int:
+    """Return the bytes of the files of tensors that `save` would write; the model may be meta."""
+    weights: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = dict(_extra_states(model))
+    seen: set[int] = set()
+    for name, tensor, persistent in _tensors(model):
+        if id(tensor) not in seen:
+            (weights if persistent else buffers)[name] = tensor
+            seen.add(id(tensor))
+    files = [{name: weights[name] for name in shard} for shard in _shards(weights)]
+    return sum(map(_file_bytes, [*files, *([buffers] if buffers else [])]))
+
+
+def _file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of a file of safetensors: a length, a header of JSON, the numbers."""
+    from safetensors.torch import _TYPES
+    names = {dtype: name for name, dtype in _TYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + end
+
+
 def _modes(model: nn.Module) -> dict[str, Any]:
     """Return the model's mode, and the modules that are in the other one."""
     return {"training": model.training, "others": [
@@ -300,6 +331,25 @@ def _write_pretrained(model: Any, folder: Path, *, expressible: bool) -> None:
         (folder / "config.json").write_text(text, encoding="utf-8")
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def _write_tokenizer(model: Any, folder: Path) -> None:
+    """Write the tokenizer that belongs to a model, where a change gave it one."""
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    elif hasattr(tokenizer, "to_str"):
+        tokenizer.save(str(folder / _TOKENIZER))
+
+
+def _read_tokenizer(model: Any, folder: Path) -> None:
+    """Give a model the tokenizer that was written beside it."""
+    if (folder / "tokenizer_config.json").exists():
+        import transformers
+        model.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    elif (folder / _TOKENIZER).exists():
+        import tokenizers
+        model.tokenizer = tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER))
 
 
 def _other_shapes(model: Any, config: Mapping[str, Any]) -> dict[str, list[int]]:
