@@ -122,6 +122,9 @@ def _fading_network() -> nn.Module:
 def finish_n_of_m(model: nn.Module) -> nn.Module:
     """Return a copy of what `n_of_m_training` made, its own layers back, zeros in their weights.
 
+    Args:
+        model: what was trained.
+
     Raises:
         NothingToReshape: no layer of `model` is one of `n_of_m_training`.
     """
@@ -139,7 +142,9 @@ def with_zeros(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
     for name in decision["layers"]:
         layer: Any = model.get_submodule(name)
         layer.layer.weight.copy_(layer.layer.weight * layer.mask(layer.n))
+        mode = layer.layer.training
         model = replace(model, name, layer.layer)
+        layer.layer.train(mode)
     return model
 
 
