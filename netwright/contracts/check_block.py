@@ -154,7 +154,9 @@ def it_fits_its_declared_place(make: Make) -> None:
         expect(shape == first.shape, f"an output of the input's shape {tuple(first.shape)} at the "
                f"place {case.place!r}", shape, "return that, or declare another place")
     elif case.place in ("linear", "head", "embedding"):
-        expect(shape[:-1] == first.shape[:-1], f"an output ({', '.join(map(str, first.shape[:-1]))}"
+        whole = case.place == "embedding" and not first.is_floating_point()  # each number a vector
+        kept = first.shape if whole else first.shape[:-1]
+        expect(shape[:-1] == kept, f"an output ({', '.join(map(str, kept))}"
                ", …), the input's leading axes kept", shape, "map the last axis alone")
     elif case.place == "whole network" and "classes" in case.takes and first.ndim > 2:
         expect(shape == (len(first), SUPPLIED["classes"]), "scores (batch, classes)", shape,
