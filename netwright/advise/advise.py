@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["advise"]
 
 WORK = ".work"  # the folder, in that of the advice, of what is kept between questions
-SEARCHING = 0.75  # of the time; the rest measures the finalists
+SEARCHING = 0.7  # of the time; the rest measures the finalists
 SHARE = 0.02  # of the time that one look at the samples for screening, or for the end, may take
 CALIBRATION = 256  # samples that steps look at, at most
 ANSWERS = 80  # of the original that the least budget holds
@@ -121,8 +121,10 @@ def advise(model: nn.Module, data: Any, *, want: Any = (), keep: float = 0.98,
         question = Question(tuple(wants), keep, laboratory.original)
         found, aside = options(model, parts.inputs[0], wants)
         with Show(question, allowed, on=progress) as show:
-            search = Search(laboratory, ledger, found, extra, question, show)
-            finals = Finals(laboratory, last, work / "finalists", rows=looked[1])
+            search = Search(laboratory, ledger, found, extra, question, show,
+                            seconds=allowed)
+            finals = Finals(laboratory, last, work / "finalists", rows=looked[1],
+                            turns=int(SHARE * allowed / answer / 2))
             left = max(0.0, allowed - search.spent - finals.spent)
             search.run(begun + SEARCHING * left)
             deadline = begun + max(left, (1 - SEARCHING) * allowed)
@@ -163,7 +165,7 @@ def _rows(ledger: Ledger, parts: Material, answer: float, batch: int, allowed: f
     known = ledger.storage.get_study_user_attrs(ledger.study).get("rows")
     if known is None:
         most = max(4, int(SHARE * allowed / max(answer, 1e-6))) * batch
-        known = [min(rows(parts.screening), most), min(rows(parts.final), 2 * most),
+        known = [min(rows(parts.screening), most), min(rows(parts.final), most),
                  min(rows(parts.calibration), max(2 * batch, most // 4), CALIBRATION)]
         ledger.storage.set_study_user_attr(ledger.study, "rows", known)
     return known[0], known[1], known[2]

@@ -23,15 +23,17 @@ from netwright.errors import CorruptCheckpoint, NetwrightError
 from netwright.reshape import save
 from netwright.runtime.written import plain
 
-TURNS = 21  # of the final timing
+LEAST, TURNS = 3, 21  # of the final timing
 MOST = 6  # finalists, unless none of them meets what is asked
 
 
 class Finals:
     """What finalists are measured with; each is measured once, and its checkpoint kept."""
 
-    def __init__(self, laboratory: Laboratory, ledger: Ledger, folder: Path, *, rows: int) -> None:
+    def __init__(self, laboratory: Laboratory, ledger: Ledger, folder: Path, *, rows: int,
+                 turns: int) -> None:
         self.laboratory, self.ledger, self.folder = laboratory, ledger, folder
+        self.turns = min(max(turns, LEAST), TURNS)
         self.part = first_rows(laboratory.material.final, rows)
         self.targets = targets_of(laboratory.judge, self.part)
         self.forgiven = ledger.last()
@@ -93,6 +95,8 @@ class Finals:
         except TimeUp:
             self.laboratory.forget()
             self.ledger.fail(mine, "")
+            self.failed[key] = Failed(text_of(tried.recipe), "the time was over before it was "
+                                      "measured", time.perf_counter() - start)
             return None
         except OSError as error:
             self.ledger.fail(mine, "")
@@ -129,7 +133,7 @@ class Finals:
             raise ValueError("its outputs on the data kept for the end are not finite")
         value = original_value(lab.judge, outputs, self.targets) \
             if lab.judge.metric is not None else quality.value
-        spent = times([lab.model, again], lab.x, TURNS)
+        spent = times([lab.model, again], lab.x, self.turns)
         median, low, high = ratio_interval(spent, seed=lab.seed)
         original = self.original()["figures"]
         held = figures(again, lab.x)
@@ -144,7 +148,7 @@ class Finals:
             "quality": {"value": quality.value, "low": quality.low, "high": quality.high,
                         "metric": value, "screened": tried.quality},
             "figures": held, "shares": shares, "time": {"median": median, "low": low, "high": high,
-                                                        "turns": TURNS},
+                                                        "turns": self.turns},
             "loads": _loads(self.folder / key), "layers": became,
             "untouched": [{"name": layer["name"], "bytes": layer["bytes"],
                            "share": layer["share"]} for layer in became

@@ -28,6 +28,7 @@ from netwright.runtime.random_state import same_random_state
 WORTH = 1.0  # seconds of work from which on a step's result is kept on disk
 KEPT = 24  # results of steps that are kept
 TURNS = 5  # of a screening's timing
+SLOW = 0.2  # seconds of an answer from which on there are fewer
 
 
 class TimeUp(BaseException):
@@ -91,7 +92,8 @@ class Laboratory:
         held: Figures = figures(changed, self.x)
         shares = {name: value / self.original[name] for name, value in held.items()
                   if self.original.get(name)}
-        shares["inference_time"] = ratio(times([self.model, changed], self.x, TURNS))
+        turns = TURNS if self.original["inference_time"] < SLOW else TURNS // 2
+        shares["inference_time"] = ratio(times([self.model, changed], self.x, turns))
         held["inference_time"] = shares["inference_time"] * self.original["inference_time"]
         return {"quality": quality, "figures": held, "shares": shares, "dtypes": dtypes(changed),
                 "plain_dtype": only_dtype(self.model, changed),
