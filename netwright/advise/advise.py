@@ -35,6 +35,7 @@ __all__ = ["advise"]
 WORK = ".work"  # the folder, in that of the advice, of what is kept between questions
 SEARCHING = 0.7  # of the time; the rest measures the finalists
 SHARE = 0.02  # of the time that one look at the samples for screening, or for the end, may take
+JUDGING = 768  # samples that finalists are judged by, at most
 CALIBRATION = 256  # samples that steps look at, at most
 ANSWERS = 80  # of the original that the least budget holds
 
@@ -129,7 +130,8 @@ def advise(model: nn.Module, data: Any, *, want: Any = (), keep: float = 0.98,
             search.run(begun + SEARCHING * left)
             deadline = begun + max(left, (1 - SEARCHING) * allowed)
             finals.original()
-            measured = measure_all(search, finals, question, deadline)
+            measured = measure_all(search, finals, question, deadline,
+                                   hurried=left == 0)
         return _given(search, finals, measured, found, aside, folder,
                       source=None if source is None else Path(source), budget=allowed,
                       seconds=time.monotonic() - begun, answer=laboratory.x)
@@ -165,7 +167,7 @@ def _rows(ledger: Ledger, parts: Material, answer: float, batch: int, allowed: f
     known = ledger.storage.get_study_user_attrs(ledger.study).get("rows")
     if known is None:
         most = max(4, int(SHARE * allowed / max(answer, 1e-6))) * batch
-        known = [min(rows(parts.screening), most), min(rows(parts.final), most),
+        known = [min(rows(parts.screening), most), min(rows(parts.final), most, JUDGING),
                  min(rows(parts.calibration), max(2 * batch, most // 4), CALIBRATION)]
         ledger.storage.set_study_user_attr(ledger.study, "rows", known)
     return known[0], known[1], known[2]

@@ -28,6 +28,7 @@ BASES = 6  # recipes that others are added to
 LONGEST = 4  # steps of a recipe
 SHARE = 3  # of the time that is left a try may take one part in this many
 LEAST = 5.0  # seconds that it may take anyway
+CHEAP = 6  # settings of a method that looks at no data, before any that does
 REPAIR = 12  # of the whole time a short training may take one part in this many
 
 
@@ -111,10 +112,20 @@ class Search:
                 return
 
     def plan(self) -> Iterator[Recipe]:
-        """Yield what is to be tried: all methods, then more of those that did well, together."""
+        """Yield what is to be tried: all methods, then more of those that did well, together.
+
+        What looks at no data comes first, with its settings, since it costs the least.
+        """
         yield from self.also
         for option in self.options:
-            if not is_repair(option.steps[0]):
+            if option.phase == 0:
+                yield Recipe((option.steps[0],))
+        for option in self._ranked():
+            if option.phase == 0:
+                yield from (Recipe((step,)) for step in self._untried(option)[:CHEAP])
+                yield from (Recipe((step,)) for step in self._untried(option)[:1])
+        for option in self.options:
+            if option.phase == 1:
                 yield Recipe((option.steps[0],))
         for round in count():
             news = [*self._settings(round), *self._together(4 * (round + 1))]
