@@ -89,8 +89,8 @@ def asked(bar: Bar, model: torch.nn.Module, samples: Any, folder: Path, source: 
 
 def fresh(folder: Path) -> bool:
     """Return whether a saved model gives in another process what it gives here."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks.advise", "--look", str(folder)], check=True,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.advise", "--look", str(folder)],
+                          check=True, capture_output=True, text=True)
     return float(done.stdout.splitlines()[-1]) == checksum(folder)
 
 
