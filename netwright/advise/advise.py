@@ -239,7 +239,8 @@ def _verdict(points: Sequence[dict[str, Any]], best: int, met: bool, question: Q
     lacks = " and ".join(
         f"{miss['resource'].replace('_', ' ')} is {miss['is']:.3g} and not {miss['limit']:.3g}"
         for miss in point["misses"])
-    left = sorted(point["untouched"], key=lambda layer: -layer["share"])[:2]
+    left = sorted((layer for layer in point["untouched"] if layer["share"] >= 0.01),
+                  key=lambda layer: -layer["share"])[:2]
     stands = "" if not left else "; most of what it leaves as it was is " + " and ".join(
         f"{layer['name'] or 'the network itself'} ({layer['share']:.0%} of the bytes)"
         for layer in left)

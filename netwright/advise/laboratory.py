@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from netwright.advise.candidates import OFFERED
-from netwright.advise.figures import Figures, dtypes, figures, only_dtype, ratio, times
+from netwright.advise.figures import Figures, dtypes, figures, once, only_dtype, ratio, times
 from netwright.advise.material import Material, first_rows, joined
 from netwright.advise.quality import Judge, score, targets_of
 from netwright.compare.apply import apply
@@ -28,6 +28,7 @@ from netwright.runtime.random_state import same_random_state
 WORTH = 1.0  # seconds of work from which on a step's result is kept on disk
 KEPT = 24  # results of steps that are kept
 TURNS = 5  # of a screening's timing
+HOPELESS = 5  # times of the original's answer above which nothing more is looked at
 SLOW = 0.2  # seconds of an answer from which on there are fewer
 
 
@@ -85,6 +86,10 @@ class Laboratory:
 
     def screened(self, changed: nn.Module) -> dict[str, Any]:
         """Return the figures of a changed model, its quality on the samples for screening."""
+        spent = once(changed, self.x)
+        if spent > max(SLOW, HOPELESS * self.original["inference_time"]):
+            raise ValueError(f"an answer takes {spent / self.original['inference_time']:.0f} times "
+                             "the original's on this machine")
         quality = score(self.judge, self.reference,
                         self.judge.outputs(changed, self.screening), self.targets)
         if not math.isfinite(quality):

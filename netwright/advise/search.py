@@ -274,7 +274,8 @@ class Search:
         if mine is None:
             return True
         left = deadline - time.monotonic()
-        limit = min(left, max(left / SHARE, LEAST))
+        longest = max((one.found["seconds"] for one in self.tried.values()), default=0.0)
+        limit = min(left, max(left / SHARE, LEAST, 2 * longest))
         self.show.trying(text_of(entry), self.best(), deadline)
         start = time.perf_counter()
         about = {"recipe": entry.plain(), "text": text_of(entry),
@@ -290,7 +291,7 @@ class Search:
             self._failed(entry, key, mine, time.perf_counter() - start, lasting=False,
                          reason=f"it was not done after {limit:.0f} s, "
                                 + ("when the time was over" if limit >= left else
-                                   "a third of the time that was left"))
+                                   "more than the others take"))
             return time.monotonic() < deadline
         except Exception as error:  # whatever it is, it is said with its name
             said = str(error) if isinstance(error, (NetwrightError, ValueError)) else \

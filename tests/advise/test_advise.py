@@ -267,3 +267,22 @@ def test_a_transformer_is_advised_on_by_its_own_distribution(tmp_path):
 def test_halving_is_a_reshape_like_others():
     small = halve_hidden(network(), check=False)
     assert small[0].out_features == 32
+
+
+@nw.reshape.reshape
+def learnt(model, teacher, calibration):
+    """Return a copy with the teacher's last bias, as a training would find it."""
+    return nw.reshape.decided({"bias": teacher[2].bias.tolist()})
+
+
+@learnt.applies
+def with_bias(model, decision):
+    model[2].bias.data = torch.tensor(decision["bias"])
+    return model
+
+
+def test_a_step_that_learns_is_given_the_original_as_its_teacher():
+    model = network()
+    changed = nw.apply([halve_hidden, learnt], model, samples())
+    assert changed[0].out_features == 32
+    assert torch.equal(changed[2].bias, model[2].bias)
