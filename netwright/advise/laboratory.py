@@ -28,6 +28,7 @@ from netwright.runtime.random_state import same_random_state
 WORTH = 1.0  # seconds of work from which on a step's result is kept on disk
 KEPT = 24  # results of steps that are kept
 TURNS = 5  # of a screening's timing
+AGAIN = 1.0  # seconds after which a try that goes on is told once more to end
 HOPELESS = 5  # times of the original's answer above which nothing more is looked at
 SLOW = 0.2  # seconds of an answer from which on there are fewer
 
@@ -48,7 +49,8 @@ def limited(seconds: float) -> Iterator[None]:
         raise TimeUp
     before = signal.signal(signal.SIGALRM, end)
     start = time.monotonic()
-    left, every = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    # Again and again, since what is raised while the collector runs is lost.
+    left, every = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), AGAIN)
     try:
         yield
     finally:

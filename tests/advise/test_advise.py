@@ -21,6 +21,22 @@ from netwright.models import gpt
 from tests.advise.made_up import halve_hidden
 
 
+# A try may be told to end while the collector runs, whose errors go nowhere but into a warning.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def few_methods(monkeypatch):
+    """Let three methods be known, so that a question takes seconds; the other tests have all."""
+    asking = sys.modules[nw.advise.__module__]
+
+    def some(*given):
+        found, aside = options(*given)
+        return [option for option in found if option.name.endswith(
+            ("halve_hidden", "prune_sublayers", "cast"))], aside
+    monkeypatch.setattr(asking, "options", some)
+
+
 def network(seed=0):
     """A network whose hidden units are mostly of no use."""
     torch.manual_seed(seed)
