@@ -20,7 +20,6 @@ from netwright.errors import UnknownName
 from netwright.models import gpt
 from tests.advise.made_up import halve_hidden
 
-
 # A try may be told to end while the collector runs, whose errors go nowhere but into a warning.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

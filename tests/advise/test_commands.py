@@ -11,7 +11,6 @@ from netwright import cli
 from netwright.advise.reading import images, model_in, texts
 from netwright.models import mlp
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
