@@ -58,7 +58,8 @@ def encoder(tmp_path):
 
 def test_a_folder_and_a_text_give_models_that_load_anywhere(netwright, encoder, tmp_path):
     status, out, err = netwright("advise", encoder, "--text", "notes.txt", "--want", "size=0.9",
-                                 "--keep", "0.2", "--budget", "8s", "-q", "-o", "advice")
+                                 "--keep", "0.2", "--budget", "15s", "-q", "-o", "advice",
+                                 "--also", "cast")
     assert (status, err) == (0, "")
     assert "correlation of all pairs" in out
     found = nw.Advice.read("advice")
