@@ -26,6 +26,7 @@ face(
         "rules": "netwright.rules",
     },
     names={
+        "Advice": "netwright.advise.advice",
         "Anatomy": "netwright.anatomy.anatomy",
         "Axes": "netwright.anatomy.axes",
         "History": "netwright.training",
@@ -33,6 +34,7 @@ face(
         "Recipe": "netwright.compare.recipe",
         "Stages": "netwright.stages",
         "Task": "netwright.tasks",
+        "advise": "netwright.advise.advise",
         "anatomy": "netwright.anatomy.anatomy",
         "applicable": "netwright.advise.applicable",
         "apply": "netwright.compare.apply",

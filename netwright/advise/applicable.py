@@ -97,13 +97,13 @@ def applicable(model: nn.Module, example: Any, *, need: str | Sequence[str] = ()
     >>> found.names[:2], found[0].why
     (['reshape.prune_sublayers', 'reshape.moefy'], '4 sublayers: 1.attention_out, 1.mlp_out, …')
     """
-    seen = _Seen(model.model if isinstance(model, Stages) else model, example)
-    found = (_judged(entry, seen) for entry in find(need=need, kind=kind, without=without)
+    seen = Seen(model.model if isinstance(model, Stages) else model, example)
+    found = (judged(entry, seen) for entry in find(need=need, kind=kind, without=without)
              if entry.facets.kind in KINDS)
     return Applicable(change for change in found if all or change.applies)
 
 
-def _judged(entry: Method, seen: "_Seen") -> Candidate:
+def judged(entry: Method, seen: "Seen") -> Candidate:
     said = entry.facets
     asks = tuple(need for need in said.needs if need not in INSIDE)
     try:
@@ -116,7 +116,7 @@ def _judged(entry: Method, seen: "_Seen") -> Candidate:
     return Candidate(entry, True, (where or inside or ["the whole network"])[0], asks)
 
 
-def _ask(change: Any, seen: "_Seen") -> None:
+def _ask(change: Any, seen: "Seen") -> None:
     """Let a reshape that decides without data say whether it finds anything to change."""
     if not hasattr(change, "decide"):
         return
@@ -133,7 +133,7 @@ def _ask(change: Any, seen: "_Seen") -> None:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """A network and an input, and what is seen of them; only what is asked for is looked at."""
 
     model: nn.Module
@@ -176,7 +176,7 @@ def _told(what: str, names: Iterable[str], several: str = "") -> str:
     return f"{len(names)} {what if len(names) == 1 else many}: {', '.join(shown)}"
 
 
-def _stages(seen: _Seen) -> str:
+def _stages(seen: Seen) -> str:
     if isinstance(seen.stages, CannotStage):
         raise Missing("the network is no chain of stages; nw.stages says what was seen")
     if len(seen.stages) < 3:
@@ -184,32 +184,32 @@ def _stages(seen: _Seen) -> str:
     return _told("stage", seen.stages.names)
 
 
-def _residual(seen: _Seen) -> str:
+def _residual(seen: Seen) -> str:
     if not seen.sublayers:
         raise Missing("the network has no residual stream")
     return _told("sublayer", (part.name for part in seen.sublayers))
 
 
-def _transformer(seen: _Seen) -> str:
+def _transformer(seen: Seen) -> str:
     _attention(seen)
     return _residual(seen)
 
 
-def _attention(seen: _Seen) -> str:
+def _attention(seen: Seen) -> str:
     return _told("attention layer", (part.name for part in seen.anatomy.attentions))
 
 
-def _dense(seen: _Seen) -> str:
+def _dense(seen: Seen) -> str:
     return _told("feed-forward layer", (part.name for part in seen.anatomy.feedforwards
                                         if part.dim == part.out))
 
 
-def _feedforward(seen: _Seen) -> str:
+def _feedforward(seen: Seen) -> str:
     mixtures = [part.name for part in seen.anatomy.experts]
     return _told("feed-forward layer", mixtures) if mixtures else _dense(seen)
 
 
-def _rows_of_feedforwards(seen: _Seen) -> str:
+def _rows_of_feedforwards(seen: Seen) -> str:
     neighbours = (pair for stream in seen.anatomy.streams
                   for pair in pairwise(stream.sublayers))
     return _told("feed-forward layer behind another", (
@@ -218,7 +218,7 @@ def _rows_of_feedforwards(seen: _Seen) -> str:
         "feed-forward layers behind another")
 
 
-def _linear_rows(seen: _Seen) -> str:
+def _linear_rows(seen: Seen) -> str:
     pairs = [name for name, module in seen.model.named_modules()
              if isinstance(module, nn.Sequential) and _two_linear(module)]
     return _told("place where linear maps follow one another",
@@ -232,7 +232,7 @@ def _two_linear(chain: nn.Sequential) -> bool:
                for a, b in pairwise(parts))
 
 
-def _linear_chain(seen: _Seen) -> str:
+def _linear_chain(seen: Seen) -> str:
     found = seen.anatomy
     if not isinstance(seen.model, nn.Sequential) or (
             found.attentions or found.convolutions or found.recurrents or found.normalisations):
@@ -240,38 +240,38 @@ def _linear_chain(seen: _Seen) -> str:
     return _told("linear layer", (part.name for part in found.linears))
 
 
-def _experts(seen: _Seen) -> str:
+def _experts(seen: Seen) -> str:
     return _told("mixture of experts", (part.name for part in seen.anatomy.experts),
                  "mixtures of experts")
 
 
-def _router(seen: _Seen) -> str:
+def _router(seen: Seen) -> str:
     return _experts(seen) if seen.anatomy.experts else _feedforward(seen)
 
 
-def _convolution(seen: _Seen) -> str:
+def _convolution(seen: Seen) -> str:
     return _told("convolution", (part.name for part in seen.anatomy.convolutions))
 
 
-def _downsampling(seen: _Seen) -> str:
+def _downsampling(seen: Seen) -> str:
     return _told("convolution with a stride", (
         part.name for part in seen.anatomy.convolutions if max(part.stride) > 1),
         "convolutions with a stride")
 
 
-def _recurrent(seen: _Seen) -> str:
+def _recurrent(seen: Seen) -> str:
     return _told("recurrent layer", (part.name for part in seen.anatomy.recurrents))
 
 
-def _linear(seen: _Seen) -> str:
+def _linear(seen: Seen) -> str:
     return _told("linear layer", (part.name for part in seen.anatomy.linears))
 
 
-def _normalisation(seen: _Seen) -> str:
+def _normalisation(seen: Seen) -> str:
     return _told("norm", (part.name for part in seen.anatomy.normalisations))
 
 
-def _activation(seen: _Seen) -> str:
+def _activation(seen: Seen) -> str:
     modules = [name for name, module in seen.model.named_modules()
                if type(module).__module__ == "torch.nn.modules.activation"
                and not isinstance(module, nn.MultiheadAttention)]
@@ -279,37 +279,37 @@ def _activation(seen: _Seen) -> str:
     return _told("activation", modules or within)
 
 
-def _embedding(seen: _Seen) -> str:
+def _embedding(seen: Seen) -> str:
     found = seen.anatomy
     return _told("embedding", [part.name for part in found.embeddings]
                  or [part.name for part in found.linears][:1])
 
 
-def _head(seen: _Seen) -> str:
+def _head(seen: Seen) -> str:
     return _told("head", [seen.anatomy.head] if seen.anatomy.head is not None else [])
 
 
-def _structured(seen: _Seen) -> str:
+def _structured(seen: Seen) -> str:
     return _told("structured layer", seen.holds(StructuredLinear))
 
 
-def _guided(seen: _Seen) -> str:
+def _guided(seen: Seen) -> str:
     return _told("guided layer", seen.holds(SelfGuided))
 
 
-def _mixer(seen: _Seen) -> str:
+def _mixer(seen: Seen) -> str:
     return _told("mixer", seen.holds(MLPMixer))
 
 
-def _token_mixing(seen: _Seen) -> str:
+def _token_mixing(seen: Seen) -> str:
     return _mixer(seen) if seen.holds(MLPMixer) else _attention(seen)
 
 
-def _circuit(seen: _Seen) -> str:
+def _circuit(seen: Seen) -> str:
     return _told("circuit", seen.holds(PolynomialCircuit))
 
 
-def _graph(seen: _Seen) -> str:
+def _graph(seen: Seen) -> str:
     given = seen.example
     edges = given.get("edge_index") if isinstance(given, Mapping) else (
         given[1] if isinstance(given, Sequence) and len(given) > 1 else None)
@@ -319,25 +319,25 @@ def _graph(seen: _Seen) -> str:
     return f"a graph of {len(seen.input)} nodes"
 
 
-def _images(seen: _Seen) -> str:
+def _images(seen: Seen) -> str:
     if not seen.input.is_floating_point() or seen.input.ndim < 4:
         raise Missing(f"the input is no image but {_shape(seen.input)}")
     return f"images {_shape(seen.input)}"
 
 
-def _tokens(seen: _Seen) -> str:
+def _tokens(seen: Seen) -> str:
     if seen.input.is_floating_point() and not seen.anatomy.attentions:
         raise Missing(f"the input is no row of tokens but {_shape(seen.input)}")
     return f"tokens {_shape(seen.input)}"
 
 
-def _coordinates(seen: _Seen) -> str:
+def _coordinates(seen: Seen) -> str:
     if not seen.input.is_floating_point() or seen.input.ndim < 2 or seen.input.shape[-1] > 4:
         raise Missing(f"the input holds no coordinates but {_shape(seen.input)}")
     return f"coordinates {_shape(seen.input)}"
 
 
-def _series(seen: _Seen) -> str:
+def _series(seen: Seen) -> str:
     if not seen.input.is_floating_point() or seen.input.ndim not in (2, 3):
         raise Missing(f"the input is no series but {_shape(seen.input)}")
     return f"series {_shape(seen.input)}"
@@ -348,15 +348,19 @@ def _shape(tensor: Tensor) -> str:
     return f"{kind} ({', '.join(map(str, tensor.shape))})"
 
 
-def _instead(seen: _Seen) -> str:
+def _instead(seen: Seen) -> str:
     raise Missing("it is a whole network, to be taken instead of this one")
 
 
-def _flow(seen: _Seen) -> str:
+def _all_of_it(seen: Seen) -> str:
+    return "the whole network"
+
+
+def _flow(seen: Seen) -> str:
     raise Missing("it is a step of a flow")
 
 
-Look = Callable[[_Seen], str]
+Look = Callable[[Seen], str]
 
 # What methods need of the network and its inputs; all else they need of whoever uses them.
 INSIDE: dict[str, Look] = {
@@ -377,4 +381,5 @@ PLACES: dict[str, Look] = {
     "whole network": _instead,
 }
 # Where a reshape changes what is there, and a block would be put where something else is.
-CHANGED: dict[str, Look] = {"experts": _experts, "token mixing": _mixer}
+CHANGED: dict[str, Look] = {"experts": _experts, "token mixing": _mixer,
+                            "whole network": _all_of_it}

@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from netwright.anatomy.layers import count_weighted, reversible
+from netwright.anatomy.turns import Turn, turns_of
 from netwright.signals import Path, apply, placed, tensors
 
 
@@ -22,10 +24,10 @@ class Call:
     module: nn.Module
     name: str
     parent: "Call | None"
-    start: int
+    start: float
     arguments: Any
     versions: dict[int, int]
-    end: int = 0
+    end: float = 0
     output: Any = None
     output_versions: dict[int, int] = field(default_factory=dict)
     children: list["Call"] = field(default_factory=list)
@@ -102,6 +104,49 @@ def watching(model: nn.Module, calls: list[Call], *, everywhere: bool = False,
     finally:
         for handle in handles:
             handle.remove()
+
+
+def in_turns(calls: list[Call]) -> list[Call]:
+    """Return `calls` with the turns of modules that run in turns, for whatever was called in them.
+
+    What passes between turns is stood for by empty tensors.
+    """
+    turns: dict[nn.Module, list[Turn]] = {}
+    result: list[Call] = []
+    for call in calls:
+        if any(around.module in turns for around in call.around()[1:]):
+            continue
+        result.append(call)
+        if call.module not in turns and (found := _turns(call)):
+            turns[call.module] = found
+        if call.module in turns:
+            call.children = _taken(call, turns[call.module])
+            result += call.children
+    return result
+
+
+def _turns(call: Call) -> list[Turn]:
+    args = call.arguments[0]
+    return turns_of(call.module) if args and isinstance(args[0], Tensor) else []
+
+
+def _taken(whole: Call, turns: list[Turn]) -> list[Call]:
+    """Return a call for each of the turns that `whole` consists of."""
+    (h, *rest), options = whole.arguments
+    step = (whole.end - whole.start) / (2 * len(turns) + 1)
+    between = [h, *(torch.empty(0) for _ in turns[1:])]
+    made = []
+    for k, turn in enumerate(turns):
+        start = whole.start + (2 * k + 1) * step
+        last = k + 1 == len(turns)
+        output = whole.output if last else between[k + 1]
+        made.append(Call(
+            turn, f"{whole.name}.{turn.name}".removeprefix("."), whole, start,
+            ((between[k], *rest), options), whole.versions | {id(between[k]): version(between[k])},
+            start + step, output,
+            whole.output_versions if last else {id(output): version(output)},
+            weights=count_weighted(turn)))
+    return made
 
 
 def link(before: Call, after: Call, calls: list[Call]) -> tuple[Path, Path] | None:

@@ -146,7 +146,7 @@ class Change:
         defaults = {RATE: self.rate(task)} | {entry.key: entry.default for entry in self.tuned()
                                                if entry.name != RATE}
         first = {name: _within(kind, defaults[name]) for name, kind in space.items()}
-        others = [{name: _at(kind, (0.5 + k * ratio ** -(j + 1)) % 1)
+        others = [{name: point_at(kind, (0.5 + k * ratio ** -(j + 1)) % 1)
                    for j, (name, kind) in enumerate(space.items())} for k in range(1, trials)]
         return [first, *others][:max(trials, 1)]
 
@@ -281,7 +281,7 @@ def _set(step: Step, place: Place, tuned: Iterable[Tuned], options: Mapping[str,
     return Step(step.what, inner)
 
 
-def _at(kind: Any, place: float) -> Any:
+def point_at(kind: Any, place: float) -> Any:
     """Return the value of distribution `kind` at `place` of 0..1."""
     if hasattr(kind, "choices"):
         return kind.choices[int(place * len(kind.choices))]
@@ -301,4 +301,4 @@ def _within(kind: Any, value: Any) -> Any:
     if hasattr(kind, "choices"):
         return value if value in kind.choices else kind.choices[0]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if number and kind.low <= value <= kind.high else _at(kind, 0.5)
+    return value if number and kind.low <= value <= kind.high else point_at(kind, 0.5)

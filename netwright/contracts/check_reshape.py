@@ -370,6 +370,25 @@ def dtype_modes_buffers_hooks_and_what_is_frozen_stay(make: Make) -> None:
            "one that learns", "copy requires_grad with the weights")
 
 
+@check
+def parts_in_eval_mode_stay_so_wherever_they_are_put(make: Make) -> None:
+    case = make()
+    case.network.train()
+    for k, (name, part) in enumerate(case.network.named_modules()):
+        part.was_called = name
+        part.training = k % 3 != 1
+    before = {name: part.training for name, part in case.network.named_modules()}
+    places = list(case().named_modules(remove_duplicate=False))
+    for name, part in places:
+        if sum(other is part for _, other in places) > 1:
+            continue  # one that stands for several has but one mode
+        was = vars(part).get("was_called")
+        expect(was is None or part.training == before[was],
+               f"the mode of {was!r} to be kept where it is called {name!r}", part.training,
+               "put a part elsewhere by netwright.anatomy.replace, which gives it modes, and give "
+               "it its own again")
+
+
 def _twice(module: nn.Module, args: Any, output: Any) -> Any:
     return tree_map(lambda t: 2 * t if isinstance(t, Tensor) else t, output)
 

@@ -233,6 +233,12 @@ def named(name: str) -> Reshape:
     return cast(Reshape, found)
 
 
+def own() -> dict[str, Any]:
+    """Return the user's own reshapes that can be saved and say what they are for, by name."""
+    return {name: made for name, made in _OWN.items()
+            if facets(made) is not None and "<locals>" not in name}
+
+
 def _check(models: list[Any]) -> None:
     """Raise unless there is something in which parts can be found and changed."""
     for model in models:

@@ -20,7 +20,8 @@ from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.padding import held, holding, real_positions
 from netwright.runtime.recomputing import checkpoints
 from netwright.signals import all_of, apply, mapped, tensor_of
-from netwright.stages import Stage, Stages, stages
+from netwright.stages import Stage, Stages
+from netwright.stages.find import read
 
 __all__ = ["Rule"]
 
@@ -184,10 +185,12 @@ def meant_for(loss: Callable[..., Tensor], output: Any) -> Any:
 
 
 def chain_of(rule: Rule, network: nn.Module | Stages, example: Any,
-             loss: Callable[..., Tensor] = cross_entropy, *, apart: bool = True) -> Stages:
+             loss: Callable[..., Tensor] = cross_entropy, *, apart: bool = True,
+             opened: bool = True) -> Stages:
     """Return the stages by which `rule` teaches the network.
 
     Where it teaches them `apart`, it warns of FewStages: within a stage it is backpropagation.
+    Unless they are `opened`, modules that run others in turn are one stage.
 
     Raises:
         CannotStage: no chain was found, or the network returns several tensors, of which a `loss`
@@ -197,7 +200,7 @@ def chain_of(rule: Rule, network: nn.Module | Stages, example: Any,
         example, _ = labels_apart(rule.network, example, None)
     if example is not None and loss is not cross_entropy:
         _check_single(rule.network, example, loss)
-    net = network if isinstance(network, Stages) else stages(rule.network, example)
+    net = network if isinstance(network, Stages) else read(rule.network, example, opened=opened)
     if apart and len(net) < 3:
         _warn_of_few(type(rule), net)
     return net

@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import nn
 
 from netwright.anatomy.calls import Call, link
+from netwright.anatomy.turns import Turn
 from netwright.signals import tensors
 from netwright.stages._members import MemberChain, MemberContext, MemberStage, entry_of, members_of
 from netwright.stages.stage import Stages
@@ -46,7 +47,8 @@ def lists(calls: list[Call]) -> list[Candidate]:
     for owner in calls[0].module.modules():
         if not isinstance(owner, (nn.ModuleList, nn.Sequential)):
             continue
-        made = [c for c in calls if any(c.module is child for child in owner.children())]
+        made = [turn for c in calls if any(c.module is child for child in owner.children())
+                for turn in _turns(c)]
         if not made or not all(link(a, b, calls) for a, b in _pairs(made)):
             continue
         found.append(Candidate(made, _cost(made, calls)))
@@ -54,6 +56,26 @@ def lists(calls: list[Call]) -> list[Candidate]:
         len(d.path) > 1 and all(any(call.inside(o) for o in d.path) for call in c.path)
         for d in found)]
     return sorted(found, key=lambda c: (c.cost, -len(c.path)))
+
+
+def _turns(call: Call) -> list[Call]:
+    """Return the turns that a call consists of, itself where it is no such call."""
+    turns = [c for c in call.children if isinstance(c.module, Turn)]
+    return turns or [call]
+
+
+def _completed(path: list[Call]) -> tuple[list[Call], int]:
+    """Return `path` with all turns of the modules that it begins and ends in, and how many first.
+
+    A module that runs in turns is run by stages with all of its turns, or as a whole.
+    """
+    before, after = _turns_around(path[0]), _turns_around(path[-1])
+    first = before[:before.index(path[0])]
+    return [*first, *path, *after[after.index(path[-1]) + 1:]], len(first)
+
+
+def _turns_around(call: Call) -> list[Call]:
+    return _turns(call.parent) if isinstance(call.module, Turn) and call.parent else [call]
 
 
 def through(cuts: list[str], calls: list[Call]) -> tuple[list[Call], list[int]] | str:
@@ -78,7 +100,8 @@ def through(cuts: list[str], calls: list[Call]) -> tuple[list[Call], list[int]] 
     if repeated:
         names = ", ".join(c.name for c in path if c.module in repeated)
         return f"{names} is called in other places too"
-    return path, starts
+    path, added = _completed(path)
+    return path, [0, *(start + added for start in starts[1:])]
 
 
 def sound(path: list[Call]) -> bool:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from netwright.anatomy.calls import Call, link, version
+from netwright.anatomy.turns import Turn, turns_of
 from netwright.errors import CannotStage
 from netwright.runtime.modes import rehearsing
 from netwright.runtime.random_state import RandomState, random_state, set_random_state
@@ -68,6 +69,15 @@ class Member:
     slot: Path
     path: Path
     response: Any
+
+    @property
+    def called(self) -> nn.Module:
+        """The module that the model's own forward calls, which may run members in turn."""
+        return self.module.whole if isinstance(self.module, Turn) else self.module
+
+    def outside(self, signal: Any) -> Any:
+        """Return what stands for the signal that this takes where the model's own code runs."""
+        return self.module.outside(signal) if isinstance(self.module, Turn) else signal
 
     def respond(self, signal: Any, arguments: Any) -> Any:
         """Return what the member would, with `signal` as its result."""
@@ -146,6 +156,8 @@ class MemberChain:
                  clone_entry: bool) -> None:
         self.model, self.members, self.groups = model, members, groups
         self.entry, self.options, self.clone_entry = entry, options, clone_entry
+        self.turns = {member.module.whole: len(turns_of(member.module.whole))
+                      for member in members if isinstance(member.module, Turn)}
         self.draws: dict[bool, bool] = {}  # whether the model draws between members, by its mode
 
     def first(self, x: Any, context: MemberContext) -> Tensor:
@@ -161,16 +173,17 @@ class MemberChain:
         drawn: list[list[Callable[[], Any]]] = []
         caches: dict[int, _Cache] = {}
         signal: Any = None
+        shown: Any = None
         state: RandomState | None = None
         _refuse_caches(x)
 
         def kept(value: Any) -> Any:
-            if value is signal:
+            if value is signal or value is shown:
                 return SIGNAL
             return caches.get(id(value)) or context.keep(value)
 
         def stub(k: int, arguments: Any, run: Callable[..., Any]) -> Any:
-            nonlocal signal, state
+            nonlocal signal, shown, state
             member = self.members[k]
             if k == 0:
                 for cache in found(arguments, is_cache):
@@ -179,12 +192,13 @@ class MemberChain:
                 return run(*arguments[0], **arguments[1])
             if k == start:
                 signal = at(arguments, member.slot)
+                shown = member.outside(signal)
                 if not fill:
                     raise _Stop
                 if listens:
                     state = random_state()
                     listening.enter_context(draws)
-            elif at(arguments, member.slot) is not signal:
+            elif at(arguments, member.slot) is not (signal if self._within(k, start) else shown):
                 raise CannotStage(f"{member.name} did not take what {self.members[k - 1].name} "
                                   "returned, as it did for the example")
             written.append(tree_map(kept, arguments))
@@ -192,7 +206,7 @@ class MemberChain:
             if k + 1 == len(self.members):
                 listening.close()
                 raise _Stop
-            return member.respond(signal, arguments)
+            return member.respond(signal if self._within(k + 1, start) else shown, arguments)
 
         entry: dict[nn.Module, list[Any]] = {}
         with (self._stubs(stub, range(start)), self._recorded(entry if fill else None, context),
@@ -217,11 +231,12 @@ class MemberChain:
     def last(self, h: Tensor, context: MemberContext) -> Tensor:
         """Run the last group on `h` and what follows it, drawing what the model would draw."""
         group, state = self.groups[-1], random_state()
+        shown = self.members[group.start].outside(h)
 
         def stub(k: int, arguments: Any, run: Callable[..., Any]) -> Any:
             member = self.members[k]
             if k < group.start:
-                return member.respond(h, arguments)
+                return member.respond(h if self._within(k + 1, group.start) else shown, arguments)
             if k == group.start:
                 set_random_state(state)
                 self._draw(k, context)
@@ -230,6 +245,12 @@ class MemberChain:
 
         with self._stubs(stub, group), self._replayed(context):
             return tensor_of(apply(self.model, context.x, **self.options))
+
+    def _within(self, k: int, start: int) -> bool:
+        """Whether the module in whose turns member `start` is runs member `k` after another."""
+        member, other = self.members[k].module, self.members[start].module
+        return (isinstance(member, Turn) and isinstance(other, Turn) and member.k > 0
+                and member.whole is other.whole)
 
     def _draw(self, k: int, context: MemberContext) -> None:
         for draw in context.draws[k - self.groups[0].stop]:
@@ -257,16 +278,20 @@ class MemberChain:
         def forward_of(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 nonlocal position
-                k, position = position, position + 1
-                if k >= len(self.members) or self.members[k].module is not module:
-                    raise CannotStage(f"the layers of {type(self.model).__name__} were not called "
-                                      "as they were for the example; where whole layers are "
-                                      "dropped at random, set layerdrop to 0")
-                return stub(k, (args, kwargs), run)
+                for _ in range(self.turns.get(module, 1)):
+                    k, position = position, position + 1
+                    if k >= len(self.members) or self.members[k].called is not module:
+                        raise CannotStage(f"the layers of {type(self.model).__name__} were not "
+                                          "called as they were for the example; where whole "
+                                          "layers are dropped at random, set layerdrop to 0")
+                    member = self.members[k].module
+                    args = (stub(k, (args, kwargs), run if member is module else member.forward),
+                            *args[1:])
+                return args[0]
             return forward
 
-        modules = {member.module for member in self.members}
-        silent = modules - {self.members[k].module for k in real}
+        modules = {member.called for member in self.members}
+        silent = modules - {self.members[k].called for k in real}
         with _forwards({m: forward_of(m, m.forward) for m in modules}), _silence(silent):
             yield
 

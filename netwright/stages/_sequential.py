@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from netwright.anatomy.layers import weighted
+from netwright.anatomy.turns import turns_of
 from netwright.errors import CannotStage
 from netwright.signals import apply, tensor_of
 from netwright.stages.stage import Context, Stage, Stages
@@ -26,13 +27,14 @@ class SequentialStage(Stage):
         return tensor_of(h) if self.last else h
 
 
-def sequential_stages(network: nn.Sequential, cuts: list[str] | None) -> Stages | None:
+def sequential_stages(network: nn.Sequential, cuts: list[str] | None, *,
+                      opened: bool = True) -> Stages | None:
     """Return the chain of `network`, or None where `cuts` name modules that are not its layers.
 
     Raises:
         CannotStage: no layer has weights, or `cuts` are not in the order of the layers.
     """
-    parts = list(_opened(network, "", inside=cuts))
+    parts = list(_opened(network, "", inside=cuts, turns=opened))
     if not any(weighted(module) for _, module in parts):
         kinds = ", ".join(type(module).__name__ for _, module in parts)
         what = f"holds no layer with weights, only {kinds}" if parts else "is empty"
@@ -56,20 +58,30 @@ def sequential_stages(network: nn.Sequential, cuts: list[str] | None) -> Stages 
     return Stages(network, chain)
 
 
-def _opened(network: nn.Sequential, prefix: str,
-            inside: list[str] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module of each layer; nested sequences are opened, to `inside` where given."""
+def _opened(network: nn.Sequential, prefix: str, inside: list[str] | None = None, *,
+            turns: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of each layer; nested sequences are opened, to `inside` where given.
+
+    So are modules that run others in `turns`.
+    """
     for key, module in network._modules.items():  # named_children would leave out repeated modules
         name = f"{prefix}{key}"
-        if _plain(module) and len(module) and (  # type: ignore[arg-type]
-                inside is None or any(cut.startswith(f"{name}.") for cut in inside)):
-            yield from _opened(module, f"{name}.", inside)  # type: ignore[arg-type]
-        elif module is not None:
+        if module is None:
+            continue
+        wanted = inside is None or any(cut.startswith(f"{name}.") for cut in inside)
+        if wanted and _plain(module) and len(module):  # type: ignore[arg-type]
+            yield from _opened(module, f"{name}.", inside, turns=turns)  # type: ignore[arg-type]
+        elif wanted and turns and (taken := turns_of(module)) and not _hooked(module):
+            yield from ((f"{name}.{turn.name}", turn) for turn in taken)
+        else:
             yield name, module
 
 
 def _plain(module: nn.Module | None) -> bool:
     """Whether `module` does nothing but run its members in order, unseen by hooks."""
     return (isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-            and "forward" not in module.__dict__
-            and not module._forward_hooks and not module._forward_pre_hooks)
+            and "forward" not in module.__dict__ and not _hooked(module))
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

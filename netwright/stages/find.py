@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from netwright.anatomy.calls import Call, watch
+from netwright.anatomy.calls import Call, in_turns, watch
+from netwright.anatomy.turns import turns_of
 from netwright.errors import CannotStage, UnknownName
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.stages._chains import (
@@ -41,6 +42,9 @@ def stages(network: nn.Module | Stages, example: Any = None,
     other module is watched while it runs on `example`. Where that is given, the stages have been
     run beside the network and gave the same, bit for bit.
 
+    Blocks that `reversible` or `parallelize_residual` put into a stack are a stage each still, and
+    what passes between them, two streams, is one tensor with the features of both.
+
     Args:
         network: the module to read, or its stages, which are returned.
         example: an input as the network takes it: a tensor, a tuple of arguments or a mapping of
@@ -56,8 +60,14 @@ def stages(network: nn.Module | Stages, example: Any = None,
     >>> stages(network).names
     ['0', '3']
     """
+    return read(network, example, cuts)
+
+
+def read(network: nn.Module | Stages, example: Any = None, cuts: Sequence[str] | None = None, *,
+         opened: bool = True) -> Stages:
+    """Return the stages; modules that run others in turn are one stage unless they are `opened`."""
     if isinstance(network, Stages):
-        return network if cuts is None else stages(network.model, example, cuts)
+        return network if cuts is None else read(network.model, example, cuts, opened=opened)
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be a module or its Stages, got {type(network).__name__}")
     if hasattr(network, "_orig_mod"):
@@ -69,7 +79,7 @@ def stages(network: nn.Module | Stages, example: Any = None,
         check_example(network, example)
     net = None
     if type(network).forward is nn.Sequential.forward:
-        net = sequential_stages(network, names)  # type: ignore[arg-type]
+        net = sequential_stages(network, names, opened=opened)  # type: ignore[arg-type]
     elif is_graph_network(network):
         net = graph_stages(network, names)
     if net is not None:
@@ -80,7 +90,13 @@ def stages(network: nn.Module | Stages, example: Any = None,
     if example is None:
         raise CannotStage(f"the stages of {type(network).__name__} are found by watching it run; "
                           "give an input of it as example=")
-    return _watched(network, example, names)
+    if opened:
+        try:
+            return _watched(network, example, names, opened=True)
+        except CannotStage:
+            if not any(map(turns_of, network.modules())):
+                raise
+    return _watched(network, example, names, opened=False)
 
 
 def _checked(network: nn.Module, cuts: Sequence[str] | None) -> list[str] | None:
@@ -107,11 +123,13 @@ def _confirmed(net: Stages, example: Any) -> Stages:
     return net
 
 
-def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages:
+def _watched(network: nn.Module, example: Any, cuts: list[str] | None, *,
+             opened: bool) -> Stages:
     pretrained = is_pretrained(network)
     options = options_for(network, example) if pretrained else {}
     with evaluating(network), rehearsing(network):
         calls, _ = watch(network, example, **options)
+    calls = in_turns(calls) if opened else calls
     seen: list[str] = []
     if cuts is not None:
         found = through(cuts, calls)
@@ -125,7 +143,7 @@ def _watched(network: nn.Module, example: Any, cuts: list[str] | None) -> Stages
         if traced is not None:
             return traced
         try:
-            names = _watched(network, example, None).names
+            names = _watched(network, example, None, opened=opened).names
         except CannotStage:
             names = None
         raise _refusal(network, calls, seen, names)
@@ -153,8 +171,11 @@ def _around_pretrained(network: nn.Module) -> bool:
 
 
 def _tries(calls: list[Call], pretrained: bool) -> Iterator[Candidate]:
-    if pretrained:
-        yield from lists(calls)
+    found = lists(calls) if pretrained else []
+    yield from (some for some in found if len(groups_of(some.path)) > 2)
+    if found:  # of a list of two, such as a convolutional network's resolutions, look into both
+        yield from islice((c for c in candidates(calls) if len(groups_of(c.path)) > 2), _TRIES // 2)
+    yield from found
     yield from candidates(calls)
 
 

@@ -999,3 +999,84 @@ def test_two_towers_in_a_module_are_staged():
     net = nw.stages(Image(model), x)
     assert len(net) > 1
     assert_same(net, x)
+
+
+class Classifier(nn.Module):
+    """A backbone, and a head that is given what it returned for the last token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = pretrained("GPT2Model", **GPT2), nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.backbone(tokens)[0][:, -1])
+
+
+STACKS: dict[str, Callable[..., nn.Module]] = {
+    "coupling": nw.reshape.reversible,
+    "momentum": lambda model, x: nw.reshape.reversible(model, x, how="momentum"),
+    "parallel": nw.reshape.parallelize_residual,
+    "pairs": lambda model, x: nw.reshape.parallelize_residual(model, x, group=2),
+}
+STACKED: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "sequential": (lambda: nw.models.gpt(50, context=8, width=16, depth=3, heads=2), TOKENS),
+    "pretrained": (lambda: pretrained("LlamaForCausalLM", **LLAMA), TEXT),
+    "convolutional": (
+        lambda: pretrained("ResNetModel", **RESNET | {"hidden_sizes": [8, 16], "depths": [3, 3]}),
+        {"pixel_values": IMAGES["pixel_values"].double()},
+    ),
+    "backbone and head": (Classifier, TOKENS),
+}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("network", STACKED)
+def test_a_chain_leads_through_stacks_of_blocks(network: str, stack: str) -> None:
+    make, x = STACKED[network]
+    model = make().double()
+    changed = STACKS[stack](model, x)
+    net = nw.stages(changed, x)
+    assert len(net) == len(nw.stages(model, x))
+    assert any(".blocks.1" in name for name in net.names)
+    assert_same(net, x, exact=False)
+
+
+def test_cuts_inside_a_stack() -> None:
+    changed = nw.reshape.reversible(pretrained("LlamaForCausalLM", **LLAMA), TEXT)
+    inner = [f"model.layers.0.blocks.{i}" for i in (1, 2)]
+    net = nw.stages(changed, TEXT, cuts=inner)
+    assert net.names == inner
+    assert_same(net, TEXT, exact=False)
+    assert nw.stages(changed, TEXT, cuts=["model.layers.0"]).names == ["model.layers.0"]
+
+
+def test_a_chain_through_stacks_is_copied_with_its_model() -> None:
+    changed = nw.reshape.parallelize_residual(nw.models.gpt(50, context=8, depth=3), TOKENS)
+    net = nw.stages(changed, TOKENS)
+    other = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    assert_same(other, TOKENS, exact=False)
+    assert not {id(p) for p in other.parameters()} & {id(p) for p in net.parameters()}
+
+
+def test_a_local_rule_teaches_each_block_of_a_stack() -> None:
+    network = nw.models.gpt(50, context=8, width=16, depth=3, heads=2)
+    rule = nw.rules.MonoForward(nw.reshape.reversible(network, TOKENS), TOKENS)
+    rule(TOKENS, TOKENS)
+    assert all(
+        p.grad is not None and p.grad.any()
+        for name, p in rule.network.named_parameters()
+        if "blocks" in name and "bias" not in name
+    )
+
+
+def test_convolutional_networks_are_cut_within_their_resolutions() -> None:
+    net = nw.stages(
+        pretrained(
+            "ResNetForImageClassification", **RESNET | {"hidden_sizes": [8, 16], "depths": [2, 2]}
+        ),
+        IMAGES,
+    )
+    assert [name.partition("encoder.")[2] for name in net.names if "encoder" in name] == [
+        f"stages.{i}.layers.{k}" for i in range(2) for k in range(2)
+    ]
+    assert_same(net, IMAGES)

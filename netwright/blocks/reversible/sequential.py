@@ -103,6 +103,15 @@ class ReversibleSequential(nn.Sequential):
         self._seen.add(kind)
         return streams[0] if len(streams) == 1 else tuple(streams)
 
+    def in_turn(self) -> list[nn.Module]:
+        """Return the modules that run in turn, where what passes between them is a tensor."""
+        several = any(getattr(module, "streams", 1) is None for module in self)
+        return [] if several else list(self)
+
+    def take_turn(self, k: int, x: Any, *args: Any, **options: Any) -> Any:
+        """Return what module `k` makes of `x`."""
+        return self[k](x, *args, **options)
+
     def inverse(self, y: Any, *args: Any, **options: Any) -> Any:
         """Return the `x` of which the modules make `y`."""
         for module in reversed(self):

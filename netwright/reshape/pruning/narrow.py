@@ -26,7 +26,7 @@ DAMPING = 1e-3  # of the mean second moment
 
 @method(
     "reshape",
-    place="feedforward",
+    place="whole network",
     saves=["parameters", "file size", "inference memory", "inference time"],
     needs=["calibration data"],
     keeps_function=False,

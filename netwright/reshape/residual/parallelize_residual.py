@@ -2,7 +2,6 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -16,6 +15,7 @@ from netwright.anatomy.residual_blocks import (
     respond,
     runs_of,
 )
+from netwright.anatomy.turns import joined, parted
 from netwright.catalogue.facets import method
 from netwright.errors import NothingToReshape
 from netwright.reshape._layouts import layout_of, plain_layout
@@ -111,10 +111,25 @@ class ParallelSum(nn.Module):
 
     def forward(self, h: Tensor, *args: Any, **options: Any) -> Any:
         """Return what the blocks make of `h`, in the form in which a block returned it."""
-        outputs = [block(h, *args, **options) for block in self.blocks]
-        streams = [next(t for t in tree_leaves(output) if isinstance(t, Tensor))
-                   for output in outputs]
-        return respond(self.response, h + (torch.stack(streams) - h).sum(0))
+        total = h
+        for block in self.blocks:
+            total = total + _added(block, h, *args, **options)
+        return respond(self.response, total)
+
+    def outside(self, h: Tensor) -> Tensor:
+        """Return the signal of what passes between the blocks."""
+        return parted(h)[0]
+
+    def in_turn(self) -> list[nn.Module]:
+        """Return the blocks, each of which adds to a sum that passes beside the signal."""
+        return list(self.blocks)
+
+    def take_turn(self, k: int, h: Tensor, *args: Any, **options: Any) -> Any:
+        """Return the signal and the sum after block `k`, the last time the sum alone."""
+        h, total = (h, h) if k == 0 else parted(h)
+        total = total + _added(self.blocks[k], h, *args, **options)
+        return (respond(self.response, total) if k + 1 == len(self.blocks)
+                else joined(h, total))
 
     def __getattr__(self, name: str) -> Any:
         """Return what models read off their layers, such as a kind of attention."""
@@ -125,6 +140,12 @@ class ParallelSum(nn.Module):
             if blocks is None or name.startswith("_"):
                 raise
             return getattr(blocks[0], name)
+
+
+def _added(block: nn.Module, h: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Return what a block adds to its input."""
+    output = block(h, *args, **options)
+    return next(t for t in tree_leaves(output) if isinstance(t, Tensor)) - h
 
 
 def _put(model: nn.Module, run: Sequence[Mapping[str, Any]]) -> str:

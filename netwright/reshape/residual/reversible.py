@@ -20,6 +20,7 @@ from netwright.anatomy.residual_blocks import (
     respond,
     runs_of,
 )
+from netwright.anatomy.turns import joined, parted
 from netwright.blocks.reversible.block import ReversibleBlock
 from netwright.blocks.reversible.sequential import ReversibleSequential
 from netwright.catalogue.facets import method
@@ -142,8 +143,9 @@ def _undoable(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
 
 
 def _without_cache_and_fused_paths(model: Any) -> Any:
-    if hasattr(getattr(model, "config", None), "use_cache"):
-        model.config.use_cache = False
+    for part in model.modules():  # a pretrained model may be the backbone of another
+        if hasattr(getattr(part, "config", None), "use_cache"):
+            part.config.use_cache = False
     without_fused_paths(model, every=True)  # which would not see the parts' roles
     return model
 
@@ -163,8 +165,27 @@ class ReversibleStack(nn.Module):
                 (args, options), is_leaf=is_cache))):
             raise CannotReverse("a key-value cache cannot be filled while gradients are on, since "
                                 "blocks run twice; set use_cache=False, or use torch.no_grad()")
-        first, second = self.blocks((h, torch.zeros_like(h) if self.momentum else h), *args,
-                                    **options)
+        return self._end(self.blocks(self._begin(h), *args, **options))
+
+    def outside(self, h: Tensor) -> Tensor:
+        """Return the signal of what passes between the blocks."""
+        return parted(h)[0]
+
+    def in_turn(self) -> list[nn.Module]:
+        """Return the blocks, each of which takes and gives both streams."""
+        return list(self.blocks)
+
+    def take_turn(self, k: int, h: Tensor, *args: Any, **options: Any) -> Any:
+        """Return the streams after block `k` side by side, after the last one the output."""
+        streams = self._begin(h) if k == 0 else tuple(parted(h))
+        streams = self.blocks[k](streams, *args, **options)
+        return self._end(streams) if k + 1 == len(self.blocks) else joined(*streams)
+
+    def _begin(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return h, torch.zeros_like(h) if self.momentum else h
+
+    def _end(self, streams: tuple[Tensor, Tensor]) -> Any:
+        first, second = streams
         return respond(self.response, first if self.momentum else (first + second) / 2)
 
     def extra_repr(self) -> str:

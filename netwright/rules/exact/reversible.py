@@ -82,7 +82,8 @@ class Reversible(Rule):
         self._parts: list[_Part] = []
         if not isinstance(self.network, ReversibleSequential):
             try:
-                self.stages = chain_of(self, network, example, loss, apart=False)
+                self.stages = chain_of(self, network, example, loss, apart=False,
+                                       opened=False)
                 self._parts = [part for stage in self.stages for part in _parts(stage)]
             except CannotStage:  # a U-Net, say, whose reversible parts need no stages
                 if not any(isinstance(m, ReversibleSequential) for m in self.network.modules()):

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from netwright.rules.forward._activity import hidden, onward, squared
 from netwright.rules.forward._blocks import in_blocks
 from netwright.rules.forward._class_goodness import channels, compete, votes
 from netwright.rules.forward._collaboration import Sum, added, sized, sums_of_all
+from netwright.rules.forward._copies import SharedProducts
 from netwright.rules.forward._graphs import (
     check_network,
     graph_parts,
@@ -320,6 +322,17 @@ class ForwardForward(Rule):
     def _goodness_of(self, x: Any, labels: Tensor) -> Tensor:
         """Return the goodness of all hidden stages that are read, for copies with `labels`."""
         labelled = self._labelled(x, labels)
+        with self._sharing(x, labelled):
+            return self._goodness(labelled)
+
+    def _sharing(self, x: Any, labelled: Any) -> AbstractContextManager[Any]:
+        """Return what multiplies once what the copies of `x` have in common."""
+        if is_graph(x) or self.links:
+            return nullcontext()
+        rows = self._image(labelled)
+        return SharedProducts(rows.view(len(rows), -1), len(self._image(x)), self.num_classes)
+
+    def _goodness(self, labelled: Any) -> Tensor:
         squares = [square for i, square, _ in hidden(self.stages, self.depth, labelled,
                                                      self.stages.context(labelled))
                    if i >= self.first_read]

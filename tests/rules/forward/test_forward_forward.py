@@ -1,9 +1,11 @@
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot, softplus
+from torch.overrides import TorchFunctionMode
 
 from netwright.data import digits
 from netwright.errors import UnknownName
@@ -688,3 +690,29 @@ def test_labels_are_tried_on_some_nodes_while_the_others_are_neutral(negatives):
             torch.testing.assert_close(found[node, label], alone)
     with pytest.raises(ValueError, match="tried must be at least 1, got 0"):
         ForwardForward(graph_network(), num_classes=3, tried=0)
+
+
+def test_predictions_multiply_once_what_the_labels_leave_as_it_is() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 8), nn.ReLU(),
+                            nn.Linear(8, 3))
+    x, taken = torch.rand(7, 1, 6, 6), []
+    rule = ForwardForward(network)
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (),
+                               kwargs: Any = None) -> Any:
+            if function is nn.functional.linear:
+                taken.append(tuple(args[0].shape))
+            return function(*args, **(kwargs or {}))
+    with Count():
+        found = rule.predict(x)
+    assert taken[:2] == [(7, 36), (21, 3)]
+    squares = []
+    for label in range(3):
+        h = x.flatten(1).clone()
+        h[:, :3] = rule.amplitude * torch.eye(3)[label]
+        h = h / h.square().mean(1, keepdim=True).sqrt()
+        h = network[1](h).relu()  # whose goodness is not read
+        h = network[3](h / h.square().mean(1, keepdim=True).sqrt()).relu()
+        squares.append(h.square().sum(1))
+    assert torch.allclose(found, torch.stack(squares, 1), rtol=1e-4)
