@@ -64,6 +64,18 @@ def test_the_kernel_sees_codes_that_were_loaded_after_its_first_use(monkeypatch)
     assert not torch.equal(made(x), before)
 
 
+def test_sizes_that_the_kernels_blocks_do_not_divide_take_the_dense_product():
+    for outputs, inputs in ((6, 8), (16, 33), (17, 64), (16, 32), (32, 96), (1, 1)):
+        for grid in ("int8", "int4"):
+            held = QuantizedWeight.of(torch.randn(outputs, inputs).bfloat16(), grid)
+            fits = outputs % 16 == 0 and inputs % 32 == 0
+            assert kernels._has_kernel(held) == fits
+            if fits:
+                x = torch.randn(3, inputs).bfloat16()
+                torch.testing.assert_close(kernels.packed_product(x, held), x @ held().T, rtol=0.02,
+                                           atol=0.1)
+
+
 @pytest.mark.parametrize("grid", ["int8/tensor", "int8 asymmetric", "nf4/32", "int4/16", "int3/32"])
 def test_grids_without_a_kernel_take_the_dense_product(grid, monkeypatch):
     monkeypatch.setattr(kernels, "packed_rows", lambda bits, dtype: 4)
