@@ -15,7 +15,6 @@ _SAVES = ["file size", "inference memory"]
 
 @method(
     "block",
-    papers=["002-137"],
     place="linear",
     takes=("in_features", "out_features"),
     saves=_SAVES,
@@ -76,7 +75,6 @@ class BinaryLinear(nn.Module):
 
 @method(
     "block",
-    papers=["002-137"],
     place="convolution",
     takes=("in_channels", "out_channels"),
     saves=_SAVES,
