@@ -125,11 +125,12 @@ def scale(network: nn.Module, group: UnitGroup, factors: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def silence(network: nn.Module, group: UnitGroup, ids: np.ndarray) -> None:
-    """Set all parameters of units to zero, in place."""
+def silence(network: nn.Module, group: UnitGroup, ids: np.ndarray, *,
+            read: bool = False) -> None:
+    """Set all parameters of units to zero, in place; with `read` those alone that read them."""
     held = dict(network.named_parameters())
     for member in group.members:
-        if member.tensor in held:
+        if member.tensor in held and (not read or member.role == "reads"):
             gone = np.ones(group.count)
             gone[ids] = 0
             _multiply(held[member.tensor], member, gone)

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -6,7 +8,7 @@ from netwright import checks
 from netwright.catalogue.facets import method
 from netwright.objectives.metrics import mean_over_targets
 
-__all__ = ["contrast_within", "cross_entropy", "mase", "smape"]
+__all__ = ["contrast_within", "cross_entropy", "mase", "normalized_distillation", "smape"]
 
 
 @method("objective", needs=["classes"])
@@ -25,6 +27,54 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     if logits.ndim == 2 and y.ndim == 1:
         return functional.cross_entropy(logits, y)
     return functional.cross_entropy(logits.flatten(0, -2), y.flatten())
+
+
+@method("objective", papers=["002-036"])
+def normalized_distillation(students: Tensor | Sequence[Tensor],
+                            teachers: Tensor | Sequence[Tensor],
+                            norms: Sequence[float] | None = None) -> Tensor:
+    """Squared distances of a student's features from a teacher's, none of which drowns the others.
+
+    loss = Σ_i w_i mean_n ‖s_i,n − t_i,n‖²,  w_i = max_j ‖t_j‖² / ‖t_i‖²,  ‖t_i‖² = mean_n ‖t_i,n‖².
+
+    The teacher learns nothing through it. A feature of zeros has the weight 1.
+
+    Args:
+        students: features of the student, or a single one.
+        teachers: the same of the teacher.
+        norms: ‖t_i‖² where they were measured before, once for a whole training; else those of
+            this batch.
+
+    Shapes: s_i and t_i (n, *size_i); norms as many as there are features.
+
+    Raises:
+        ValueError: students, teachers and norms do not fit each other.
+
+    Paper: Zhang, Li, Chen, Xu, 2024, LAPTOP-Diff: Layer Pruning and Normalized Distillation for
+    Compressing Diffusion Models.
+
+    >>> import torch
+    >>> small, large = torch.ones(2, 3), torch.full((2, 3), 100.0)
+    >>> normalized_distillation([0.9 * small, 0.9 * large], [small, large]).round()
+    tensor(600.)
+    """
+    ours, theirs = ([x] if isinstance(x, Tensor) else list(x) for x in (students, teachers))
+    shapes = [[tuple(t.shape) for t in features] for features in (ours, theirs)]
+    if not ours or shapes[0] != shapes[1] or len(norms or ours) != len(ours):
+        raise ValueError("students, teachers and norms must be as many, and features of the same "
+                         f"shapes, got {shapes[0]}, {shapes[1]} and {norms}; put a linear layer "
+                         "behind a feature of another width")
+    theirs = [t.detach() for t in theirs]
+    sizes = torch.stack([_squared(t) for t in theirs]) if norms is None else torch.as_tensor(
+        norms, dtype=theirs[0].dtype, device=theirs[0].device)
+    weights = torch.where(sizes > 0, sizes.amax() / sizes, 1.0)
+    return (weights * torch.stack([_squared(s - t) for s, t in zip(ours, theirs, strict=True)])
+            ).sum()
+
+
+def _squared(features: Tensor) -> Tensor:
+    """Return the squared norm of a sample's features, averaged over samples."""
+    return features.square().flatten(1).sum(1).mean()
 
 
 @method("objective", needs=["series"])

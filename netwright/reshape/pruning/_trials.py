@@ -29,7 +29,7 @@ class Trials:
         self.left = list(found.sublayers)
         self.removed: list[Sublayer] = []
         self.net = _chain(model, batches[0])
-        self.starts = {s.name: self._start(s) for s in found.sublayers}
+        self.starts = {s.name: self.start_of([s.name, *s.feeders]) for s in found.sublayers}
         self.contexts: list[Any] = [None] * len(batches)
         self.signals: list[list[Any]] = [[] for _ in batches]
         self.outputs = [distances.prepared(x, output)
@@ -60,14 +60,20 @@ class Trials:
         return fewer, 0.0 if fewer is None else self._moved(fewer)
 
     def _moved(self, sublayer: Sublayer) -> float:
+        with standing_in(self.model, self._stubs(sublayer)):
+            return self.moved_from(self.starts[sublayer.name])
+
+    def moved_from(self, start: int) -> float:
+        """Return how far the model as it is now moves the outputs, run from a stage on."""
         total = positions = 0.0
-        start = self.starts[sublayer.name]
         for b, (x, prepared) in enumerate(zip(self.batches, self.outputs, strict=True)):
-            with standing_in(self.model, self._stubs(sublayer)):
-                output = self._run(b, start)[-1]
-            moved, counted = self.distances.between(x, prepared, output)
+            moved, counted = self.distances.between(x, prepared, self._run(b, start)[-1])
             total, positions = total + moved, positions + counted
         return total / max(positions, 1)
+
+    def settle(self, start: int) -> None:
+        """Take what was changed in the stages from `start` on for what the model is."""
+        self._record(start)
 
     def named(self, name: str) -> Sublayer:
         """Return the sublayer called `name`, as it can be taken out.
@@ -91,9 +97,8 @@ class Trials:
         """Return what stands for the parts of `sublayer` that are not silent yet."""
         return stubs(self.model, sublayer, self.found)
 
-    def _start(self, sublayer: Sublayer) -> int:
-        """Return the first stage in which a part of `sublayer` is, 0 where it is in none."""
-        names = [sublayer.name, *sublayer.feeders]
+    def start_of(self, names: Sequence[str]) -> int:
+        """Return the first stage in which one of the modules is, 0 where one is in none."""
         parts = [self.model.get_submodule(name) for name in names]
         if self.net is None:
             return 0

@@ -94,7 +94,7 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
     distances = Distances(distance)
     batches = batches_of(calibration)
     trial = sharing(model)
-    found = _found(trial, few(batches[0]))
+    found = found_in(trial, few(batches[0]))
     checks.between(1, len(found.sublayers), whole=True, remove=remove,
                    advice=f"the model has {len(found.sublayers)} sublayers, {_some(found)}")
     with same_random_state(), evaluating(trial), same_buffers(trial), plain_paths():
@@ -108,7 +108,7 @@ def prune_sublayers(model: nn.Module, calibration: Any, remove: int = 4, *,
             while len(trials.removed) < remove:
                 trials.take_out(_least(trials, known, tries))
                 known.remove(trials.removed[-1].name)
-    return decided(_decision(trial, trials.removed, found, few(batches[0])))
+    return decided(decision_of(trial, trials.removed, found, few(batches[0])))
 
 
 def _least(trials: Trials, known: Found, tries: Tries) -> Sublayer:
@@ -141,7 +141,7 @@ def sublayers(model: nn.Module, example: Any) -> list[str]:
     >>> sublayers(gpt(96, context=16, depth=2), torch.zeros(1, 16, dtype=torch.long))
     ['1.attention_out', '1.mlp_out', '2.attention_out', '2.mlp_out']
     """
-    return [sublayer.name for sublayer in _found(sharing(model), example).sublayers]
+    return [sublayer.name for sublayer in found_in(sharing(model), example).sublayers]
 
 
 @method("companion")
@@ -159,7 +159,7 @@ def without_sublayers(model: nn.Module, example: Any, names: list[str]) -> nn.Mo
     ('1.mlp_out',)
     """
     trial = sharing(model)
-    found = _found(trial, example)
+    found = found_in(trial, example)
     known = {sublayer.name: sublayer for sublayer in found.sublayers}
     for name in names:
         checks.one_of(known, sublayer=name)
@@ -173,7 +173,7 @@ def without_sublayers(model: nn.Module, example: Any, names: list[str]) -> nn.Mo
         removed.append(sublayer)
         for part, stub in stubs(trial, sublayer, found).items():
             replace(trial, part, stub)
-    return decided(_decision(trial, removed, found, example))
+    return decided(decision_of(trial, removed, found, example))
 
 
 @prune_sublayers.applies
@@ -191,7 +191,7 @@ def taken_out(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
     return pruned
 
 
-def _decision(trial: nn.Module, removed: list[Sublayer], found: Trace,
+def decision_of(trial: nn.Module, removed: list[Sublayer], found: Trace,
               example: Any) -> dict[str, Any]:
     """Return what is taken out, plainly; `trial` is the model without it."""
     gone = [name for sublayer in removed for name in (sublayer.name, *sublayer.feeders)]
@@ -247,7 +247,7 @@ def _without_layers(model: Any, empty: list[int]) -> None:
                     part.layer_idx = i  # type: ignore[assignment]
 
 
-def _found(model: nn.Module, x: Any) -> Trace:
+def found_in(model: nn.Module, x: Any) -> Trace:
     if hasattr(model, "_orig_mod"):
         raise NothingToReshape("model was compiled by torch.compile, which hides its parts; give "
                                "the module that was compiled, and compile the result")
