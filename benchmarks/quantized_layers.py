@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,9 +50,9 @@ def main() -> None:
         for rows in ROWS:
             x = torch.randn(rows, SIZE)
             near = x.bfloat16()
-            times = least({"float32": lambda: whole(x), "bfloat16": lambda: half(near),
-                           "int8": lambda: eight(near), "int4/32": lambda: four(near),
-                           "dynamic": lambda: dynamic(x), "unpacking int8": eight.stored})
+            times = least({"float32": partial(whole, x), "bfloat16": partial(half, near),
+                           "int8": partial(eight, near), "int4/32": partial(four, near),
+                           "dynamic": partial(dynamic, x), "unpacking int8": eight.stored})
             better = min(times["float32"], times["bfloat16"])
             found[str(rows)] = {
                 "int8 over bfloat16": times["int8"] / times["bfloat16"],
