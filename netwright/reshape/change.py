@@ -134,7 +134,7 @@ def reshape(body: Callable[P, nn.Module]) -> Reshape[P]:
                      if key not in (first, *_DATA) and not _is_data(value)}
         if _streams(given.arguments.get("calibration")):
             given.arguments["calibration"] = Remembered(given.arguments["calibration"])
-        found = decide(*given.args, **given.kwargs)
+        found = _found(models[0], decide, given)
         result = carry_out(deepcopy(models[0]), found.decision, arguments, found.using)
         x = example_for(models[0], given.arguments) if check and found.alike else None
         if x is not None:
@@ -241,6 +241,19 @@ def own() -> dict[str, Any]:
     """Return the user's own reshapes that can be saved and say what they are for, by name."""
     return {name: made for name, made in _OWN.items()
             if facets(made) is not None and "<locals>" not in name}
+
+
+def _found(model: nn.Module, decide: Callable[..., Any], given: inspect.BoundArguments) -> Any:
+    """Return what was decided; where there was nothing, say what was done to the model before."""
+    try:
+        return decide(*given.args, **given.kwargs)
+    except NothingToReshape as error:
+        before = dict.fromkeys(record.name for record in history(model).records)
+        if not before:
+            raise
+        raise NothingToReshape(
+            f"{error}; this model went through {', '.join(before)}, which puts other modules in "
+            "the place of some: carry this one out before that") from error
 
 
 def _check(models: list[Any]) -> None:
