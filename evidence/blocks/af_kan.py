@@ -10,7 +10,7 @@ from netwright.blocks.kan import AFKANLinear, SelectableKANLinear
 from netwright.evidence import Curve, Outcome, Scale, evidence
 from netwright.objectives.losses import cross_entropy
 
-HIDDEN, LR, EPOCHS_SHOWN = 32, 1e-2, 10
+HIDDEN, RATES, EPOCHS_SHOWN = 32, (1e-3, 3e-3, 1e-2), 10
 
 
 def _relu_kan(inputs: int, outputs: int) -> nn.Module:
@@ -31,26 +31,26 @@ WAYS: dict[str, Callable[[], nn.Module]] = {
 
 @evidence(paper="003-121", claim="An activation-based Kolmogorov-Arnold network classifies better "
           "than an MLP, ReLU-KAN and B-splines with as many parameters, and a step takes longer.",
-          shortfall=("open",
-                     "One rate of 0.01 for all and nothing tuned: AF-KAN makes 2.8, 12.4 and 6.4 "
-                     "% mistakes on the three seeds, the MLP 3.2 to 4.4 %. The best of its seeds "
-                     "is the best of all networks and the worst the worst of all, so that its "
-                     "training, at this rate, decides more than its form. Smaller rates and more "
-                     "epochs were not tried. That a step takes longer holds."))
+          shortfall=("claim",
+                     "Tried twice: at one rate of 0.01 for all and 20 epochs it made 2.8, 12.4 "
+                     "and 6.4 % mistakes, the MLP 3.2 to 4.4; with a rate tuned for each, 40 "
+                     "epochs and five seeds 5.8 % with a deviation of 4.4, the MLP 2.7, ReLU- "
+                     "KAN 4.0, B-splines 5.4. That a step takes longer holds."))
 def af_kan(scale: Scale) -> Outcome:
     """Train each on scikit-learn's digits and count what it gets wrong."""
-    seeds, epochs = (3, 20) if scale == "desk" else (10, 100)
+    seeds, epochs = (5, 40) if scale == "desk" else (10, 100)
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images / 16).float(), torch.tensor(labels)
     figures: dict[str, list[float]] = {}
     curves: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    rates = {way: _rate(make, x, y, epochs) for way, make in WAYS.items()}
     for seed in range(seeds):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         train, test = order[:1200], order[1200:]
         for way, make in WAYS.items():
             torch.manual_seed(seed)
             network = make()
-            errors, step = _trained(network, x, y, train, test, epochs)
+            errors, step = _trained(network, x, y, train, test, epochs, rates[way])
             curves[way].append(errors)
             figures.setdefault(f"mistakes, {way} (%)", []).append(errors[-1])
             figures.setdefault(f"step, {way} (ms)", []).append(1000 * step)
@@ -68,23 +68,37 @@ def af_kan(scale: Scale) -> Outcome:
         setting={"data": "scikit-learn's digits, 1200 to train and 597 to test, split by the seed",
                  "networks": f"two layers; AF-KAN of {HIDDEN} hidden units with SiLU, quad1 and "
                  "global attention, grid 3, order 3; the others as wide as gives the same number "
-                 "of parameters", "training": f"Adam {LR} falling to 0, batch 100, {epochs} epochs",
+                 "of parameters", "training": f"Adam falling to 0, batch 100, {epochs} epochs",
+                 "rates": f"of {RATES}, the best on 300 of the images to train, under a seed that "
+                 f"is not reported: {rates}",
                  "step": "median processor time of forward, backward and update"},
         figures=figures,
         note="Shown is a mean share of mistakes not above that of any other, and a longer step "
-             "than the MLP's; partly shown, not above that of one other. Nothing was tuned.",
+             "than the MLP's; partly shown, not above that of one other. A first version had one "
+             "rate of 0.01 for all, 20 epochs and three seeds, on which AF-KAN made 2.8, 12.4 and "
+             "6.4 % mistakes.",
         curves={way: Curve([epochs * (i + 1) / EPOCHS_SHOWN for i in range(EPOCHS_SHOWN)], runs)
                 for way, runs in curves.items()},
         axes=("epoch", "mistakes on held-out digits (%)"))
 
 
+def _rate(make: Callable[[], nn.Module], x: Tensor, y: Tensor, epochs: int) -> float:
+    """Return the rate that makes the fewest mistakes on images that are kept back."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(100))[:1200]
+
+    def mistakes(rate: float) -> float:
+        torch.manual_seed(100)
+        return _trained(make(), x, y, order[:900], order[900:], epochs, rate)[0][-1]
+    return min(RATES, key=mistakes)
+
+
 def _trained(network: nn.Module, x: Tensor, y: Tensor, train: Tensor, test: Tensor,
-             epochs: int) -> tuple[list[float], float]:
-    optimizer = torch.optim.Adam(network.parameters(), LR)
+             epochs: int, rate: float) -> tuple[list[float], float]:
+    optimizer = torch.optim.Adam(network.parameters(), rate)
     steps, errors, times = epochs * len(train) // 100, [], []
     for step in range(steps):
         rows = train[torch.randint(len(train), (100,))]
-        optimizer.param_groups[0]["lr"] = LR * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         begin = time.process_time()
         optimizer.zero_grad()
         cross_entropy(network(x[rows]), y[rows]).backward()

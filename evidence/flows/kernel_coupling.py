@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from statistics import mean
+from statistics import mean, stdev
 
 import torch
 from sklearn.datasets import load_breast_cancer, load_wine, make_moons
@@ -16,16 +16,16 @@ SETS = ("two moons", "Gaussian of 8 dimensions", "wine", "breast cancer")
 
 @evidence(paper="002-108", claim="Couplings made of kernels fit densities as well as or better "
           "than those made of networks, with fewer parameters, above all from few samples.",
-          shortfall=("open",
-                     "The criterion is stricter than the claim: above the networks on all four "
-                     "sets, where as well is enough. With 3 to 24 times fewer parameters, wine "
-                     "and breast cancer are 0.7 and 1.3 nats better, two moons is the same "
-                     "(-2.635 and -2.632), and the Gaussian of 8 dimensions is 0.4 nats worse, "
-                     "with deviations of 0.5 and 0.2 over three seeds. Whether that one is noise "
-                     "was not settled by more seeds."))
+          shortfall=("claim",
+                     "With 3 to 24 times fewer parameters, wine and breast cancer are 0.3 and "
+                     "0.7 nats better and two moons 0.07, each about its standard error, but "
+                     "the Gaussian of 8 dimensions is 0.4 nats worse, three times its standard "
+                     "error over ten seeds. Tried twice, with three seeds and with ten, at two "
+                     "learning rates for each; more points for the kernels, and fewer samples, "
+                     "were not tried."))
 def kernel_coupling(scale: Scale) -> Outcome:
     """Fit flows of kernels and of networks to 100 samples; compare the likelihood of others."""
-    seeds, steps = (3, 300) if scale == "desk" else (10, 2000)
+    seeds, steps = (10, 300) if scale == "desk" else (20, 2000)
     makers: dict[str, Callable[[int, bool], nn.Module]] = {
         "kernels": lambda dim, flip: KernelCoupling(dim, POINTS, flip=flip),
         "networks": _network}
@@ -49,14 +49,16 @@ def kernel_coupling(scale: Scale) -> Outcome:
                 model = runs[0][2].double()
                 with torch.no_grad():
                     errors.append(float((model.inverse(model(x)[0]) - x).abs().max()))
-        ahead[name] = mean(scores["kernels"]) - mean(scores["networks"])
+        gaps = [a - b for a, b in zip(scores["kernels"], scores["networks"], strict=True)]
+        ahead[name] = mean(gaps), stdev(gaps) / len(gaps) ** 0.5
     figures["largest error of the inverse in float64"] = [max(errors)]
     fewer = all(figures[f"parameters, {name}, kernels"] < figures[f"parameters, {name}, networks"]
                 for name in SETS)
-    wins = [gap > 0 for gap in ahead.values()]
+    no_worse = [gap > -error for gap, error in ahead.values()]
+    wins = [gap > error for gap, error in ahead.values()]
     exact = max(errors) < 1e-8
     return Outcome(
-        verdict="shown" if all(wins) and fewer and exact else
+        verdict="shown" if all(no_worse) and sum(wins) >= 2 and fewer and exact else
         "partly shown" if any(wins) else "not shown",
         setting={"flow": f"{LAYERS} couplings, alternately of either half, dimensions reversed "
                  "between", "kernels": f"squared exponential, {POINTS} points", "networks":
@@ -65,8 +67,10 @@ def kernel_coupling(scale: Scale) -> Outcome:
                  f"{RATES} are chosen; 1000 to test, for wine 78, for breast cancer 469; scaled by "
                  "the training samples", "training": f"{steps} steps of Adam on all samples"},
         figures=figures,
-        note="Shown is a mean test log-likelihood above the networks' on all four sets with fewer "
-             "parameters on each, and an inverse off by less than 1e-8.",
+        note="Shown is a mean test log-likelihood that is on no set below the networks' by more "
+             "than its standard error over seeds, on two sets above by more than that, with fewer "
+             "parameters on each, and an inverse off by less than 1e-8. A first version asked for "
+             "more than is claimed, a mean above on all four, and had three seeds.",
         curves=curves, axes=("step", "test log-likelihood, two moons (nats)"))
 
 
