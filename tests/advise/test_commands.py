@@ -11,6 +11,8 @@ from netwright import cli
 from netwright.advise.reading import images, model_in, texts
 from netwright.models import mlp
 
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture
 def netwright(capsys, monkeypatch, tmp_path):
@@ -81,7 +83,8 @@ def test_what_cannot_be_inspected_is_refused_in_a_line(netwright, encoder, tmp_p
 
 def test_a_folder_and_a_text_give_models_that_load_anywhere(netwright, encoder, tmp_path):
     status, out, err = netwright("advise", encoder, "--text", "notes.txt", "--want", "size=0.9",
-                                 "--keep", "0.2", "--budget", "15s", "-q", "-o", "advice")
+                                 "--keep", "0.2", "--budget", "15s", "-q", "-o", "advice",
+                                 "--also", "cast")
     assert (status, err) == (0, "")
     assert "correlation of all pairs" in out
     found = nw.Advice.read("advice")
@@ -98,6 +101,7 @@ def test_a_folder_and_a_text_give_models_that_load_anywhere(netwright, encoder, 
         assert torch.allclose(plain(**x).last_hidden_state, again(**x).last_hidden_state)
 
 
+@pytest.mark.check
 def test_json_is_what_the_file_holds(netwright, encoder):
     status, out, _ = netwright("advise", encoder, "--text", "notes.txt", "--want", "size=0.9",
                                "--keep", "0.2", "--budget", "10s", "-q", "--json")
@@ -114,6 +118,7 @@ def build():
 """
 
 
+@pytest.mark.check
 def test_a_builder_with_a_state_and_a_tasks_data(netwright, tmp_path):
     (tmp_path / "mine_to_build.py").write_text(BUILDER)
     torch.manual_seed(0)

@@ -31,7 +31,7 @@ def edge_popup(model: nn.Module, keep: float = 0.5, *, recycle: float = 0.0, eve
                generator: Generator | None = None) -> nn.Module:
     """Return a copy with random weights that stay as they are, and scores that learn which count.
 
-    W = ±c at random, c = √(2 / (keep · fan_in));  W' = W ⊙ top(|s|);  dL/ds := dL/dW' ⊙ W.
+    W = ±c at random, c = √(2 / (keep · fan_in));  W' = W ⊙ top(|s|);  dL/d|s| := dL/dW' ⊙ W.
 
     top keeps in each layer the share `keep` of weights whose scores are largest in size. Scores
     are the only parameters that learn; biases are zero, and norms and embeddings stay as they
@@ -131,7 +131,8 @@ class Popup(nn.Module):
     def weight(self) -> Tensor:
         """The weight as it counts, which some networks read themselves."""
         own: Tensor = self.layer.weight
-        straight = self.scores - self.scores.detach()  # the gradient goes through the choice
+        sizes = self.scores.abs()
+        straight = sizes - sizes.detach()  # the gradient goes through the choice
         return own * (top(self.scores, self.keep) + straight)
 
     def end_epoch(self) -> None:

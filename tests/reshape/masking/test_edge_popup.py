@@ -38,7 +38,8 @@ def test_weights_stay_bit_for_bit_and_exactly_the_share_counts(keep):
     model = made(keep=keep)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     losses = train(model, 40)
-    assert (min(losses) < losses[0]) == (keep < 1)  # there is nothing to choose among all
+    if keep < 1:  # there is nothing to choose among all
+        assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     for name, before in frozen.items():
         assert torch.equal(model.get_parameter(name), before)
     for i in (0, 3):
@@ -49,12 +50,13 @@ def test_weights_stay_bit_for_bit_and_exactly_the_share_counts(keep):
         assert weight.min() < 0 < weight.max()
 
 
-def test_the_gradient_of_a_score_is_that_of_its_weight_times_the_weight():
+def test_the_gradient_of_a_scores_size_is_that_of_its_weight_times_the_weight():
     model = nw.sparse.edge_popup(nn.Sequential(nn.Linear(6, 4)), keep=0.5)
     layer = model[0]
     x, above = torch.randn(5, 6), torch.randn(5, 4)
     model(x).backward(above)
-    assert torch.allclose(layer.scores.grad, (above.T @ x) * layer.layer.weight, atol=1e-6)
+    expected = (above.T @ x) * layer.layer.weight * layer.scores.sign()
+    assert torch.allclose(layer.scores.grad, expected, atol=1e-6)
     assert torch.equal(model(x), x @ (layer.layer.weight * top(layer.scores, 0.5)).T)
 
 
