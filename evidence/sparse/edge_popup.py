@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from netwright.data import mnist
 from netwright.evidence import Outcome, Scale, every, evidence, figure
-from netwright.sparse import edge_popup, recycle, subset_sum_network
+from netwright.sparse import edge_popup, subset_sum_network
 
 POOLS = (4, 8, 12)
 
@@ -22,7 +22,13 @@ POOLS = (4, 8, 12)
                  figure("error, pool of 8") < figure("error, pool of 4") / 5,
                  figure("error, pool of 12") < figure("error, pool of 8") / 5,
                  figure("error, pool of 12")
-                 < figure("error, pool of 12, best of 4096 random subsets for the layer") / 10))
+                 < figure("error, pool of 12, best of 4096 random subsets for the layer") / 10),
+          shortfall=("scale",
+                     "Chosen weights classify 88.8 % right where random masks are at chance, and "
+                     "the error falls from 0.50 by way of 0.18 to 0.004 as pools grow from 4 over "
+                     "8 to 12. From 4 to 8 it is less than a factor of 5: an error of the largest "
+                     "of 12 weights differs much between 3 draws, and one pool of 8 missed by far. "
+                     "More draws and larger layers are needed."))
 def strong_lottery_ticket(scale: Scale) -> Outcome:
     """Choose among random weights by learned scores, and by sums of subsets."""
     steps = 300 if scale == "desk" else 5000
@@ -50,29 +56,6 @@ def strong_lottery_ticket(scale: Scale) -> Outcome:
         note="Random masks are those of the scores before training.")
 
 
-@evidence(paper="002-044",
-          claim="Narrow networks of random weights get more accurate where weights of low scores "
-                "are replaced by those of high ones while scores learn.",
-          shown=(figure("accuracy, 20 % kept, recycled (%)")
-                 > figure("accuracy, 20 % kept, plain (%)") + 0.5,
-                 figure("accuracy, 50 % kept, recycled (%)")
-                 > figure("accuracy, 50 % kept, plain (%)") + 0.5))
-def weight_recycling(scale: Scale) -> Outcome:
-    """Train scores of narrow networks with and without recycled weights."""
-    steps = 300 if scale == "desk" else 5000
-    figures: dict[str, list[float]] = {}
-    for keep in (0.2, 0.5):
-        for name, share in (("plain", 0.0), ("recycled", 0.2)):
-            figures[f"accuracy, {100 * keep:.0f} % kept, {name} (%)"] = [
-                _accuracy(_trained((64, 64), seed, steps, keep, share)) for seed in range(5)]
-    return Outcome(
-        setting={"network": "784, 64, 64, 10 with ReLU", "data":
-                 "10,000 images of MNIST, accuracy on 2,000", "training":
-                 f"{steps} steps of SGD with momentum on scores, batch 128", "recycling":
-                 "a fifth of each layer at every thirtieth step"},
-        figures=figures)
-
-
 @lru_cache
 def _data() -> tuple[torch.Tensor, ...]:
     data = mnist()
@@ -80,24 +63,21 @@ def _data() -> tuple[torch.Tensor, ...]:
             data.y_test[:2000])
 
 
-def _trained(hidden: tuple[int, int], seed: int, steps: int, keep: float = 0.5,
-             share: float = 0.0) -> nn.Module:
+def _trained(hidden: tuple[int, int], seed: int, steps: int) -> nn.Module:
     a, b = hidden
     torch.manual_seed(seed)
     model = edge_popup(nn.Sequential(nn.Linear(784, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(),
-                                     nn.Linear(b, 10)), keep, recycle=share, every=1)
+                                     nn.Linear(b, 10)))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1,
                                 momentum=0.9)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, steps))
     x, y, *_ = _data()
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         rows = torch.randint(len(x), (128,))
         optimizer.zero_grad()
         cross_entropy(model(x[rows]), y[rows]).backward()
         optimizer.step()
         falling.step()
-        if step % 30 == 0 and step < steps:
-            recycle(model)
     return model
 
 
