@@ -4,7 +4,7 @@ BIN := .venv/bin
 # In the environment, so that what pip installs to build the package is held to the pins as well.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet \
 	--disable-pip-version-check
-EXTRAS := blackbox,cifar,flows,hf,graphs,lightning,tensorboard,test,docs
+EXTRAS := blackbox,cifar,flows,hf,graphs,lightning,onnx,tensorboard,test,docs
 # The one place where the version of PyTorch is chosen; `make lock` carries it to constraints.txt.
 TORCH := 2.13.0
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1

@@ -354,6 +354,9 @@ def _read_tokenizer(model: Any, folder: Path) -> None:
 
 def _other_shapes(model: Any, config: Mapping[str, Any]) -> dict[str, list[int]]:
     """Return the shapes of the tensors that are otherwise in what `config` alone makes."""
+    kind = type(model)
+    if history(model).origin["class"] != f"{kind.__module__}.{kind.__qualname__}":
+        return {}  # what stands for the model has no tensors of its
     with torch.device("meta"):
         first = type(model)(type(model.config).from_dict(dict(config)))
     made = {name: tensor.shape for name, tensor, _ in _tensors(first)}

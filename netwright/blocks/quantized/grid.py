@@ -25,7 +25,7 @@ _NAMED = ("int1 to int8", "fp3", "fp4", "nf4")
 _ASKED = re.compile(r"(?P<levels>[a-z]+\d)(?:/(?P<group>\d+|tensor))?(?P<asymmetric> asymmetric)?")
 
 
-@method("companion")
+@method("companion", papers=["002-185"])
 @dataclass(frozen=True, init=False)
 class Grid:
     """The levels that weights are rounded to, and which of them share a scale.
