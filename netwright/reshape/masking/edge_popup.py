@@ -18,6 +18,7 @@ __all__ = ["edge_popup", "recycle"]
 
 @method(
     "reshape",
+    papers=["002-157"],
     place="whole network",
     saves=["file size"],
     needs=["training"],
