@@ -220,8 +220,8 @@ class Search:
         """Yield a recipe with each step that could be added, and what is to be expected of it."""
         names = {step.what for step in base.recipe.network}
         for option in self.options:
-            if option.steps[0].what in names or _methods(
-                    (*base.recipe.network, option.steps[0])) in self.unfit:
+            both = _methods((*base.recipe.network, option.steps[0]))
+            if option.steps[0].what in names or any(unfit <= both for unfit in self.unfit):
                 continue
             if is_repair(option.steps[0]):
                 if any(self._place(step) == 0 for step in base.recipe.network):
@@ -230,9 +230,9 @@ class Search:
                 continue
             for one in self._own_front(option):
                 step, = one.recipe.network
-                both = self._place(step) >= 2 and any(
+                twice = self._place(step) >= 2 and any(
                     self._place(other) >= 2 for other in base.recipe.network)
-                shares = {name: min(share, base.shares.get(name, 1.0)) if both else
+                shares = {name: min(share, base.shares.get(name, 1.0)) if twice else
                           share * base.shares.get(name, 1.0)
                           for name, share in one.shares.items()}
                 yield self._ordered(base.recipe, step), base.quality + one.quality - 1, shares
