@@ -1,18 +1,22 @@
-# `make demo`, `make test` and `make check` work from a fresh clone on a machine with Python 3.11.
+# `make demo`, `make compare`, `make test` and `make check` work from a fresh clone on a machine with Python 3.11.
 PYTHON ?= python3.11
 BIN := .venv/bin
 # In the environment, so that what pip installs to build the package is held to the pins as well.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet \
 	--disable-pip-version-check
-EXTRAS := blackbox,cifar,flows,hf,graphs,lightning,tensorboard,test,docs
+EXTRAS := blackbox,cifar,flows,hf,graphs,lightning,onnx,tensorboard,test,docs
 # The one place where the version of PyTorch is chosen; `make lock` carries it to constraints.txt.
 TORCH := 2.13.0
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check docs wheel bench lock newest oldest build/newest build/oldest clean
+.PHONY: demo compare test check docs wheel bench lock newest oldest build/newest build/oldest clean
 
+# Train a small network, and find what makes it smaller.
 demo: .venv/demo
+	$(BIN)/netwright demo
+
+compare: .venv/demo
 	$(BIN)/netwright compare
 
 test: .venv/test

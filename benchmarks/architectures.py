@@ -1,12 +1,14 @@
 """Tiny networks of every architecture of transformers, through every reshape that applies.
 
-    python benchmarks/architectures.py [--only NAME ...]
+    python benchmarks/architectures.py [--only NAME ...] [--count 60] [--again]
 
 Each architecture that a language, a vision or a translation model has in transformers is built
 from its configuration with small sizes and random weights. Every reshape is carried out on it, and
 its result is run, saved and loaded, let generate with a cache, compiled, and made from a bfloat16
 model. A cell is "ok", "refused" with the reason, "not in the model" where the network itself
-cannot do it, or says what went wrong. One architecture has `SECONDS` at most.
+cannot do it, or says what went wrong. One architecture has `SECONDS` at most. What is in the
+table already is not tried again unless it came to no end, so that a run that was stopped goes on
+where it was.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from netwright.runtime.machine import machine
 from netwright.signals import call
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
-SECONDS = 240
+SECONDS = 900
 CELLS = ("run", "saved", "generate", "compiled", "bfloat16")
 MAPPINGS = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
             "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
@@ -312,17 +314,28 @@ def tried(name: str, wanted: Sequence[str], check_results: bool) -> dict[str, di
     return found
 
 
+def _cut_off(rows: dict[str, dict[str, str]]) -> bool:
+    return rows.get("model", {}).get("model", "").startswith("no end")
+
+
 def main() -> None:
     """Try them, and write what was found after each."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--cells", nargs="*", default=CELLS)
     parser.add_argument("--unchecked", action="store_true", help="to see what a check would raise")
+    parser.add_argument("--count", type=int, help="how many, evenly over all in alphabetical order")
+    parser.add_argument("--again", action="store_true", help="what is in the table as well")
     parser.add_argument("--to", type=Path, default=RESULTS)
     given = parser.parse_args()
-    table: dict[str, Any] = {}
-    for name in architectures():
+    table: dict[str, Any] = (json.loads(given.to.read_text())["table"] if given.to.exists() else {})
+    names = list(architectures())
+    if given.count:
+        names = names[::max(1, len(names) // given.count)]
+    for name in names:
         if given.only and not any(name.split(" ")[0] == part for part in given.only):
+            continue
+        if name in table and not (given.again or _cut_off(table[name])):
             continue
         table[name] = tried(name, given.cells, not given.unchecked)
         print(name, json.dumps(table[name])[:200], flush=True)

@@ -8,7 +8,8 @@ Sentences are those of Python's own help topics. Each reshape that applies is ca
 declared variants on 16 sentences, saved, loaded in a fresh process, and compared there with the
 original: correlation of the cosine similarities of all pairs of 256 other sentences, bytes on disk,
 and processor time at a batch of 16 (one thread, both in turns, ratio of the medians). No variant is
-trained or tuned.
+trained or tuned. What is in the table already is not tried again, so that a run that was stopped
+goes on where it was.
 """
 
 import importlib.util
@@ -127,16 +128,21 @@ def tried(reshape: Any, arguments: Mapping[str, Any], original: Path) -> dict[st
 def main() -> None:
     """Try every variant of every reshape and write the table."""
     torch.set_num_threads(1)
-    rows: dict[str, Any] = {}
+    rows: dict[str, Any] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         original = checkpoint(Path(folder))
         for name, method in methods().items():
             if method.facets.kind != "reshape":
                 continue
             for label, arguments in variants(method.value).items():
-                row = tried(method.value, arguments, original)
-                rows[f"{name.removeprefix('reshape.')}, {label}"] = row
-                print(name, label, json.dumps(row), flush=True)
+                title = f"{name.removeprefix('reshape.')}, {label}"
+                if title not in rows:
+                    rows[title] = tried(method.value, arguments, original)
+                    print(title, json.dumps(rows[title]), flush=True)
+                    _write(rows)
+
+
+def _write(rows: Mapping[str, Any]) -> None:
     RESULTS.write_text(json.dumps({
         "setting": {"calibration": CALIBRATION, "sentences": HELD_OUT, "tokens": LENGTH,
                     "turns": TURNS}, "rows": rows, "machine": machine()}, indent=1) + "\n")

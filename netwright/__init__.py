@@ -24,6 +24,7 @@ face(
         "papers": "netwright.catalogue.papers",
         "reshape": "netwright.reshape",
         "rules": "netwright.rules",
+        "sparse": "netwright.sparse",
     },
     names={
         "Advice": "netwright.advise.advice",

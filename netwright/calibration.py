@@ -1,7 +1,8 @@
 """Calibration one stage at a time: what each layer takes, with the stages before it as they are."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from netwright import checks
 from netwright.anatomy.layers import is_linear
 from netwright.anatomy.replacing import plain_paths
+from netwright.runtime.mapped import MappedCheckpoint
 from netwright.runtime.modes import evaluating, same_buffers
 from netwright.runtime.padding import holding, real_of
 from netwright.runtime.random_state import same_random_state
-from netwright.signals import apply, first_argument
-from netwright.stages import Stage, stages
+from netwright.signals import apply, few, first_argument
+from netwright.stages import Stage, Stages, stages
 
 __all__ = ["InputStatistics", "observe", "stream"]
 
@@ -84,7 +86,8 @@ Visit = Callable[[Stage, Mapping[str, InputStatistics]], Any]
 
 @torch.inference_mode(False)
 def stream(model: nn.Module, batches: Iterable[Any], visit: Visit, *,
-           statistics: Collection[str] = ("gram",)) -> nn.Module:
+           statistics: Collection[str] = ("gram",),
+           checkpoint: str | Path | None = None) -> nn.Module:
     """Go through the stages of a model with data, and let each be changed before the next sees it.
 
     For each stage: all batches pass through it, and `visit(stage, statistics)` is given what its
@@ -95,16 +98,26 @@ def stream(model: nn.Module, batches: Iterable[Any], visit: Visit, *,
     Where a batch has an `attention_mask`, rows of padding are left out of layers that take all
     positions. Returns the model.
 
+    With `checkpoint`, a folder of safetensors as `save_pretrained` writes it, the model's weights
+    stay on disk, also where the model is on the meta device: those of a stage are read when it
+    comes and written when it is done, into files of another name, which are renamed when all is
+    done. A kill at any moment leaves the old weights or the new ones, whole. The model that is
+    returned reads its weights from there.
+
     Args:
         model: any module that `nw.stages` can read; it is changed as `visit` changes it.
         batches: what the model takes, each a tensor, a tuple or a mapping.
         visit: what is done at each stage.
         statistics: of "gram", "mean", "square" and "absmax" those that are needed.
+        checkpoint: the folder that holds the model's weights, see above.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: there is no batch, `checkpoint` holds another model's weights, or `visit` gave
+            a weight another shape or type there.
         UnknownName: no statistic has that name.
         CannotStage: the model is no chain of stages.
+        FileNotFoundError: `checkpoint` holds no safetensors.
+        CorruptCheckpoint: they cannot be read.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> seen = {}
@@ -118,21 +131,43 @@ def stream(model: nn.Module, batches: Iterable[Any], visit: Visit, *,
     inputs = list(batches)
     if not inputs:
         raise ValueError(_NONE)
-    net = stages(model, inputs[0])
+    if checkpoint is None:
+        return _streamed(model, inputs, visit, statistics, lambda _: nullcontext())
+    mapped = MappedCheckpoint(model, Path(checkpoint))
+    try:
+        _streamed(model, inputs, visit, statistics, mapped.held)
+        mapped.commit()
+    finally:
+        mapped.abandon()  # what is left of it, which is nothing after a commit
+    return model
+
+
+def _streamed(model: nn.Module, inputs: list[Any], visit: Visit, statistics: Collection[str],
+              held: Callable[[Iterable[nn.Module]], AbstractContextManager[None]]) -> nn.Module:
+    net = _chain(model, inputs[0])
     masks = [_mask(x) for x in inputs]
     with evaluating(model), torch.no_grad(), same_random_state(), plain_paths():
         contexts, signals = [net.context(x) for x in inputs], list(inputs)
         for stage in net:
-            with watched(model, stage.modules, statistics) as (taken, padding):
-                for h, context, mask in zip(signals, contexts, masks, strict=True):
-                    padding[:] = [mask]
+            with held(stage.modules):
+                with watched(model, stage.modules, statistics) as (taken, padding):
+                    for h, context, mask in zip(signals, contexts, masks, strict=True):
+                        padding[:] = [mask]
+                        with holding(mask):
+                            stage(h, context)
+                visit(stage, taken)
+                for i, (context, mask) in enumerate(zip(contexts, masks, strict=True)):
                     with holding(mask):
-                        stage(h, context)
-            visit(stage, taken)
-            for i, (context, mask) in enumerate(zip(contexts, masks, strict=True)):
-                with holding(mask):
-                    signals[i] = stage(signals[i], context)
+                        signals[i] = stage(signals[i], context)
     return model
+
+
+def _chain(model: nn.Module, example: Any) -> Stages:
+    """Return the stages of a model, found by a few samples: a chain holds what it was run on."""
+    try:
+        return stages(model, few(example))
+    except Exception:  # whatever a model raises that takes batches of one size alone
+        return stages(model, example)
 
 
 @torch.inference_mode(False)
@@ -191,6 +226,7 @@ def watched(model: nn.Module, modules: Iterable[nn.Module], wanted: Collection[s
     finally:
         for handle in handles:
             handle.remove()
+        last.x = last.found = None
 
 
 class _Last:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from netwright.errors import CannotStage
 
 Path = tuple[Any, ...]
+FEW = 2  # samples that show what is in a model as well as more do
 
 
 def call(model: nn.Module, x: Any) -> Tensor:
@@ -42,6 +43,24 @@ def apply(function: Callable[..., Any], x: Any, **options: Any) -> Any:
     if isinstance(x, (tuple, list)):
         return function(*x, **options)
     return function(x, **options)
+
+
+def few(example: Any) -> Any:
+    """Return some samples of what a model takes, all of it where samples are not told apart.
+
+    >>> import torch
+    >>> few({"input_ids": torch.zeros(32, 5), "attention_mask": torch.ones(32, 5)})
+    {'input_ids': tensor([[0., 0., 0., 0., 0.],
+            [0., 0., 0., 0., 0.]]), 'attention_mask': tensor([[1., 1., 1., 1., 1.],
+            [1., 1., 1., 1., 1.]])}
+    """
+    sizes = {len(t) if t.ndim > 1 else 0 for t in tree_leaves(dict(example) if isinstance(
+        example, Mapping) else example) if isinstance(t, Tensor)}
+    if len(sizes) != 1 or max(sizes) <= FEW:
+        return example
+    if isinstance(example, Mapping):
+        example = dict(example)
+    return tree_map_only(Tensor, lambda t: t[:FEW], example)
 
 
 def first_argument(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:

@@ -329,3 +329,12 @@ def test_being_asked_to_end_is_said(tmp_path):
     _, err = process.communicate()
     assert process.returncode == 143
     assert err.strip().endswith(cli.STOPPED)
+
+
+@pytest.mark.check
+def test_demo(netwright, tmp_path):
+    status, out, err = netwright("demo", "--quiet", "--budget", "30s", "--out", "made")
+    assert (status, err) == (0, "")
+    assert "of the digits it has not seen" in out
+    assert "The changed networks are in made" in out
+    assert "What to change in" in (tmp_path / "made" / "index.html").read_text()

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["advise"]
 
 WORK = ".work"  # the folder, in that of the advice, of what is kept between questions
-SEARCHING = 0.75  # of the time; the rest measures the finalists
+SEARCHING = 0.7  # of the time; the rest measures the finalists
 SHARE = 0.02  # of the time that one look at the samples for screening, or for the end, may take
+JUDGING = 768  # samples that finalists are judged by, at most
 CALIBRATION = 256  # samples that steps look at, at most
 ANSWERS = 80  # of the original that the least budget holds
 
@@ -121,13 +122,16 @@ def advise(model: nn.Module, data: Any, *, want: Any = (), keep: float = 0.98,
         question = Question(tuple(wants), keep, laboratory.original)
         found, aside = options(model, parts.inputs[0], wants)
         with Show(question, allowed, on=progress) as show:
-            search = Search(laboratory, ledger, found, extra, question, show)
-            finals = Finals(laboratory, last, work / "finalists", rows=looked[1])
+            search = Search(laboratory, ledger, found, extra, question, show,
+                            seconds=allowed)
+            finals = Finals(laboratory, last, work / "finalists", rows=looked[1],
+                            turns=int(SHARE * allowed / answer / 2))
             left = max(0.0, allowed - search.spent - finals.spent)
             search.run(begun + SEARCHING * left)
             deadline = begun + max(left, (1 - SEARCHING) * allowed)
             finals.original()
-            measured = measure_all(search, finals, question, deadline)
+            measured = measure_all(search, finals, question, deadline,
+                                   hurried=left == 0)
         return _given(search, finals, measured, found, aside, folder,
                       source=None if source is None else Path(source), budget=allowed,
                       seconds=time.monotonic() - begun, answer=laboratory.x)
@@ -163,7 +167,7 @@ def _rows(ledger: Ledger, parts: Material, answer: float, batch: int, allowed: f
     known = ledger.storage.get_study_user_attrs(ledger.study).get("rows")
     if known is None:
         most = max(4, int(SHARE * allowed / max(answer, 1e-6))) * batch
-        known = [min(rows(parts.screening), most), min(rows(parts.final), 2 * most),
+        known = [min(rows(parts.screening), most), min(rows(parts.final), most, JUDGING),
                  min(rows(parts.calibration), max(2 * batch, most // 4), CALIBRATION)]
         ledger.storage.set_study_user_attr(ledger.study, "rows", known)
     return known[0], known[1], known[2]
@@ -235,7 +239,8 @@ def _verdict(points: Sequence[dict[str, Any]], best: int, met: bool, question: Q
     lacks = " and ".join(
         f"{miss['resource'].replace('_', ' ')} is {miss['is']:.3g} and not {miss['limit']:.3g}"
         for miss in point["misses"])
-    left = sorted(point["untouched"], key=lambda layer: -layer["share"])[:2]
+    left = sorted((layer for layer in point["untouched"] if layer["share"] >= 0.01),
+                  key=lambda layer: -layer["share"])[:2]
     stands = "" if not left else "; most of what it leaves as it was is " + " and ".join(
         f"{layer['name'] or 'the network itself'} ({layer['share']:.0%} of the bytes)"
         for layer in left)

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
+from itertools import product
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -16,11 +18,14 @@ from netwright.compare.recipe import Recipe, recipe
 from netwright.compare.steps import Step, is_plain
 from netwright.compare.supplies import parameters
 from netwright.reshape.change import own
+from netwright.signals import mapped
 
 OFFERED = ("example", "calibration", "teacher", "data")
 GIVEN = ("calibration data",)  # of what methods need of their users, what is at hand
 KINDS = ("reshape", "execution")
-SETTINGS = 12  # of a method that are tried at most
+FEW = 2  # samples that show what is in a model
+SPREAD = 12  # points of a search that are spread over it, where it has many
+PRODUCT = 64  # points of a search that are few
 POINTS = 3  # of a range that are tried by themselves
 
 
@@ -64,17 +69,22 @@ def options(model: nn.Module, example: Any, wants: Sequence[Want]
     """Return what can be tried on a trained model, the cheapest first, and what is set aside."""
     found: list[Option] = []
     aside: list[Aside] = []
+    example = mapped(example, lambda t: t[:FEW])
     seen = Seen(model, example)
     mine = [_judged_own(name, made, seen) for name, made in own().items()]
-    for candidate in [*applicable(model, example, all=True), *mine]:
-        if candidate.method.facets.kind not in KINDS:
-            continue
+    known = [candidate for kind in KINDS
+             for candidate in applicable(model, example, kind=kind, all=True)]
+    for candidate in [*known, *mine]:
         why = _unfit(candidate, wants)
         if why:
             aside.append(Aside(candidate.method.name, why))
         else:
             found.append(_option(candidate))
-    return sorted(found, key=lambda option: (option.phase, option.name)), aside
+    asked_for = [RESOURCES[want.resource].saved_by for want in wants]
+
+    def order(option: Option) -> tuple[int, int, str]:
+        return option.phase, -sum(bool(words & {*option.saves}) for words in asked_for), option.name
+    return sorted(found, key=order), aside
 
 
 def _judged_own(name: str, made: Any, seen: Seen) -> Candidate:
@@ -156,7 +166,10 @@ def _option(candidate: Candidate) -> Option:
 
 
 def settings(what: Any) -> tuple[Step, ...]:
-    """Return a method with the settings that are tried: its defaults, points of its search.
+    """Return a method with the settings that can be tried: those with fewer changes first.
+
+    They are its defaults, each point of its search, its variants, and all points together where
+    these are few, or some that are spread over them.
 
     >>> from netwright.reshape import prune_sublayers
     >>> [str(step) for step in settings(prune_sublayers)][:3]
@@ -164,24 +177,34 @@ def settings(what: Any) -> tuple[Step, ...]:
     """
     known, space = parameters(what), searched(what)
     needed = _needed(what, space)
+    points = {name: _points(kind) for name, kind in space.items()}
     found: list[dict[str, Any]] = [{}]
-    found += [{name: value} for name, kind in space.items() for value in _points(kind)]
-    found += _spread(space)
-    found += [dict(variant) for variant in _variants(what)
-              if all(map(_tellable, variant.values()))]
+    found += [{name: value} for name, values in points.items() for value in values]
+    found += [own for variant in _variants(what)
+              if all(map(_tellable, (own := _own(variant)).values()))]
+    found += _product(points) if prod(map(len, points.values())) <= PRODUCT else _spread(space)
     made: dict[str, Step] = {}
     for arguments in found:
         full = {**needed, **arguments}
         own = {name: value for name, value in full.items()
-               if name not in known or not _same(known[name].default, value)}
+               if name in needed or name not in known or not _same(known[name].default, value)}
         step = Step(what, own)
         made.setdefault(str(step), step)
-    return tuple(made.values())[:SETTINGS]
+    return tuple(made.values())
+
+
+def _own(variant: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a variant that are no data."""
+    return {name: value for name, value in variant.items() if name not in OFFERED}
+
+
+def _product(points: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(points, values, strict=True)) for values in product(*points.values())]
 
 
 def _needed(what: Any, space: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments without a default, from the search or the first variant."""
-    variant = next(iter(_variants(what)), {})
+    variant = _own(next(iter(_variants(what)), {}))
     found = {}
     for name, p in [*parameters(what).items()][1:]:
         if p.default is Parameter.empty and name not in OFFERED:
@@ -216,7 +239,7 @@ def _spread(space: Mapping[str, Any]) -> list[dict[str, Any]]:
         step = (1 + step) ** (1 / (len(space) + 1))
     kinds = {name: distribution(values) for name, values in space.items()}
     return [{name: point_at(kind, (0.5 + k * step ** -(j + 1)) % 1)
-             for j, (name, kind) in enumerate(kinds.items())} for k in range(1, SETTINGS)]
+             for j, (name, kind) in enumerate(kinds.items())} for k in range(1, SPREAD)]
 
 
 def _same(default: Any, value: Any) -> bool:

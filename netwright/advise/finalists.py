@@ -23,22 +23,27 @@ from netwright.errors import CorruptCheckpoint, NetwrightError
 from netwright.reshape import save
 from netwright.runtime.written import plain
 
-TURNS = 21  # of the final timing
+LEAST, TURNS = 3, 21  # of the final timing
 MOST = 6  # finalists, unless none of them meets what is asked
 
 
 class Finals:
     """What finalists are measured with; each is measured once, and its checkpoint kept."""
 
-    def __init__(self, laboratory: Laboratory, ledger: Ledger, folder: Path, *, rows: int) -> None:
+    def __init__(self, laboratory: Laboratory, ledger: Ledger, folder: Path, *, rows: int,
+                 turns: int) -> None:
         self.laboratory, self.ledger, self.folder = laboratory, ledger, folder
+        self.turns = min(max(turns, LEAST), TURNS)
         self.part = first_rows(laboratory.material.final, rows)
         self.targets = targets_of(laboratory.judge, self.part)
         self.forgiven = ledger.last()
         self.failed: dict[str, Failed] = {}
         self.points: dict[str, dict[str, Any]] = {}
+        before = ledger.trials()
+        self._measured_before = {key for key, trials in before.items()
+                                 if any("point" in trial.user_attrs for trial in trials)}
         self.spent = sum(trial.user_attrs.get("point", {}).get("seconds", 0.0)
-                         for trials in ledger.trials().values() for trial in trials)
+                         for trials in before.values() for trial in trials)
         self._reference: Any = None
         self._original: dict[str, Any] = {}
 
@@ -69,6 +74,10 @@ class Finals:
         value = original_value(self.laboratory.judge, self.reference, self.targets)
         return {"figures": held, "value": value}
 
+    def known(self, key: str) -> bool:
+        """Return whether a finalist was measured before."""
+        return key in self._measured_before and (self.folder / key).is_dir()
+
     def measure(self, tried: Tried, seconds: float) -> dict[str, Any] | None:
         """Return a finalist's point as plain data, None where it failed or time was short."""
         key = tried.key
@@ -93,6 +102,8 @@ class Finals:
         except TimeUp:
             self.laboratory.forget()
             self.ledger.fail(mine, "")
+            self.failed[key] = Failed(text_of(tried.recipe), "the time was over before it was "
+                                      "measured", time.perf_counter() - start)
             return None
         except OSError as error:
             self.ledger.fail(mine, "")
@@ -129,7 +140,7 @@ class Finals:
             raise ValueError("its outputs on the data kept for the end are not finite")
         value = original_value(lab.judge, outputs, self.targets) \
             if lab.judge.metric is not None else quality.value
-        spent = times([lab.model, again], lab.x, TURNS)
+        spent = times([lab.model, again], lab.x, self.turns)
         median, low, high = ratio_interval(spent, seed=lab.seed)
         original = self.original()["figures"]
         held = figures(again, lab.x)
@@ -144,7 +155,7 @@ class Finals:
             "quality": {"value": quality.value, "low": quality.low, "high": quality.high,
                         "metric": value, "screened": tried.quality},
             "figures": held, "shares": shares, "time": {"median": median, "low": low, "high": high,
-                                                        "turns": TURNS},
+                                                        "turns": self.turns},
             "loads": _loads(self.folder / key), "layers": became,
             "untouched": [{"name": layer["name"], "bytes": layer["bytes"],
                            "share": layer["share"]} for layer in became
@@ -185,21 +196,22 @@ def chosen(search: Search, question: Question) -> Iterator[Tried]:
             yield one
 
 
-def measure_all(search: Search, finals: Finals, question: Question, deadline: float
-                ) -> list[tuple[Tried, dict[str, Any]]]:
-    """Measure finalists until there are enough and the best is sure, or the time is over."""
+def measure_all(search: Search, finals: Finals, question: Question, deadline: float, *,
+                hurried: bool) -> list[tuple[Tried, dict[str, Any]]]:
+    """Measure finalists until there are enough and the best is sure, or the time is over.
+
+    What was measured for another question is there at once. With `hurried`, where the budget was
+    spent by questions before, the first that meets the limits is enough.
+    """
     found: list[tuple[Tried, dict[str, Any]]] = []
     longest = 0.0
     for one in chosen(search, question):
-        met = any(not question.misses(point["quality"]["low"], point["shares"])
-                  for _, point in found)
-        plain_dtype = any(point["plain_dtype"] for _, point in found)
-        if len(found) >= MOST and (met or len(found) >= 2 * MOST) and plain_dtype:
-            break
         left = deadline - time.monotonic()
-        known = one.key in finals.points
-        if left <= 0 or (found and left < longest and not known):
+        if len(found) >= 2 * MOST:
             break
+        if not finals.known(one.key) and (left <= 0 or (found and left < longest)
+                                          or _enough(found, question, hurried)):
+            continue
         search.show.trying(f"measure {text_of(one.recipe)}", search.best(), deadline)
         start = time.monotonic()
         point = finals.measure(one, left)
@@ -207,6 +219,13 @@ def measure_all(search: Search, finals: Finals, question: Question, deadline: fl
         if point is not None:
             found.append((one, with_steps(point, one, search)))
     return found
+
+
+def _enough(found: Sequence[tuple[Tried, dict[str, Any]]], question: Question, hurried: bool
+            ) -> bool:
+    met = any(not question.misses(point["quality"]["low"], point["shares"])
+              for _, point in found)
+    return met and (hurried or len(found) >= MOST)
 
 
 def _size(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """Where a network's parameters, bytes, operations, time and memory go."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +135,7 @@ def inspect(model: nn.Module, example: Any, *, repeats: int = 5) -> Inspection:
         whole = seconds(model, run, repeats)
         with plain_paths():
             book, time = booked(model, run), timed(model, run, repeats)
-            kept = saved(model, run)
+            kept, hindered = _saved(model, run)
     parts = _Parts(model, kinds)
     parts.weigh()
     for owner, count in book.flops.items():
@@ -156,7 +156,15 @@ def inspect(model: nn.Module, example: Any, *, repeats: int = 5) -> Inspection:
                         [*dict.fromkeys(where.values()), "the rest"])
     return Inspection(type(model).__name__, _described(example), total, by_kind, by_stage,
                       tuple(shares), tuple(_said(by_kind, shares, total)),
-                      tuple(_unusual(model, example, inside, total, book.uncounted)))
+                      (*_unusual(model, example, inside, total, book.uncounted), *hindered))
+
+
+def _saved(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[Owner, int], list[str]]:
+    """Return what a pass with gradients keeps, or why there is none."""
+    try:
+        return saved(model, run), []
+    except RuntimeError as error:  # weights that are changed in place, operations for answers alone
+        return {}, [f"It cannot run with gradients: {plain(error)[:200]}."]
 
 
 def _check(model: nn.Module, example: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from netwright.advise.candidates import OFFERED
-from netwright.advise.figures import Figures, dtypes, figures, only_dtype, ratio, times
+from netwright.advise.figures import Figures, dtypes, figures, once, only_dtype, ratio, times
 from netwright.advise.material import Material, first_rows, joined
 from netwright.advise.quality import Judge, score, targets_of
 from netwright.compare.apply import apply
@@ -28,6 +28,9 @@ from netwright.runtime.random_state import same_random_state
 WORTH = 1.0  # seconds of work from which on a step's result is kept on disk
 KEPT = 24  # results of steps that are kept
 TURNS = 5  # of a screening's timing
+AGAIN = 1.0  # seconds after which a try that goes on is told once more to end
+HOPELESS = 5  # times of the original's answer above which nothing more is looked at
+SLOW = 0.2  # seconds of an answer from which on there are fewer
 
 
 class TimeUp(BaseException):
@@ -46,7 +49,8 @@ def limited(seconds: float) -> Iterator[None]:
         raise TimeUp
     before = signal.signal(signal.SIGALRM, end)
     start = time.monotonic()
-    left, every = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    # Again and again, since what is raised while the collector runs is lost.
+    left, every = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), AGAIN)
     try:
         yield
     finally:
@@ -84,6 +88,10 @@ class Laboratory:
 
     def screened(self, changed: nn.Module) -> dict[str, Any]:
         """Return the figures of a changed model, its quality on the samples for screening."""
+        spent = once(changed, self.x)
+        if spent > max(SLOW, HOPELESS * self.original["inference_time"]):
+            raise ValueError(f"an answer takes {spent / self.original['inference_time']:.0f} times "
+                             "the original's on this machine")
         quality = score(self.judge, self.reference,
                         self.judge.outputs(changed, self.screening), self.targets)
         if not math.isfinite(quality):
@@ -91,7 +99,8 @@ class Laboratory:
         held: Figures = figures(changed, self.x)
         shares = {name: value / self.original[name] for name, value in held.items()
                   if self.original.get(name)}
-        shares["inference_time"] = ratio(times([self.model, changed], self.x, TURNS))
+        turns = TURNS if self.original["inference_time"] < SLOW else TURNS // 2
+        shares["inference_time"] = ratio(times([self.model, changed], self.x, turns))
         held["inference_time"] = shares["inference_time"] * self.original["inference_time"]
         return {"quality": quality, "figures": held, "shares": shares, "dtypes": dtypes(changed),
                 "plain_dtype": only_dtype(self.model, changed),

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -317,7 +320,7 @@ def _operand(leaf: Any) -> Any:
 def seen_in(model: nn.Module, example: Any) -> _Shapes:
     seen = _Shapes(real=False)
     try:
-        with (evaluating(model), rehearsing(model),
+        with (evaluating(model), rehearsing(model), _unsaid(),
               FakeTensorMode(allow_non_fake_inputs=True) as shapes, seen):
             apply(model, mapped(example, shapes.from_tensor))
     except Exception:  # of many kinds: numbers that are asked for, operations that have no shapes
@@ -325,3 +328,14 @@ def seen_in(model: nn.Module, example: Any) -> _Shapes:
         with evaluating(model), rehearsing(model), seen:
             apply(model, example)
     return seen
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Keep PyTorch from logging that an operation has no shapes: it is run for real then."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

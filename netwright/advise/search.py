@@ -4,9 +4,9 @@ import hashlib
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
-from math import ceil
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any
 
 from netwright.advise.candidates import Option, is_repair
@@ -14,6 +14,8 @@ from netwright.advise.laboratory import Laboratory, TimeUp, limited
 from netwright.advise.question import Question
 from netwright.catalogue.names import name_of
 from netwright.compare.recipe import Recipe, recipe
+from netwright.compare.steps import Step
+from netwright.compare.supplies import parameters
 from netwright.compare.trials import Job, Ledger
 from netwright.errors import NetwrightError
 from netwright.runtime.fingerprint import fingerprint
@@ -26,6 +28,8 @@ BASES = 6  # recipes that others are added to
 LONGEST = 4  # steps of a recipe
 SHARE = 3  # of the time that is left a try may take one part in this many
 LEAST = 5.0  # seconds that it may take anyway
+CHEAP = 6  # settings of a method that looks at no data, before any that does
+REPAIR = 12  # of the whole time a short training may take one part in this many
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,15 @@ def key_of(given: Recipe) -> str:
     return hashlib.sha256(f"{given} {own}".encode()).hexdigest()[:24]
 
 
+def _timed(option: Option, seconds: float) -> Option:
+    """Return a method that trains with the time that it may take, where it takes one."""
+    if not is_repair(option.steps[0]) or "seconds" not in parameters(option.steps[0].what):
+        return option
+    limit = float(f"{seconds:.1g}")
+    return replace(option, steps=tuple(
+        Step(step.what, {"seconds": limit, **step.arguments}) for step in option.steps))
+
+
 class Search:
     """Tries of one model on one data set, kept in a ledger, and the plan of what comes next.
 
@@ -76,14 +89,16 @@ class Search:
     """
 
     def __init__(self, laboratory: Laboratory, ledger: Ledger, options: Sequence[Option],
-                 also: Sequence[Recipe], question: Question, show: "Show") -> None:
-        self.laboratory, self.ledger, self.options = laboratory, ledger, options
+                 also: Sequence[Recipe], question: Question, show: "Show", *,
+                 seconds: float) -> None:
+        self.laboratory, self.ledger = laboratory, ledger
+        self.options = [_timed(option, seconds / REPAIR) for option in options]
         self.also, self.question, self.show = also, question, show
         self.forgiven = ledger.last()
         self.tried: dict[str, Tried] = {}
         self.failed: dict[str, Failed] = {}
         self.spent = 0.0
-        self._steps = {str(step): step for option in options for step in option.steps}
+        self._steps = {str(step): step for option in self.options for step in option.steps}
         self._steps |= {str(step): step for entry in also for step in entry.network}
         self._remember()
 
@@ -97,10 +112,20 @@ class Search:
                 return
 
     def plan(self) -> Iterator[Recipe]:
-        """Yield what is to be tried: all methods, then more of those that did well, together."""
+        """Yield what is to be tried: all methods, then more of those that did well, together.
+
+        What looks at no data comes first, with its settings, since it costs the least.
+        """
         yield from self.also
         for option in self.options:
-            if not is_repair(option.steps[0]):
+            if option.phase == 0:
+                yield Recipe((option.steps[0],))
+        for option in self._ranked():
+            if option.phase == 0:
+                yield from (Recipe((step,)) for step in self._untried(option)[:CHEAP])
+                yield from (Recipe((step,)) for step in self._untried(option)[:1])
+        for option in self.options:
+            if option.phase == 1:
                 yield Recipe((option.steps[0],))
         for round in count():
             news = [*self._settings(round), *self._together(4 * (round + 1))]
@@ -127,12 +152,40 @@ class Search:
         left = ranked[:max(2, ceil(len(ranked) / 2 ** round))]
         found = []
         for option in left:
-            untried = [step for step in option.steps if not self._known(Recipe((step,)))]
-            found += [Recipe((step,)) for step in untried[:2 ** (round + 1)]]
+            found += [Recipe((step,)) for step in self._untried(option)[:2 ** (round + 1)]]
         if not found:
-            found = [Recipe((step,)) for option in ranked for step in option.steps
-                     if not self._known(Recipe((step,)))][:2 ** round]
+            found = [Recipe((step,)) for option in ranked
+                     for step in self._untried(option)][:2 ** round]
         return found
+
+    def _untried(self, option: Option) -> list[Step]:
+        """Return settings of a method that were not tried: changes of one argument, then others.
+
+        Those are ordered by what the changes of one promise together.
+        """
+        left = [step for step in option.steps if not self._known(Recipe((step,)))]
+        least = min((len(step.arguments) for step in option.steps), default=0)
+        single = [step for step in left if len(step.arguments) <= least + 1]
+        several = [step for step in left if len(step.arguments) > least + 1]
+        return single + sorted(several, key=lambda step: (self._promised(option, step), str(step)))
+
+    def _promised(self, option: Option, step: Step) -> tuple[float, float]:
+        """Return how near settings would come if what each argument does simply added up."""
+        plain = self.tried.get(key_of(Recipe((option.steps[0],))))
+        if plain is None:
+            return inf, 0.0
+        quality, shares = plain.quality, dict(plain.shares)
+        for name, value in step.arguments.items():
+            if option.steps[0].arguments.get(name) == value:
+                continue
+            alone = Step(step.what, {**option.steps[0].arguments, name: value})
+            one = self.tried.get(key_of(Recipe((alone,))))
+            if one is None:
+                return inf, 0.0
+            quality += one.quality - plain.quality
+            shares = {name: share * one.shares.get(name, 1.0) / plain.shares.get(name, 1.0)
+                      for name, share in shares.items()}
+        return self.question.order(quality, shares)
 
     def _ranked(self) -> list[Option]:
         """Return the methods of which something came, the best first."""
@@ -221,7 +274,8 @@ class Search:
         if mine is None:
             return True
         left = deadline - time.monotonic()
-        limit = min(left, max(left / SHARE, LEAST))
+        longest = max((one.found["seconds"] for one in self.tried.values()), default=0.0)
+        limit = min(left, max(left / SHARE, LEAST, 2 * longest))
         self.show.trying(text_of(entry), self.best(), deadline)
         start = time.perf_counter()
         about = {"recipe": entry.plain(), "text": text_of(entry),
@@ -237,7 +291,7 @@ class Search:
             self._failed(entry, key, mine, time.perf_counter() - start, lasting=False,
                          reason=f"it was not done after {limit:.0f} s, "
                                 + ("when the time was over" if limit >= left else
-                                   "a third of the time that was left"))
+                                   "more than the others take"))
             return time.monotonic() < deadline
         except Exception as error:  # whatever it is, it is said with its name
             said = str(error) if isinstance(error, (NetwrightError, ValueError)) else \

@@ -324,7 +324,7 @@ def _stated(network: nn.Module, group: UnitGroup) -> UnitGroup:
 
 
 # Words in the fields of Hugging Face's configurations.
-_WORDS = {"hidden": ("intermediate", "inner", "ffn", "d_ff"),
+_WORDS = {"hidden": ("intermediate", "inner", "ffn", "d_ff", "hidden_dim", "mlp_dim"),
           "stream": ("hidden_size", "embd", "d_model", "embed_dim", "proj_dim"),
           "head": ("heads", "n_head"), "head dimension": ("head_dim", "d_kv")}
 

@@ -10,6 +10,7 @@ from netwright import checks
 from netwright.anatomy.elementwise import Itself, Named, function_of
 from netwright.anatomy.layers import common, is_linear, linear_sizes
 from netwright.anatomy.products import Product, products
+from netwright.anatomy.residual_blocks import example_of
 from netwright.anatomy.run import Operation, Run, record
 from netwright.errors import NothingToReshape
 from netwright.runtime.random_state import same_random_state
@@ -71,8 +72,9 @@ def feedforwards(model: nn.Module, example: Any = None, *,
     elementwise functions (perhaps times another linear layer of the same input) into a linear
     layer. It does not matter what the parts are called, whether the activation is a module or a
     function, or whether one module holds the layer. Without `example` the parts are run one by
-    one, the smallest first, on a random input of their width; a part that takes more than a
-    tensor (or two, as a decoder does) is then not seen.
+    one, the smallest first, on a random input of their width. Where a member of a list of layers
+    takes more than a tensor or two, so that it could not be looked into, a Hugging Face model is
+    run on tokens or an image, and any other needs an `example`.
 
     A module with a child called `experts` is one feed-forward layer, whatever its router: how
     many experts it has, and their sizes, can be read from it; which expert a token goes to, the
@@ -90,6 +92,7 @@ def feedforwards(model: nn.Module, example: Any = None, *,
 
     Raises:
         NothingToReshape: there is none.
+        ValueError: `example` is needed.
 
     >>> from netwright.models import gpt
     >>> [layer.up for layer in feedforwards(gpt(96, context=16, depth=2))]
@@ -101,7 +104,21 @@ def feedforwards(model: nn.Module, example: Any = None, *,
     if example is not None:
         return feedforwards_in(record(model, example), square=square)
     with same_random_state():
-        return _found(model, _in_parts(model, "", square), square, example)
+        missed: list[str] = []
+        found = _in_parts(model, "", square, missed)
+        run = _own_run(model, missed[0]) if found and missed else None
+        return _found(model, found, square, example) if run is None else feedforwards_in(
+            run, square=square)
+
+
+def _own_run(model: nn.Module, missed: str) -> Run:
+    """Return a run of a pretrained model on an input that is made for it."""
+    try:
+        return record(model, example_of(model))
+    except Exception as error:  # whatever it raises on tokens alone
+        raise ValueError(f"example must be an input of {type(model).__name__}, got None; its part "
+                         f"{missed!r} takes more than a tensor, so that its feed-forward layers "
+                         "are found by watching a run alone") from error
 
 
 def feedforwards_in(run: Run, *, square: bool = True) -> list[FeedForwardLayer]:
@@ -135,8 +152,12 @@ def _with(layer: FeedForwardLayer, **changes: Any) -> FeedForwardLayer:
     return FeedForwardLayer(**{**layer.__dict__, **changes})
 
 
-def _in_parts(module: nn.Module, prefix: str, square: bool) -> list[FeedForwardLayer]:
-    """Return the layers in `module`, running the smallest parts in which there are any."""
+def _in_parts(module: nn.Module, prefix: str, square: bool,
+              missed: list[str]) -> list[FeedForwardLayer]:
+    """Return the layers in `module`, running the smallest parts in which there are any.
+
+    Members of lists that could not be run, nor anything be found inside, are added to `missed`.
+    """
     linears = [m for m in module.modules() if is_linear(m)]
     if len(linears) < 2 and not _has_experts(module):
         return []
@@ -146,13 +167,22 @@ def _in_parts(module: nn.Module, prefix: str, square: bool) -> list[FeedForwardL
         for name, child in module.named_children():
             if child not in done:
                 done.add(child)
-                found += _in_parts(child, f"{prefix}{name}.", square)
+                inside = _in_parts(child, f"{prefix}{name}.", square, missed)
+                if isinstance(module, nn.ModuleList) and not inside and _unseen(child):
+                    missed.append(f"{prefix}{name}")
+                found += inside
     if found:
         return found
     for run in _tries(module, linears):
         found = _separable(module, feedforward_layers(run, products(run), square))
         return [_placed(layer, prefix) for layer in found]
     return [_placed(layer, prefix) for layer in _expert_blocks(module, None)]
+
+
+def _unseen(module: nn.Module) -> bool:
+    """Return whether `module` has linear layers enough, but runs on no tensor of their width."""
+    linears = [m for m in module.modules() if is_linear(m)]
+    return len(linears) > 1 and not any(True for _ in _tries(module, linears))
 
 
 def _tries(module: nn.Module, linears: list[nn.Module]) -> Iterator[Run]:

@@ -71,17 +71,14 @@ def advise(
         fidelity=fidelity, also=[written(entry) for entry in also or []], batch=batch,
         folder=folder, storage=storage, seed=seed,
         source=model if is_folder(model) else None, progress=not quiet)
-    page: Any = getattr(report, "advice", None)
-    if page is not None:
-        page(found.plain, folder / "index.html")
+    page = report.advice(found.plain, folder / "index.html")
     _note(folder, model, text, data, weights)
     if as_json:
         print(json.dumps(found.plain, indent=1))
         return
-    _print(found)
+    show(found)
     print(f"The changed models, with recipes and cards, are in {folder}.")
-    if page is not None:
-        print(f"The page is {folder / 'index.html'}.")
+    print(f"The page is {page}.")
 
 
 @app.command()
@@ -204,7 +201,8 @@ def _noted(recipe: str, weights: Path | None) -> tuple[Path | None, str | None, 
             weights or (Path(said["weights"]) if "weights" in said else None))
 
 
-def _print(found: Any) -> None:
+def show(found: Any) -> None:
+    """Print an advice: its front, what was recommended, and what failed."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text as Cell

@@ -26,6 +26,7 @@ def apply(recipe: Any, model: nn.Module, calibration: Any) -> nn.Module:
         recipe: what `nw.recipe` reads; only its network is changed, and nothing is trained.
         model: any module.
         calibration: what the model takes, or a list of such batches; what the reshapes look at.
+            A step that learns from a teacher is given `model`.
 
     Raises:
         ValueError: the recipe names a rule, a loss, an optimizer or what is done to data, or
@@ -49,12 +50,13 @@ def apply(recipe: Any, model: nn.Module, calibration: Any) -> nn.Module:
     # Nothing is trained, so that no label is looked at.
     pairs = [(x, torch.zeros(1)) for x in batches]
     task = Task("model", partial(deepcopy, model), Parts(pairs, pairs, pairs), example=batches[0])
-    looking = tuple(_looking(step, batches) for step in found.network)
+    looking = tuple(_looking(step, batches, model) for step in found.network)
     return Change(str(found), Recipe(looking)).change(deepcopy(model), task, {})
 
 
-def _looking(step: Step, batches: list[Any]) -> Step:
-    """Return a step that looks at all batches, where it looks at any."""
-    if "calibration" not in parameters(step.what):
-        return step
-    return Step(step.what, {"calibration": batches, **step.arguments})
+def _looking(step: Step, batches: list[Any], model: nn.Module) -> Step:
+    """Return a step that looks at all batches, and learns from the model, where it does either."""
+    known = parameters(step.what)
+    given = {"calibration": batches, "teacher": model}
+    return Step(step.what, {**{name: value for name, value in given.items() if name in known},
+                            **step.arguments})

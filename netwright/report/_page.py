@@ -1,13 +1,10 @@
 """A comparison as a page that needs no network."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
-from string import Template
 from typing import Any
 
 from netwright import checks
@@ -30,11 +27,10 @@ from netwright.report._figures import (
     spread_of,
     unit_of,
     value_of,
-    without_nan,
 )
+from netwright.report._writing import write_page
 from netwright.runtime.units import digits_of
-from netwright.runtime.version import __version__
-from netwright.runtime.written import plain, write_text
+from netwright.runtime.written import plain
 
 
 @checks.annotated
@@ -44,19 +40,15 @@ def html(comparison: Comparison, path: str | Path) -> Path:
     The page needs no network: it holds its scripts and forbids itself every connection. It is
     written to a temporary name beside `path` and then renamed.
     """
-    from plotly.offline import get_plotlyjs
     tasks = by_task(comparison)
     looks = {name: i for i, name in enumerate(dict.fromkeys(r.change for r in comparison.rows))}
     payload = {"palette": PALETTE, "tasks": [_task_data(rows, looks) for rows in tasks.values()]}
-    template = Template(files("netwright.report").joinpath("_page.html").read_text("utf-8"))
-    page = template.substitute(
+    return write_page(
+        path, "_page.html", payload,
         title="What each change costs and gives", summary=_summary(comparison),
         tabs=_tabs(tasks), glossary=_glossary(), settings=_settings(comparison),
         sections="\n".join(_section(i, task, rows, looks)
-                           for i, (task, rows) in enumerate(tasks.items())) or _NOTHING,
-        version=escape(__version__), plotly=get_plotlyjs(),
-        data=json.dumps(without_nan(payload), allow_nan=False).replace("<", "\\u003c"))
-    return write_text(path, page)
+                           for i, (task, rows) in enumerate(tasks.items())) or _NOTHING)
 
 
 def _task_data(rows: Sequence[Row], looks: Mapping[str, int]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from netwright.anatomy.feedforwards import FeedForwardLayer, feedforwards, feedforwards_in
 from netwright.anatomy.replacing import plain_paths
@@ -13,9 +12,7 @@ from netwright.anatomy.run import Run, record
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.padding import read_padding
 from netwright.runtime.progress import Bar
-from netwright.signals import apply, first_argument
-
-FEW = 2  # samples that show what is in a model as well as more do
+from netwright.signals import apply, few, first_argument
 
 
 class Stream:
@@ -44,24 +41,6 @@ class Stream:
 
     def _inputs(self) -> Iterator[Any]:
         return map(_inputs, self._batches)
-
-
-def few(example: Any) -> Any:
-    """Return some samples of what a model takes, all of it where samples are not told apart.
-
-    >>> import torch
-    >>> few({"input_ids": torch.zeros(32, 5), "attention_mask": torch.ones(32, 5)})
-    {'input_ids': tensor([[0., 0., 0., 0., 0.],
-            [0., 0., 0., 0., 0.]]), 'attention_mask': tensor([[1., 1., 1., 1., 1.],
-            [1., 1., 1., 1., 1.]])}
-    """
-    sizes = {len(t) if t.ndim > 1 else 0 for t in tree_leaves(dict(example) if isinstance(
-        example, Mapping) else example) if isinstance(t, Tensor)}
-    if len(sizes) != 1 or max(sizes) <= FEW:
-        return example
-    if isinstance(example, Mapping):
-        example = dict(example)
-    return tree_map_only(Tensor, lambda t: t[:FEW], example)
 
 
 def first_run(model: nn.Module, example: Any) -> Run:

@@ -27,7 +27,8 @@ H = TypeVar("H", bound=Half)
 P = ParamSpec("P")
 
 # What a record leaves out.
-_DATA = ("calibration", "example", "generator", "progress", "resume")
+_DATA = ("calibration", "example", "generator", "other_texts", "progress", "resume", "texts",
+         "tokenizer")
 _OWN: dict[str, "Reshape"] = {}  # reshapes of the user's, by module and name
 
 
@@ -56,6 +57,7 @@ class _Decided(NamedTuple):
     decision: Decision
     using: dict[str, Any]
     keeps_function: bool
+    alike: bool
 
 
 class Reshape(Protocol[P]):
@@ -132,9 +134,9 @@ def reshape(body: Callable[P, nn.Module]) -> Reshape[P]:
                      if key not in (first, *_DATA) and not _is_data(value)}
         if _streams(given.arguments.get("calibration")):
             given.arguments["calibration"] = Remembered(given.arguments["calibration"])
-        found = decide(*given.args, **given.kwargs)
+        found = _found(models[0], decide, given)
         result = carry_out(deepcopy(models[0]), found.decision, arguments, found.using)
-        x = example_for(models[0], given.arguments) if check else None
+        x = example_for(models[0], given.arguments) if check and found.alike else None
         if x is not None:
             said = facets(change)
             kept = found.keeps_function and said is not None and said.keeps_function is True
@@ -173,13 +175,15 @@ def reshape(body: Callable[P, nn.Module]) -> Reshape[P]:
 
 
 @method("companion")
-def decided(decision: Mapping[str, Any], *, keeps_function: bool = True, **using: Any) -> Any:
+def decided(decision: Mapping[str, Any], *, keeps_function: bool = True, alike: bool = True,
+            **using: Any) -> Any:
     """Return what a reshape's first half found: plain data, and what only this call has.
 
     `using` goes to the other half by name: generators, blocks that were trained, other models.
     That half must do without, since it gets none when a model is built again; what they would
     have drawn or trained is then loaded. `keeps_function` is False where this call, unlike what
-    the reshape declares, changes what the network computes.
+    the reshape declares, changes what the network computes. `alike` is False where the result takes
+    or gives other things than the model, such as other numbers of words, and cannot be run beside.
 
     Raises:
         TypeError: `decision` holds what JSON does not.
@@ -189,7 +193,7 @@ def decided(decision: Mapping[str, Any], *, keeps_function: bool = True, **using
     except (TypeError, ValueError) as error:
         raise TypeError(f"decision must be plain data (numbers, strings, lists, dictionaries), "
                         f"got {decision!r:.200}: {error}") from error
-    return _Decided(json.loads(text), using, keeps_function)
+    return _Decided(json.loads(text), using, keeps_function, alike)
 
 
 @method("companion")
@@ -237,6 +241,19 @@ def own() -> dict[str, Any]:
     """Return the user's own reshapes that can be saved and say what they are for, by name."""
     return {name: made for name, made in _OWN.items()
             if facets(made) is not None and "<locals>" not in name}
+
+
+def _found(model: nn.Module, decide: Callable[..., Any], given: inspect.BoundArguments) -> Any:
+    """Return what was decided; where there was nothing, say what was done to the model before."""
+    try:
+        return decide(*given.args, **given.kwargs)
+    except NothingToReshape as error:
+        before = dict.fromkeys(record.name for record in history(model).records)
+        if not before:
+            raise
+        raise NothingToReshape(
+            f"{error}; this model went through {', '.join(before)}, which puts other modules in "
+            "the place of some: carry this one out before that") from error
 
 
 def _check(models: list[Any]) -> None:

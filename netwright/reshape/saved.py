@@ -29,6 +29,7 @@ __all__ = ["load", "save"]
 FORMAT = 1
 CHANGES, WEIGHTS, BUFFERS = "changes.json", "model.safetensors", "buffers.safetensors"
 SHARD = 5 * 2**30  # bytes; a file of weights holds no more, unless one tensor does
+_TOKENIZER = "tokenizer.json"
 _EXTRA = "_extra_state"  # the name that state_dict gives it
 _PARTIAL, _NEXT = ".netwright.partial", ".netwright.next"
 _REFUSED = "read-this-folder-by-netwright.load.safetensors"
@@ -44,7 +45,7 @@ def save(model: nn.Module, folder: str | Path, *, base: str | Path | None = None
     once), `changes.json` what the model was and each change with its decision. A Hugging Face
     model has its `config.json` and generation config beside them. Where its own class can express
     what was changed, as a smaller number of layers, plain `from_pretrained` loads the folder too;
-    where it cannot, `from_pretrained` refuses it.
+    where it cannot, `from_pretrained` refuses it. A tokenizer that a change gave it goes along.
 
     With `base`, a folder of the model before it was changed (or before the last of its changes),
     only what differs from that is written: adapters, for instance.
@@ -99,6 +100,7 @@ def save(model: nn.Module, folder: str | Path, *, base: str | Path | None = None
     partial.mkdir()
     _write_pretrained(model, partial, expressible=base is None and not compress
                       and _expressible(model))
+    _write_tokenizer(model, partial)
     content["files"] = stored.write(partial, compress)
     content["written"] = sorted(path.name for path in partial.iterdir())
     content["sha256"] = _text_digest(content)
@@ -140,6 +142,8 @@ def load(folder: str | Path, network: nn.Module | None = None, *,
     for record in records[len(changes(model)):]:
         model = _again(model, record)
     _fill(model, tensors, content, folder)
+    if any("tokenizer" in name for name in content["written"]):
+        _read_tokenizer(model, folder)
     return model
 
 
@@ -329,8 +333,30 @@ def _write_pretrained(model: Any, folder: Path, *, expressible: bool) -> None:
         model.generation_config.save_pretrained(folder)
 
 
+def _write_tokenizer(model: Any, folder: Path) -> None:
+    """Write the tokenizer that belongs to a model, where a change gave it one."""
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    elif hasattr(tokenizer, "to_str"):
+        tokenizer.save(str(folder / _TOKENIZER))
+
+
+def _read_tokenizer(model: Any, folder: Path) -> None:
+    """Give a model the tokenizer that was written beside it."""
+    if (folder / "tokenizer_config.json").exists():
+        import transformers
+        model.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    elif (folder / _TOKENIZER).exists():
+        import tokenizers
+        model.tokenizer = tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER))
+
+
 def _other_shapes(model: Any, config: Mapping[str, Any]) -> dict[str, list[int]]:
     """Return the shapes of the tensors that are otherwise in what `config` alone makes."""
+    kind = type(model)
+    if history(model).origin["class"] != f"{kind.__module__}.{kind.__qualname__}":
+        return {}  # what stands for the model has no tensors of its
     with torch.device("meta"):
         first = type(model)(type(model.config).from_dict(dict(config)))
     made = {name: tensor.shape for name, tensor, _ in _tensors(first)}

@@ -3,6 +3,8 @@
 import hashlib
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,8 @@ def pretrained(folder: str | Path) -> nn.Module:
                          f"{transformers.__version__} has not; update it, or give "
                          "package.module:name of what builds the model")
     try:
-        model: nn.Module = kind.from_pretrained(folder, local_files_only=True)
+        with _quiet():
+            model: nn.Module = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever the many loaders of transformers raise
         raise ValueError(f"{folder} could not be loaded as {named or 'a model'}: "
                          f"{type(error).__name__}: {error}") from error
@@ -148,6 +151,19 @@ def text_task(folder: str | Path, text: str | Path, *, context: int = 128, epoch
 def bits_per_token(scores: Tensor, y: Tensor) -> float:
     """Return the cross-entropy of the next token in bits; targets of -100 do not count."""
     return float(cross_entropy(scores, y)) / math.log(2)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from showing a bar of its own while it loads weights."""
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _training(folder: Path) -> nn.Module:

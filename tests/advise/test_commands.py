@@ -11,6 +11,8 @@ from netwright import cli
 from netwright.advise.reading import images, model_in, texts
 from netwright.models import mlp
 
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture
 def netwright(capsys, monkeypatch, tmp_path):
@@ -54,9 +56,35 @@ def encoder(tmp_path):
     return folder
 
 
+def test_a_folder_is_inspected_on_the_sentences_of_a_text(netwright, encoder, tmp_path):
+    (tmp_path / "few.txt").write_text("word1 and then word2 came back to it.\n\n"
+                                      "word3 and word4, then word5 came back to it and word6.")
+    status, out, err = netwright("inspect", encoder, "--text", "few.txt", "--report", "page.html")
+    assert (status, err) == (0, "")
+    assert "BertModel on (2, 13) int64, (2, 13) int64" in out
+    assert "15\N{NO-BREAK SPACE}% of the batch is padding" in out
+    assert "What is in BertModel" in (tmp_path / "page.html").read_text()
+    rows = json.loads(netwright("inspect", encoder, "--text", "notes.txt", "--batch", "3",
+                                "--json")[1])
+    assert rows["given"].startswith("(3, ")
+
+
+def test_what_cannot_be_inspected_is_refused_in_a_line(netwright, encoder, tmp_path):
+    for arguments, said in [
+            (("model.pt",), "pickled checkpoint"), (("nowhere",), "nowhere"),
+            ((encoder, "--report", tmp_path), "--report must be a file"),
+            ((encoder, "--text", "none.txt"), "none.txt")]:
+        status, out, err = netwright("inspect", *arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert said in err
+    (encoder / "model.safetensors").unlink()
+    assert "must hold weights as safetensors" in netwright("inspect", encoder)[2]
+
+
 def test_a_folder_and_a_text_give_models_that_load_anywhere(netwright, encoder, tmp_path):
     status, out, err = netwright("advise", encoder, "--text", "notes.txt", "--want", "size=0.9",
-                                 "--keep", "0.2", "--budget", "15s", "-q", "-o", "advice")
+                                 "--keep", "0.2", "--budget", "15s", "-q", "-o", "advice",
+                                 "--also", "cast")
     assert (status, err) == (0, "")
     assert "correlation of all pairs" in out
     found = nw.Advice.read("advice")
@@ -73,6 +101,7 @@ def test_a_folder_and_a_text_give_models_that_load_anywhere(netwright, encoder, 
         assert torch.allclose(plain(**x).last_hidden_state, again(**x).last_hidden_state)
 
 
+@pytest.mark.check
 def test_json_is_what_the_file_holds(netwright, encoder):
     status, out, _ = netwright("advise", encoder, "--text", "notes.txt", "--want", "size=0.9",
                                "--keep", "0.2", "--budget", "10s", "-q", "--json")
@@ -89,6 +118,7 @@ def build():
 """
 
 
+@pytest.mark.check
 def test_a_builder_with_a_state_and_a_tasks_data(netwright, tmp_path):
     (tmp_path / "mine_to_build.py").write_text(BUILDER)
     torch.manual_seed(0)

@@ -210,6 +210,17 @@ def test_weights_that_are_zero_or_no_numbers_are_said():
     assert "numbers that are not finite in " in said
 
 
+def test_a_network_that_runs_without_gradients_alone_is_looked_at():
+    class Answering(nn.Linear):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                raise RuntimeError("this kernel has no backward")
+            return super().forward(x)
+
+    said = unusual(Answering(6, 3).eval(), torch.randn(4, 6))
+    assert "It cannot run with gradients: this kernel has no backward." in said
+
+
 @pytest.mark.parametrize(("make", "example", "error", "said"), [
     (lambda: torch.compile(mlp(8, 3)), torch.randn(4, 8), NothingToReshape, "compiled"),
     (lambda: mlp(8, 3).to("meta"), torch.randn(4, 8), ValueError, "on the meta device"),

@@ -98,6 +98,18 @@ def test_a_network_that_looks_at_numbers_is_run_once(kernels):
     assert found.flops == 2 * 4 * 8 * 3
 
 
+def test_an_operation_that_has_no_shapes_is_run_without_a_word(kernels, caplog):
+    from transformers import MixtralConfig, MixtralForCausalLM
+    model = MixtralForCausalLM(MixtralConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=24, vocab_size=32, num_local_experts=4)).eval()
+    example = {"input_ids": NETWORKS["gpt"][1], "use_cache": False}
+    found = predict(model, example, kernels=kernels)
+    cost = nw.measure.cost(model, (example, None), repeats=1, warmup=0)
+    assert found.flops == cost.flops
+    assert not caplog.records
+
+
 def test_packed_weights_are_measured_where_they_run(kernels):
     import warnings
     with warnings.catch_warnings():

@@ -357,3 +357,21 @@ def test_autocast_and_other_precisions_are_found_alike():
     for dtype in (torch.float64, torch.bfloat16):
         model = gpt(64, context=8, width=32).to(dtype)
         assert len(feedforwards(model, tokens())) == len(feedforwards(model)) == 2
+
+
+SPEECH_AND_TEXT = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 20,
+                   "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+                   "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+
+
+def test_layers_that_run_on_no_tensor_alone_are_found_by_a_run_or_an_example_is_asked_for():
+    transformers = pytest.importorskip("transformers")
+    translator = transformers.BartModel(transformers.BartConfig(**SPEECH_AND_TEXT))
+    assert [layer.down for layer in feedforwards(translator)] == [
+        f"{part}.layers.{i}.fc2" for part in ("encoder", "decoder") for i in range(2)]
+    writer = transformers.WhisperModel(transformers.WhisperConfig(
+        **SPEECH_AND_TEXT, num_mel_bins=4, max_source_positions=8, pad_token_id=0))
+    with pytest.raises(ValueError, match=r"example must be .* its part 'encoder\.layers\.0' takes"):
+        feedforwards(writer)
+    x = {"input_features": torch.randn(1, 4, 16), "decoder_input_ids": tokens()[:1] % 20}
+    assert len(feedforwards(writer, x)) == 4

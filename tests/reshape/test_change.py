@@ -239,3 +239,11 @@ def test_generation_is_checked_on_what_is_no_padding(side):
         parts = parts[::-1] if side == "left" else parts
         ids, held = (torch.cat(some, 1) for some in zip(*parts, strict=True))
         nw.reshape.prune_experts(model, {"input_ids": ids, "attention_mask": held}, 3)
+
+
+def test_where_a_change_before_took_the_layers_the_reason_says_so():
+    model = gpt(96, context=16)
+    x = torch.zeros(1, 16, dtype=torch.long)
+    adapted = nw.reshape.mix_lora(model, x, n_experts=2, rank=2)
+    with pytest.raises(NothingToReshape, match="went through mix_lora, which puts other modules"):
+        nw.reshape.moefy(adapted, x, n_experts=4)

@@ -16,13 +16,16 @@ from netwright.errors import UnknownName
 __all__ = ["Grid", "Quantized", "dequantize", "fake_quantize", "quantize"]
 
 Per = Literal["tensor", "channel", "group"]
+Fit = Literal["range", "error"]
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # two bits of exponent, one of fraction
 FP3 = (0.0, 1.0, 2.0, 4.0)  # two bits of exponent
+# Of the scale that a range asks for: what is tried where scales are to err least.
+SHARES = (1.0, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1)
 _NAMED = ("int1 to int8", "fp3", "fp4", "nf4")
 _ASKED = re.compile(r"(?P<levels>[a-z]+\d)(?:/(?P<group>\d+|tensor))?(?P<asymmetric> asymmetric)?")
 
 
-@method("companion")
+@method("companion", papers=["002-185"])
 @dataclass(frozen=True, init=False)
 class Grid:
     """The levels that weights are rounded to, and which of them share a scale.
@@ -33,6 +36,10 @@ class Grid:
 
     Asymmetric, integers have w ~ s c + low, with low = min w and s = (max w - min w) / (2^b - 1);
     any other levels have a scale for each sign, max w / max F above zero and min w / min F below.
+
+    With fit="error" a scale that is one for both signs is the one of some that errs least in
+    Σ (w - s F[c])^2, smaller ones than the range's among them; integers may have a negative one, so
+    that the largest weight can be at the lower end, which is a level longer.
 
     Where all that share a scale are zero, the scale is 1.
 
@@ -45,6 +52,7 @@ class Grid:
         symmetric: False is the same as `asymmetric`.
         asymmetric: whether the two ends of a range have scales of their own.
         pad: whether a last group may be filled up with zeros.
+        fit: "range", or "error" for scales that err least.
 
     Raises:
         ValueError: bits are not 1 to 8, levels of one's own are not 2 to 256 different finite
@@ -58,7 +66,7 @@ class Grid:
     >>> Grid("int4", group=32).bits, Grid("fp4").size, Grid("nf4").table[:2].tolist()
     (4, 15, [-1.0, -0.69619...])
     >>> print(Grid("int4", group=32), Grid.of("fp4/64 asymmetric") == Grid(
-    ...     "fp4", group=64, asymmetric=True, pad=True))
+    ...     "fp4", group=64, asymmetric=True, pad=True, fit="error"))
     int4/32 True
     """
 
@@ -67,12 +75,14 @@ class Grid:
     per: Per
     asymmetric: bool
     pad: bool
+    fit: Fit
     numbers: tuple[float, ...] = field(repr=False, compare=False)
 
     def __init__(self, levels: str | int | Sequence[float] = "int8", *, bits: int | None = None,
                  group: int | None = None, per: Per | None = None, symmetric: bool = True,
-                 asymmetric: bool = False, pad: bool = False) -> None:
+                 asymmetric: bool = False, pad: bool = False, fit: Fit = "range") -> None:
         checks.count(1, group=group, optional=True)
+        checks.one_of(("range", "error"), fit=fit)
         if per is not None:
             checks.one_of(("tensor", "channel", "group"), per=per)
         if (per == "group") != (group is not None) and per is not None:
@@ -80,7 +90,7 @@ class Grid:
                              "and give group the number of inputs that share a scale")
         said: dict[str, Any] = {"levels": _known(levels, bits), "group": group,
                 "per": "group" if group else per or "channel",
-                "asymmetric": asymmetric or not symmetric, "pad": pad}
+                "asymmetric": asymmetric or not symmetric, "pad": pad, "fit": fit}
         said["numbers"] = _numbers(said["levels"])
         for name, value in said.items():
             object.__setattr__(self, name, value)
@@ -90,10 +100,11 @@ class Grid:
         """Return the grid that a short form stands for: "int4/32", "nf4", "int8/tensor", or bits.
 
         A grid is "levels", "levels/group" or "levels/tensor", with " asymmetric" behind where it
-        is that; its last group is filled up. `as_plain` of a grid is another short form.
+        is that; its last group is filled up, and its scales are those that err least. `as_plain`
+        of a grid is another short form.
 
-        >>> Grid.of("int4/32") == Grid("int4", group=32, pad=True) == Grid.of(
-        ...     Grid("int4", group=32, pad=True).as_plain())
+        >>> Grid.of("int4/32") == Grid("int4", group=32, pad=True, fit="error") == Grid.of(
+        ...     Grid.of("int4/32").as_plain())
         True
         """
         if isinstance(asked, Grid):
@@ -102,17 +113,17 @@ class Grid:
             return cls(**{**asked, "levels": asked.get("levels", "int8")})
         found = _ASKED.fullmatch(asked) if isinstance(asked, str) else None
         if found is None:
-            return cls(cast(Any, asked), pad=True)
+            return cls(cast(Any, asked), pad=True, fit="error")
         group = found["group"]
         return cls(found["levels"], group=int(group) if group and group != "tensor" else None,
                    per="tensor" if group == "tensor" else None,
-                   asymmetric=bool(found["asymmetric"]), pad=True)
+                   asymmetric=bool(found["asymmetric"]), pad=True, fit="error")
 
     def as_plain(self) -> dict[str, Any]:
         """Return the grid as plain data, of which `Grid.of` makes it again."""
         levels = self.levels if isinstance(self.levels, str) else list(self.levels)
         return {"levels": levels, "group": self.group, "per": self.per,
-                "asymmetric": self.asymmetric, "pad": self.pad}
+                "asymmetric": self.asymmetric, "pad": self.pad, "fit": self.fit}
 
     def __str__(self) -> str:
         levels = self.levels if isinstance(self.levels, str) else f"{len(self.levels)} levels"
@@ -183,7 +194,7 @@ def quantize(weight: Tensor, grid: "Grid | str | int" = "int8", *,
         ValueError: the weight is no floating-point matrix or tensor of more axes, is not finite,
             or has inputs that the grid's groups do not divide, and the grid does not pad.
 
-    >>> found = quantize(torch.tensor([[0.0, 1.0, -1.5]]), "int2")
+    >>> found = quantize(torch.tensor([[0.0, 1.0, -1.5]]), Grid("int2"))
     >>> found.codes.tolist(), found.scale.tolist(), dequantize(found).tolist()
     ([[2, 3, 0]], [[1.0]], [[0.0, 1.0, -2.0]])
     """
@@ -250,8 +261,12 @@ def grouped(weight: Tensor, grid: Grid) -> Tensor:
     return rows.unflatten(1, (-1, group))
 
 
-def scales(rows: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return the scales of rows (outputs, groups, inputs), and the second ones, in `dtype`."""
+def scales(rows: Tensor, grid: Grid, dtype: torch.dtype,
+           importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return the scales of rows (outputs, groups, inputs), and the second ones, in `dtype`.
+
+    Where they are to err least, errors are weighed by `importance` (groups, inputs).
+    """
     over = (0, 1, 2) if grid.per == "tensor" else (2,)
     if not rows.numel():
         one = rows.new_ones((1, 1) if grid.per == "tensor" else rows.shape[:2], dtype=dtype)
@@ -260,19 +275,45 @@ def scales(rows: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor
     if grid.is_integer:
         if grid.asymmetric:
             return _usable((high - low) / (grid.size - 1), dtype), low.to(dtype)
-        return _usable(2 * torch.maximum(high, -low) / (grid.size - 1), dtype), None
+        found = _usable(2 * torch.maximum(high, -low) / (grid.size - 1), dtype)
+        # The lower end, one level longer, for the sign that goes further.
+        lower = _usable(torch.where(high > -low, -high, -low) / (grid.size // 2), dtype)
+        return _fitted(rows, [found, lower], grid, importance), None
     least, most = float(grid.table[0]), float(grid.table[-1])
     if grid.asymmetric:
         up = high.clamp_min(0) / most if most > 0 else torch.zeros_like(high)
         down = low.clamp_max(0) / least if least < 0 else torch.zeros_like(low)
         return _usable(up, dtype), _usable(down, dtype)
-    return _usable(torch.maximum(high, -low) / max(most, -least), dtype), None
+    found = _usable(torch.maximum(high, -low) / max(most, -least), dtype)
+    return _fitted(rows, [found], grid, importance), None
 
 
 def _usable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scales that can be divided by."""
     least = torch.finfo(dtype).smallest_normal
-    return torch.where(scale == 0, 1.0, scale.clamp(least, torch.finfo(dtype).max)).to(dtype)
+    size = scale.abs().clamp(least, torch.finfo(dtype).max)
+    return torch.where(scale == 0, 1.0, size.copysign(scale)).to(dtype)
+
+
+def _fitted(rows: Tensor, starts: list[Tensor], grid: Grid, importance: Tensor | None) -> Tensor:
+    """Return the first of `starts`, or of all and their shares what errs least.
+
+    Eight bits err so little that looking for less is not worth its time.
+    """
+    best = starts[0]
+    if grid.fit == "range" or grid.bits > 6:
+        return best
+    least = torch.full_like(best, float("inf"), dtype=rows.dtype)
+    for start in starts:
+        for share in SHARES:
+            scale = _usable(start * share, best.dtype)
+            codes = nearest(rows, scale[..., None], None, grid)
+            values = valued(codes.flatten(1), scale.to(rows), None, grid).view_as(rows)
+            error = (values - rows).square()
+            error = (error if importance is None else error * importance).sum(2)
+            error = error.sum((0, 1), keepdim=True) if grid.per == "tensor" else error
+            best, least = torch.where(error < least, scale, best), error.minimum(least)
+    return best
 
 
 def nearest(values: Tensor, scale: Tensor, second: Tensor | None, grid: Grid) -> Tensor:

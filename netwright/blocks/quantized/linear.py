@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from netwright.blocks.quantized.crossing import packed_rows
 from netwright.blocks.quantized.grid import Grid
+from netwright.blocks.quantized.kernels import goes_packed, packed_product
 from netwright.blocks.quantized.stored import QuantizedWeight
 from netwright.catalogue.facets import method
 
@@ -30,7 +30,8 @@ class QuantizedLinear(nn.Module):
     PyTorch's kernels for packed weights, where there is one for the grid and the dtype (eight
     bits, and four in groups of 32, 64, 128 or 256, in bfloat16 and float16); more rows, and
     whatever needs a gradient, through the weight in full. How many are few is measured once on
-    each machine. The bias learns, the codes do not.
+    each machine; the kernel for four bits needs the codes in an order of its own, which it keeps
+    beside them from its first use on. The bias learns, the codes do not.
 
     Args:
         in_features: how many inputs it has.
@@ -86,28 +87,13 @@ class QuantizedLinear(nn.Module):
         held = self.stored
         given = x.to(held.dtype)
         bias = None if self.bias is None else self.bias.to(held.dtype)
-        if self._goes_packed(given):
-            y = _packed_product(given.reshape(-1, self.in_features), held)
+        if goes_packed(given, held):
+            y = packed_product(given.reshape(-1, self.in_features), held)
             y = (y if bias is None else y + bias).reshape(*x.shape[:-1], self.out_features)
         else:
             y = linear(given, held(), bias)
         return y.to(x.dtype)
 
-    def _goes_packed(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or (
-                x.requires_grad and torch.is_grad_enabled()):
-            return False
-        held = self.stored
-        if not (held.is_signed and held.scale.shape == (self.out_features, 1)
-                and held.dtype in (torch.bfloat16, torch.float16)):
-            return False
-        rows = x.numel() // max(1, self.in_features)
-        return 0 < rows <= packed_rows(held.dtype)
-
     def extra_repr(self) -> str:
         """Say what it maps."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
-
-
-def _packed_product(x: Tensor, held: QuantizedWeight) -> Tensor:
-    return torch._weight_int8pack_mm(x, held.codes, held.scale[:, 0])

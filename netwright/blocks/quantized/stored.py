@@ -59,6 +59,11 @@ class QuantizedWeight(nn.Module):
         """Return the weight."""
         return self._valued(self.codes, self.scale, self.second).reshape(self.shape)
 
+    def signs(self) -> Tensor:
+        """Return +1 where a code of one bit is 1, else -1, as (outputs, inputs) in eight bits."""
+        codes = unpacked(self.codes, 1, self.columns).view(torch.int8)
+        return (2 * codes - 1).contiguous()
+
     def rows(self, indices: Tensor) -> Tensor:
         """Return rows of the weight, (*indices, *inputs)."""
         scale, second = self.scale, self.second

@@ -130,6 +130,11 @@ def _decoder(found: Sequence[FeedForwardLayer]) -> list[FeedForwardLayer]:
 
 
 def _check_alike(model: nn.Module, layers: Sequence[FeedForwardLayer]) -> None:
+    mixture = next((layer for layer in layers if layer.experts is not None), None)
+    if mixture is not None:
+        raise ValueError(f"layers that share must be pairs of matrices, but {mixture} is a block "
+                         f"of {mixture.experts} experts behind a router; give a dense model, which "
+                         "upcycle or moefy make a mixture of afterwards")
     first, *others = layers
     biases = [weights is not None for weights in feedforward_weights(model, first)]
     for layer in others:

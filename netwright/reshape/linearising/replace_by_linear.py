@@ -121,7 +121,7 @@ def replace_by_linear(model: nn.Module, calibration: Any, layers: int | Sequence
     >>> model, x = gpt(96, context=16, depth=3), torch.randint(96, (8, 16))
     >>> linear = replace_by_linear(model, x, ["2"])
     >>> linear[2].map
-    Linear(in_features=128, out_features=128, bias=True)
+    Linear(in_features=64, out_features=64, bias=True)
     """
     batches, trial = batches_of(calibration), deepcopy(model)
     with same_random_state(), torch.enable_grad():

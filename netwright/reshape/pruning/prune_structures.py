@@ -27,6 +27,7 @@ from netwright.runtime.random_state import same_random_state
 __all__ = ["prune_structures"]
 
 _SHARE = 16  # a block of channels is this part of a layer's
+_EVEN = 8  # kernels like widths that are multiples of it
 
 
 @method(
@@ -65,7 +66,7 @@ def prune_structures(model: nn.Module, calibration: Any, ratio: float = 0.2, *,
         calibration: inputs that the outputs are compared on.
         ratio: the share of all parameters that go.
         split: how the budget is shared among sublayers, channels and heads.
-        channels: how many hidden units go at once; a 16th of a layer's where None is given.
+        channels: how many hidden units go at once; about a 16th of a layer's where None is given.
         loss: a number to keep low, of the outputs (logits, say) and the batch that made them.
         uniform: take no sublayers and as many units in every layer, so that plain
             `from_pretrained` loads a Hugging Face model where its configuration states those sizes.
@@ -160,7 +161,7 @@ class _Search:
 
     def __init__(self, trials: Trials, groups: Sequence[UnitGroup], channels: int | None) -> None:
         self.trials, self.groups = trials, groups
-        self.steps = {g.name: 1 if g.kind == "head" else channels or max(1, g.count // _SHARE)
+        self.steps = {g.name: 1 if g.kind == "head" else channels or _block(g.count)
                       for g in groups}
         weights = dict(trials.model.named_parameters())
         self.order = {g.name: np.argsort(_norms(weights, g), kind="stable") for g in groups}
@@ -271,6 +272,12 @@ class _Search:
         for group, units in cut.units:
             self.gone.setdefault(group.name, []).extend(units)
         self.trials.settle(min(self.starts[g.name] for g, _ in cut.units))
+
+
+def _block(count: int) -> int:
+    """Return how many channels go at once of `count`."""
+    share = max(1, count // _SHARE)
+    return share if share < _EVEN else share - share % _EVEN
 
 
 def _norms(weights: Mapping[str, Tensor], group: UnitGroup) -> np.ndarray:

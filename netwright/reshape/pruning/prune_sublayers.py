@@ -1,5 +1,6 @@
 import math
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -266,14 +267,22 @@ def _some(found: Trace) -> str:
 
 
 def number_anew(model: Any) -> None:
-    """Number the attention layers that stay, which a key-value cache expects without gaps."""
+    """Number the attention layers that stay, which a key-value cache expects without gaps.
+
+    An encoder, a decoder and what the decoder reads of the encoder have caches apart.
+    """
     if _cached_by_kind(getattr(model, "config", None)):
         return
-    numbered: list[Any] = [m for m in model.modules()
-                           if isinstance(getattr(m, "layer_idx", None), int)]
-    order = {index: i for i, index in enumerate(sorted({m.layer_idx for m in numbered}))}
-    for module in numbered:
-        module.layer_idx = order[module.layer_idx]
+    caches: dict[Any, list[Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            stack = takewhile(lambda part: not part.isdecimal(), name.split("."))
+            crosses = any(said in name.rpartition(".")[2].lower() for said in ("cross", "enc"))
+            caches.setdefault((*stack, crosses), []).append(module)
+    for numbered in caches.values():
+        order = {index: i for i, index in enumerate(sorted({m.layer_idx for m in numbered}))}
+        for module in numbered:
+            module.layer_idx = order[module.layer_idx]
 
 
 def _cached_by_kind(config: Any) -> bool:

@@ -29,8 +29,9 @@ __all__ = ["prune_weights", "weight_masks"]
 
 @method(
     "reshape",
+    papers=["004-045"],
     place="whole network",
-    saves=["parameters"],
+    saves=["file size"],
     needs=["calibration data"],
     keeps_function=False,
     search={"sparsity": [0.3, 0.5, 0.7], "criterion": ["magnitude", "wanda", "sparsegpt"]},

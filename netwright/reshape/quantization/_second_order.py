@@ -81,14 +81,18 @@ def _swept(weights: list[Tensor], gram: Tensor, grid: Grid, dtype: torch.dtype
     inputs = weights[0][0].numel()
     size = grid.group or inputs
     codes = torch.zeros(rows.flatten(1).shape, dtype=torch.uint8)
-    scale, second = scales(rows, grid, dtype)
+    # What a weight's error costs where nothing makes up for it; a little where nothing was seen.
+    seen = gram.diagonal() + 1e-6 * gram.diagonal().mean() + 1e-30
+    seen = nn.functional.pad(seen, (0, rows[0].numel() - inputs))
+    importance = seen.view(rows.shape[1:]).to(rows)
+    scale, second = scales(rows, grid, dtype, importance)
     whole = scale.shape[0] == len(rows)  # not one scale for all
 
     def become(w: Tensor, _: Tensor, column: int) -> Tensor:
         group = column // size
         if column % size == 0 and grid.group:
             ahead = nn.functional.pad(w[:, :size], (0, max(0, size - w.shape[1])))
-            found = scales(ahead[:, None], grid, dtype)
+            found = scales(ahead[:, None], grid, dtype, importance[group:group + 1])
             for held, new in zip((scale, second), found, strict=True):
                 if held is not None and new is not None:
                     held[:, group] = new[:, 0]

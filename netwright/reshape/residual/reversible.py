@@ -113,11 +113,9 @@ def reversible(model: nn.Module, example: Any = None, *, how: How = "coupling",
     watched = _without_cache_and_fused_paths(deepcopy(model))
     with same_random_state(), evaluating(watched), same_buffers(watched):
         found = trace(deepcopy(watched), x)
-        runs = runs_of(watched, x, found, alone=how == "coupling")
-        for run in runs:
-            for block in run:
-                block.parts = _parts(block, found) if how == "coupling" else [(block.kind, {})]
-    runs = [run for run in runs if sum(len(block.parts) for block in run) > 1]
+        runs = _runs(watched, x, found, how, alone=how == "coupling")
+        # What looked like a block of several branches inside a block may be none.
+        runs = runs or _runs(watched, x, found, how, alone=False)
     if not runs:
         raise NothingToReshape(
             f"{type(model).__name__} has no residual blocks in a row: modules beside one another "
@@ -140,6 +138,14 @@ def _undoable(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
         keys |= _put(changed, run, gamma, decision["exact"])
     changed.reversible_changes, changed.reversible_keys = tuple(said), keys
     return changed
+
+
+def _runs(model: nn.Module, x: Any, found: Trace, how: How, *, alone: bool) -> list[list[Block]]:
+    """Return the rows of blocks with more than one part, and the parts in them."""
+    runs = runs_of(model, x, found, alone=alone)
+    for block in (block for run in runs for block in run):
+        block.parts = _parts(block, found) if how == "coupling" else [(block.kind, {})]
+    return [run for run in runs if sum(len(block.parts) for block in run) > 1]
 
 
 def _without_cache_and_fused_paths(model: Any) -> Any:

@@ -76,6 +76,22 @@ def test_scales_for_each_sign_use_levels_that_one_scale_leaves_unused():
         "int4", group=32, asymmetric=True).code_bits(64) == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("levels", ["int2", "int4", "nf4", "fp3"])
+def test_scales_that_are_to_err_least_err_less_than_those_of_the_range(levels, dtype):
+    weight = torch.randn(32, 64).to(dtype)
+    for group in (None, 16):
+        grids = [Grid(levels, group=group, fit=fit) for fit in ("range", "error")]
+        errors = [(dequantize(quantize(weight, grid), torch.float64) - weight.double()).square()
+                  for grid in grids]
+        per = [error.unflatten(1, (-1, group or 64)).sum(2) for error in errors]
+        assert (per[1] <= per[0] * (1 + 1e-6)).all()
+        assert per[1].sum() < 0.95 * per[0].sum()
+    peak = torch.tensor([[8.0, 1.0, -2.0, 3.0]])
+    if levels == "int4":  # a level for each, as the scale is negative
+        assert torch.equal(dequantize(quantize(peak, Grid(4, fit="error"))), peak)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("columns", [1, 7, 8, 33])
 def test_codes_are_packed_without_loss_into_as_few_bytes(bits, columns):
@@ -101,7 +117,7 @@ def test_short_forms_and_plain_data_stand_for_the_grid():
             again = Grid.of(str(grid))
             assert (again.levels, again.group, again.per, again.asymmetric) == (
                 grid.levels, grid.group, grid.per, grid.asymmetric)
-    assert Grid.of(4) == Grid("int4", pad=True)
+    assert Grid.of(4) == Grid("int4", pad=True, fit="error")
     assert Grid(bits=3, symmetric=False) == Grid("int3", asymmetric=True)
 
 

@@ -13,7 +13,7 @@ from netwright.blocks import (
     dequantize,
     quantize,
 )
-from netwright.blocks.quantized import crossing, linear
+from netwright.blocks.quantized import kernels, linear
 
 GRIDS = ["int8", "int8/tensor", "int4/16", "int3/16", "int2/16 asymmetric", "nf4", "fp4/16",
          "int5 asymmetric"]
@@ -37,34 +37,65 @@ def test_a_linear_layer_is_the_one_of_the_rounded_weight(grid, dtype):
                                  for f in (made, layer)))
 
 
-def test_few_rows_take_the_packed_kernel_and_many_the_dense_product(monkeypatch):
-    monkeypatch.setattr(linear, "packed_rows", lambda dtype: 4)
+@pytest.mark.parametrize("grid", ["int8", "int4/32", "int4/64", "int4"])
+def test_few_rows_take_the_packed_kernel_and_many_the_dense_product(grid, monkeypatch):
+    monkeypatch.setattr(kernels, "packed_rows", lambda bits, dtype: 4)
     calls = []
-    own = linear._packed_product
-    monkeypatch.setattr(linear, "_packed_product", lambda x, held: calls.append(len(x)) or own(
-        x, held))
-    made = QuantizedLinear.of(nn.Linear(32, 24), "int8", dtype=torch.bfloat16)
+    monkeypatch.setattr(linear, "packed_product", lambda x, held: calls.append(len(x)) or
+                        kernels.packed_product(x, held))
+    made = QuantizedLinear.of(nn.Linear(128, 32), grid, dtype=torch.bfloat16)
     for rows in (1, 4, 5):
-        x = torch.randn(rows, 32, dtype=torch.bfloat16)
+        x = torch.randn(rows, 128, dtype=torch.bfloat16)
         expected = x.double() @ made.weight.double().T + made.bias.double()
         assert (made(x).double() - expected).abs().max() < 0.05
     assert calls == [1, 4]
-    made(torch.randn(1, 32, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    made(torch.randn(1, 128, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
     assert calls == [1, 4]
+
+
+def test_the_kernel_sees_codes_that_were_loaded_after_its_first_use(monkeypatch):
+    monkeypatch.setattr(kernels, "packed_rows", lambda bits, dtype: 4)
+    made, other = (QuantizedLinear.of(nn.Linear(64, 16), "int4/32", dtype=torch.bfloat16)
+                   for _ in range(2))
+    x = torch.randn(1, 64, dtype=torch.bfloat16)
+    before = made(x)
+    made.load_state_dict(other.state_dict())
+    assert torch.equal(made(x), other(x))
+    assert not torch.equal(made(x), before)
+
+
+def test_sizes_that_the_kernels_blocks_do_not_divide_take_the_dense_product():
+    for outputs, inputs in ((6, 8), (16, 33), (17, 64), (16, 32), (32, 96), (1, 1)):
+        for grid in ("int8", "int4"):
+            held = QuantizedWeight.of(torch.randn(outputs, inputs).bfloat16(), grid)
+            fits = outputs % 16 == 0 and inputs % 32 == 0
+            assert kernels._has_kernel(held) == fits
+            if fits:
+                x = torch.randn(3, inputs).bfloat16()
+                torch.testing.assert_close(kernels.packed_product(x, held), x @ held().T, rtol=0.02,
+                                           atol=0.1)
+
+
+@pytest.mark.parametrize("grid", ["int8/tensor", "int8 asymmetric", "nf4/32", "int4/16", "int3/32"])
+def test_grids_without_a_kernel_take_the_dense_product(grid, monkeypatch):
+    monkeypatch.setattr(kernels, "packed_rows", lambda bits, dtype: 4)
+    made = QuantizedLinear.of(nn.Linear(64, 16), grid, dtype=torch.bfloat16)
+    x = torch.randn(1, 64, dtype=torch.bfloat16)
+    assert torch.equal(made(x), nn.functional.linear(x, made.weight, made.bias.bfloat16()))
 
 
 def test_how_many_rows_are_few_is_measured_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(crossing, "_measured", lambda dtype: 7)
-    crossing.packed_rows.cache_clear()
-    assert crossing.packed_rows(torch.bfloat16) == 7
-    monkeypatch.setattr(crossing, "_measured", lambda dtype: 9)
-    crossing.packed_rows.cache_clear()
-    assert crossing.packed_rows(torch.bfloat16) == 7
+    kernels.packed_rows.cache_clear()
+    measured = kernels.packed_rows(4, torch.bfloat16)
+    assert measured in (0, *kernels.TRIED)
+    monkeypatch.setattr(kernels, "_measured", lambda bits, dtype: 99)
+    kernels.packed_rows.cache_clear()
+    assert kernels.packed_rows(4, torch.bfloat16) == measured
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # where nothing can be written
-    crossing.packed_rows.cache_clear()
-    assert crossing.packed_rows(torch.bfloat16) == 9
-    crossing.packed_rows.cache_clear()
+    kernels.packed_rows.cache_clear()
+    assert kernels.packed_rows(4, torch.bfloat16) == 99
+    kernels.packed_rows.cache_clear()
 
 
 @pytest.mark.parametrize("settings", [

@@ -548,3 +548,22 @@ def test_the_angle_over_pi(old, new, angle):
     total, count = distances.between(old, distances.prepared(old, old), new)
     assert count == 1
     assert total == pytest.approx(angle, rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "gone"), [
+    ("BartForCausalLM", ["model.decoder.layers.0.self_attn"]),
+    ("BartForConditionalGeneration", ["model.decoder.layers.0.self_attn",
+                                      "model.encoder.layers.0.self_attn",
+                                      "model.decoder.layers.1.encoder_attn"])])
+def test_caches_of_encoders_and_decoders_are_numbered_apart(kind, gone):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(transformers.BartConfig(
+        d_model=16, encoder_layers=2, decoder_layers=2, vocab_size=20, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, init_std=0.2)).eval()
+    x = torch.randint(4, 20, (2, 6))
+    pruned = without_sublayers(model, {"input_ids": x}, gone, check=False)
+    written = [pruned.generate(x, max_new_tokens=4, min_new_tokens=4, do_sample=False,
+                               use_cache=cached, output_logits=True, return_dict_in_generate=True)
+               for cached in (True, False)]
+    torch.testing.assert_close(torch.stack(written[0].logits), torch.stack(written[1].logits))

@@ -521,3 +521,35 @@ def test_what_was_trained_goes_back_to_the_network_as_it_was(change, tmp_path):
     expected = {name: p + 1 for name, p in model.named_parameters()}
     model.load_state_dict(nw.reshape.original_state(again))
     assert all(torch.allclose(p, expected[name]) for name, p in model.named_parameters())
+
+
+def test_blocks_are_found_around_what_looks_like_branches_inside_them():
+    transformers = pytest.importorskip("transformers")
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(
+        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=2, topk_group=1, moe_intermediate_size=16, q_lora_rank=8, kv_lora_rank=8,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1))
+    x = {"input_ids": torch.randint(20, (2, 5))}
+    flat = reversible(model, x)
+    assert flat.reversible_changes[0].startswith("model.layers.0 to 2: 3 blocks")
+    assert call(flat, x).isfinite().all()
+
+
+def test_a_pretrained_backbone_of_another_network_trains_without_a_cache():
+    transformers = pytest.importorskip("transformers")
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = transformers.GPT2Model(transformers.GPT2Config(
+                vocab_size=20, n_positions=8, n_embd=16, n_layer=2, n_head=2))
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, tokens):
+            return self.head(self.body(tokens)[0][:, -1])
+
+    x = torch.randint(20, (2, 5))
+    flat = reversible(Classifier(), x)
+    flat(x).sum().backward()
+    assert all(p.grad is not None for p in flat.body.h.parameters())
