@@ -103,7 +103,7 @@ def note(point: Mapping[str, Any]) -> str:
     said = []
     if point["meets"]:
         said.append("meets the limits")
-    said += [f"{miss['resource'].replace('_', ' ')} {miss['is']:.3g} and not {miss['limit']:.3g}"
+    said += [f"{miss['resource'].replace('_', ' ')} {miss['is']:.4g} and not {miss['limit']:.4g}"
              for miss in point["misses"]]
     said += ["dominated"] if point["dominated"] else []
     said += ["slower than the original"] if point["slower"] else []

@@ -237,7 +237,7 @@ def _verdict(points: Sequence[dict[str, Any]], best: int, met: bool, question: Q
     if met:
         return f"{best} ({point['recipe']}) meets {asked_for}."
     lacks = " and ".join(
-        f"{miss['resource'].replace('_', ' ')} is {miss['is']:.3g} and not {miss['limit']:.3g}"
+        f"{miss['resource'].replace('_', ' ')} is {miss['is']:.4g} and not {miss['limit']:.4g}"
         for miss in point["misses"])
     left = sorted((layer for layer in point["untouched"] if layer["share"] >= 0.01),
                   key=lambda layer: -layer["share"])[:2]

@@ -4,6 +4,7 @@ import hashlib
 import math
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,11 @@ def limited(seconds: float) -> Iterator[None]:
 
     def end(number: int, frame: Any) -> None:
         raise TimeUp
+
+    def unheard(lost: Any) -> None:
+        if lost.exc_type is not TimeUp:
+            hook(lost)
+    hook, sys.unraisablehook = sys.unraisablehook, unheard
     before = signal.signal(signal.SIGALRM, end)
     start = time.monotonic()
     # Again and again, since what is raised while the collector runs is lost.
@@ -56,6 +62,7 @@ def limited(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        sys.unraisablehook = hook
         if left:  # somebody else's alarm
             signal.setitimer(signal.ITIMER_REAL,
                              max(left - (time.monotonic() - start), 1e-3), every)

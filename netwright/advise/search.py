@@ -81,6 +81,10 @@ def _timed(option: Option, seconds: float) -> Option:
         Step(step.what, {"seconds": limit, **step.arguments}) for step in option.steps))
 
 
+def _methods(steps: Sequence[Any]) -> frozenset[str]:
+    return frozenset(step.name for step in steps)
+
+
 class Search:
     """Tries of one model on one data set, kept in a ledger, and the plan of what comes next.
 
@@ -98,6 +102,7 @@ class Search:
         self.tried: dict[str, Tried] = {}
         self.failed: dict[str, Failed] = {}
         self.spent = 0.0
+        self.unfit: set[frozenset[str]] = set()  # methods that cannot follow one another
         self._steps = {str(step): step for option in self.options for step in option.steps}
         self._steps |= {str(step): step for entry in also for step in entry.network}
         self._remember()
@@ -215,7 +220,8 @@ class Search:
         """Yield a recipe with each step that could be added, and what is to be expected of it."""
         names = {step.what for step in base.recipe.network}
         for option in self.options:
-            if option.steps[0].what in names:
+            if option.steps[0].what in names or _methods(
+                    (*base.recipe.network, option.steps[0])) in self.unfit:
                 continue
             if is_repair(option.steps[0]):
                 if any(self._place(step) == 0 for step in base.recipe.network):
@@ -307,6 +313,8 @@ class Search:
     def _failed(self, entry: Recipe, key: str, trial: int, seconds: float, *, reason: str,
                 lasting: bool) -> None:
         self.laboratory.forget()
+        if lasting and len(entry.network) > 1:
+            self.unfit.add(_methods(entry.network))
         self.failed[key] = Failed(text_of(entry), reason, seconds)
         self.spent += seconds
         self.ledger.fail(trial, reason, diverged=lasting, text=text_of(entry), seconds=seconds)
