@@ -28,7 +28,7 @@ from netwright.integrations import RuleModule, RuleTrainer
 from netwright.runtime.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "integrations.json"
-STEPS, TURNS, BATCH = 30, 5, 8
+STEPS, TURNS, BATCH = 60, 7, 8
 
 
 def bert() -> Any:
@@ -52,7 +52,7 @@ def with_trainer(ruled: bool) -> Callable[[], Any]:
 
 
 class Plain(lightning.LightningModule):
-    """Backpropagation as Lightning has it."""
+    """Backpropagation as Lightning has it, with its loss logged as a rule's is."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -60,7 +60,9 @@ class Plain(lightning.LightningModule):
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         x, y = batch
-        return cross_entropy(self.network(x), y)
+        loss = cross_entropy(self.network(x), y)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(y))
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), 1e-3)
