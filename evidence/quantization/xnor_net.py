@@ -27,7 +27,13 @@ WAYS: dict[str, Callable[..., nn.Module]] = {
                  figure(TEST.format("binary weights and inputs"))
                  > figure(TEST.format("binary weights and inputs, no scales")) + 1,
                  figure(BYTES) > 31.9, figure(PACKED) < 1e-5],
-          partly=figure(TEST.format("binary weights")) > figure(TEST.format("float")) - 3)
+          partly=figure(TEST.format("binary weights")) > figure(TEST.format("float")) - 3,
+          shortfall=("scale",
+                     "Binary weights are as good as floating point, binary inputs cost 0.8 "
+                     "points, and leaving the scales out 0.5 more where 1 was asked for, with a "
+                     "deviation of 0.8. Norms beside each layer undo most of what a scale does, "
+                     "and digits are told right by 98 % without any; the paper's networks have "
+                     "a thousand classes."))
 def xnor_net(scale: Scale) -> Outcome:
     """Train a small convolutional network of digits with signs in the places of its numbers."""
     seeds, epochs = (range(3), 20) if scale == "desk" else (range(10), 100)
