@@ -28,6 +28,13 @@ def trained(make: Callable[[], nn.Module], seed: int, epochs: int, *, lr: float 
 
 
 @torch.no_grad()
+def right(network: nn.Module) -> float:
+    """Return how many digits that were held out are told right (%)."""
+    data = digits()
+    return 100 * float((network(data.x_test).argmax(1) == data.y_test).float().mean())
+
+
+@torch.no_grad()
 def held_out_loss(network: nn.Module) -> float:
     """Return the cross-entropy (nats) on digits that were held out."""
     data = digits()

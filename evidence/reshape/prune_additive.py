@@ -31,7 +31,8 @@ def laptop_diff(scale: Scale) -> Outcome:
     summed = [sum(alone[name] for name in chosen) for chosen in drawn]
     rank = float(spearmanr(summed, [_cost(model, chosen, x) for chosen in drawn]).statistic)
 
-    chosen = list(prune_additive(model, x, _half(model, names)).removed_sublayers)
+    chosen = list(prune_additive(  # type: ignore[arg-type]
+        model, x, _half(model, names)).removed_sublayers)
     removed = {WAYS[0]: [chosen], WAYS[1]: [names[::2], names[1::2]],
                WAYS[2]: [draw.sample(names, len(chosen)) for _ in range(8)]}
     losses = {way: [held_out_loss(without_sublayers(model, x, each)) for each in sets_]

@@ -15,6 +15,7 @@ _SAVES = ["file size", "inference memory"]
 
 @method(
     "block",
+    papers=["002-137"],
     place="linear",
     takes=("in_features", "out_features"),
     saves=_SAVES,
@@ -75,6 +76,7 @@ class BinaryLinear(nn.Module):
 
 @method(
     "block",
+    papers=["002-137"],
     place="convolution",
     takes=("in_channels", "out_channels"),
     saves=_SAVES,

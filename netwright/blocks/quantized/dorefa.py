@@ -16,6 +16,7 @@ _SAVES = ["file size", "inference memory"]
 
 @method(
     "block",
+    papers=["001-067"],
     place="linear",
     takes=("in_features", "out_features"),
     saves=_SAVES,
@@ -81,6 +82,7 @@ class DoReFaLinear(nn.Module):
 
 @method(
     "block",
+    papers=["001-067"],
     place="convolution",
     takes=("in_channels", "out_channels"),
     saves=_SAVES,
