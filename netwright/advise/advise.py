@@ -90,7 +90,7 @@ def advise(model: nn.Module, data: Any, *, want: Any = (), keep: float = 0.98,
     >>> from tempfile import mkdtemp
     >>> from netwright.models import gpt
     >>> model, tokens = gpt(96, context=16), torch.randint(96, (64, 16))
-    >>> found = advise(model, tokens, want="size=0.9", keep=0.5, budget=20, folder=mkdtemp(),
+    >>> found = advise(model, tokens, want="size=0.9", keep=0.5, budget=4, folder=mkdtemp(),
     ...                progress=False)
     >>> found.met, found.recommended["shares"]["size"] < 0.9
     (True, True)

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
@@ -134,7 +134,7 @@ def reshape(body: Callable[P, nn.Module]) -> Reshape[P]:
                      if key not in (first, *_DATA) and not _is_data(value)}
         if _streams(given.arguments.get("calibration")):
             given.arguments["calibration"] = Remembered(given.arguments["calibration"])
-        found = _found(models[0], decide, given)
+        found = _found(models, decide, given)
         result = carry_out(deepcopy(models[0]), found.decision, arguments, found.using)
         x = example_for(models[0], given.arguments) if check and found.alike else None
         if x is not None:
@@ -243,12 +243,13 @@ def own() -> dict[str, Any]:
             if facets(made) is not None and "<locals>" not in name}
 
 
-def _found(model: nn.Module, decide: Callable[..., Any], given: inspect.BoundArguments) -> Any:
+def _found(models: Sequence[nn.Module], decide: Callable[..., Any], given: inspect.BoundArguments) -> Any:
     """Return what was decided; where there was nothing, say what was done to the model before."""
     try:
         return decide(*given.args, **given.kwargs)
     except NothingToReshape as error:
-        before = dict.fromkeys(record.name for record in history(model).records)
+        before = dict.fromkeys(record.name for model in models[:1]
+                               for record in history(model).records)
         if not before:
             raise
         raise NothingToReshape(

@@ -268,7 +268,8 @@ class MemberChain:
         except _Stop:
             return
         raise CannotStage(f"{type(self.model).__name__} did not call {self.members[-1].name}, "
-                          "which it did for the example")
+                          "which it did for the example; where whole layers are dropped at random, "
+                          "set layerdrop to 0")
 
     @contextmanager
     def _stubs(self, stub: Callable[..., Any], real: range) -> Iterator[None]:

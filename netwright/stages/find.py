@@ -174,8 +174,11 @@ def _tries(calls: list[Call], pretrained: bool) -> Iterator[Candidate]:
     found = lists(calls) if pretrained else []
     yield from (some for some in found if len(groups_of(some.path)) > 2)
     if found:  # of a list of two, such as a convolutional network's resolutions, look into both
-        yield from islice((c for c in candidates(calls) if len(groups_of(c.path)) > 2), _TRIES // 2)
-    yield from found
+        listed = {call.module for some in found for call in some.path}
+        inside = {part for module in listed for part in module.modules()} - listed
+        yield from islice((c for c in candidates(calls) if len(groups_of(c.path)) > 2
+                           and sum(call.module in inside for call in c.path) > 2), _TRIES // 2)
+    yield from (some for some in found if len(groups_of(some.path)) <= 2)
     yield from candidates(calls)
 
 

@@ -223,6 +223,7 @@ def sleeper(model):
     return model
 
 
+@pytest.mark.check
 def test_the_budget_is_kept_where_a_candidate_does_not_end(tmp_path):
     start = time.monotonic()
     found = asked(tmp_path, also=[sleeper], budget=12)
@@ -233,9 +234,9 @@ def test_the_budget_is_kept_where_a_candidate_does_not_end(tmp_path):
 
 
 SCRIPT = """
-import sys
+import json, sys
 from tests.advise.test_advise import asked
-print([point["recipe"] for point in asked(sys.argv[1]).points])
+print(json.dumps([point["recipe"] for point in asked(sys.argv[1]).points]))
 """
 
 
@@ -254,8 +255,7 @@ def test_after_a_kill_it_goes_on_and_ends_with_the_same_front(tmp_path):
         process.wait()
     after = subprocess.run([*run, str(tmp_path / "killed")], env=environment, check=True,
                            capture_output=True, text=True).stdout
-    assert sorted(json.loads(after.replace("'", '"'))) == sorted(
-        json.loads(whole.replace("'", '"')))
+    assert sorted(json.loads(after)) == sorted(json.loads(whole))
 
 
 def test_two_workers_share_a_storage(tmp_path):
@@ -267,6 +267,7 @@ def test_two_workers_share_a_storage(tmp_path):
     assert second.met
 
 
+@pytest.mark.check
 def test_a_transformer_is_advised_on_by_its_own_distribution(tmp_path):
     torch.manual_seed(0)
     found = nw.advise(gpt(20, context=8), torch.randint(20, (64, 8)), want="size=0.9", keep=0.3,

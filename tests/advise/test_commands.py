@@ -81,6 +81,7 @@ def test_what_cannot_be_inspected_is_refused_in_a_line(netwright, encoder, tmp_p
     assert "must hold weights as safetensors" in netwright("inspect", encoder)[2]
 
 
+@pytest.mark.check
 def test_a_folder_and_a_text_give_models_that_load_anywhere(netwright, encoder, tmp_path):
     status, out, err = netwright("advise", encoder, "--text", "notes.txt", "--want", "size=0.9",
                                  "--keep", "0.2", "--budget", "15s", "-q", "-o", "advice",

@@ -72,6 +72,7 @@ def parallelize_residual(model: nn.Module, example: Any = None, *,
 
     Paper: Bermeitinger, Hrycej, Handschuh, 2023, Make Deep Networks Shallow Again.
 
+    >>> import torch
     >>> from netwright.models import gpt
     >>> x = torch.zeros(1, 16, dtype=torch.long)
     >>> broad = parallelize_residual(gpt(96, context=16, depth=3), x)

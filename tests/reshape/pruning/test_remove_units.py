@@ -67,6 +67,7 @@ def test_the_copy_is_what_the_axes_remove_and_its_decision_makes_it_again(name):
     assert str(again) == str(expected)
 
 
+@pytest.mark.check
 def test_a_fresh_process_builds_narrowed_models_again_and_transformers_loads_uniform_ones(tmp_path):
     pytest.importorskip("transformers")
     given, expected = [], []

@@ -129,6 +129,7 @@ for number in range(int(sys.argv[2])):
 """
 
 
+@pytest.mark.check
 def test_models_of_transformers_are_small_on_disk_and_the_same_in_a_fresh_process(tmp_path):
     x = torch.randint(64, (2, 6))
     models = [nw.reshape.quantize_weights(llama(tie_word_embeddings=True), grid="int4/16",
