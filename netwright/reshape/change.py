@@ -243,7 +243,8 @@ def own() -> dict[str, Any]:
             if facets(made) is not None and "<locals>" not in name}
 
 
-def _found(models: Sequence[nn.Module], decide: Callable[..., Any], given: inspect.BoundArguments) -> Any:
+def _found(models: Sequence[nn.Module], decide: Callable[..., Any],
+           given: inspect.BoundArguments) -> Any:
     """Return what was decided; where there was nothing, say what was done to the model before."""
     try:
         return decide(*given.args, **given.kwargs)
