@@ -36,14 +36,14 @@ class Factors(NamedTuple):
     saves=["parameters", "file size", "inference memory", "inference time"],
     needs=["calibration data"],
     keeps_function=False,
-    search={"energy": (0.8, 0.999)},
+    search={"energy": (0.9, 0.999)},
     variants={"energy": {"energy": 0.9}, "rank": {"rank": 4},
               "without data": {"calibration": None, "rank": 4}},
 )
 @reshape
 @torch.no_grad()
 def low_rank(model: nn.Module, calibration: Any, rank: int | None = None, *,
-             energy: float = 0.95, layers: Sequence[str] | None = None) -> nn.Module:
+             energy: float = 0.99, layers: Sequence[str] | None = None) -> nn.Module:
     """Return a copy whose linear layers and convolutions are each two thin ones in a row.
 
     W := U Uᵀ W,  b := b + (I − U Uᵀ) W μ,  U = the first `rank` left singular vectors of W L,
