@@ -37,6 +37,8 @@ def targets(model: nn.Module, layers: Sequence[str] | None, *, embeddings: bool)
     left: dict[str, str] = {}
     seen: set[nn.Module] = set()
     shared = _names_of(model)
+    read = {part for module in model.modules() if getattr(module, "reads_weight", False)
+            for part in module.children()}
     for name, module in model.named_modules():
         if module in seen or isinstance(module, QuantizedWeight):
             continue
@@ -44,7 +46,8 @@ def targets(model: nn.Module, layers: Sequence[str] | None, *, embeddings: bool)
         matrices = [key for key, p in module.named_parameters(recurse=False) if p.ndim > 1]
         if not matrices:
             continue
-        why = _why_left(module, matrices, embeddings=embeddings)
+        why = ("the module around it reads its weight" if module in read else
+               _why_left(module, matrices, embeddings=embeddings))
         if not why and layers is not None and name not in layers:
             why = "not among layers"
         if why:

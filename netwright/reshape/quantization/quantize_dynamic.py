@@ -73,7 +73,9 @@ def quantize_dynamic(model: nn.Module, *, layers: Sequence[str] | None = None,
 def with_products_of_codes(model: nn.Module, decision: Mapping[str, Any]) -> nn.Module:
     """Put layers in that multiply whole numbers."""
     for names in decision["tied"]:
-        held = QuantizedWeight.of(weight_of(model.get_submodule(names[0])), "int8")
+        # Where a model is built again, its weights are whatever lay in memory and come later.
+        weight = weight_of(model.get_submodule(names[0])).nan_to_num()
+        held = QuantizedWeight.of(weight, "int8")
         for name in names:
             layer: Any = model.get_submodule(name)
             model = replace(model, name, DynamicLinear.holding(held, layer.bias))

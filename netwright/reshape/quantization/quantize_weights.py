@@ -107,7 +107,8 @@ def with_codes(model: nn.Module, decision: Mapping[str, Any],
     for names in decision["tied"]:
         held = (stored or {}).get(names[0])
         if held is None:
-            weight = weight_of(model.get_submodule(names[0]))
+            # Built again, weights are whatever lay in memory, and come later.
+            weight = weight_of(model.get_submodule(names[0])).nan_to_num()
             held = QuantizedWeight.of(weight, Grid.of(decision["grids"][names[0]]), dtype=kind)
         model = put(model, names, held)
     if kind is not None:
