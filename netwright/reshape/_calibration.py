@@ -133,7 +133,8 @@ def _check(calibration: Any) -> bool:
 
 
 def _filled(batch: Any) -> Any:
-    if isinstance(batch, Tensor) and not batch.numel():
+    if (isinstance(batch, Tensor) and not batch.numel()) or (
+            isinstance(batch, Mapping) and not batch):
         raise ValueError(NONE)
     return batch
 

@@ -360,10 +360,11 @@ def _known(levels: str | int | Sequence[float], bits: int | None) -> str | tuple
         return f"int{bits}"
     if isinstance(levels, str):
         if levels not in ("fp3", "fp4", "nf4") and not re.fullmatch("int[1-8]", levels):
-            raise UnknownName("kind of levels", levels, _NAMED)
+            raise UnknownName("grid or kind of levels", levels, _NAMED)
         return levels
     if isinstance(levels, int) and not isinstance(levels, bool):
-        checks.between(1, 8, whole=True, levels=levels)
+        checks.between(1, 8, whole=True, levels=levels,
+                       advice='a grid of as many bits, such as "int8"')
         return f"int{levels}"
     own = tuple(sorted({float(level) for level in cast(Sequence[float], levels)}))
     if not 2 <= len(own) <= 256 or not all(map(math.isfinite, own)):

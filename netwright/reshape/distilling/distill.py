@@ -392,7 +392,11 @@ def _split(batches: Sequence[Any], held_out: Any, size: int) -> tuple[list[Any],
     """Return small batches to train on, and those that are held out."""
     pieces = [piece for batch in batches for piece in _pieces(batch, size)]
     if held_out is not None:
-        return pieces, [piece for batch in batches_of(held_out) for piece in _pieces(batch, size)]
+        try:
+            kept_out = batches_of(held_out)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("calibration", "held_out", 1)) from error
+        return pieces, [piece for batch in kept_out for piece in _pieces(batch, size)]
     if len(pieces) == 1:
         pieces = _pieces(pieces[0], max(1, _samples(pieces[0]) // 2))
     if len(pieces) < 2:

@@ -80,7 +80,12 @@ def run_with_onnx(model: nn.Module, example: Any, *, weights: str = "float") -> 
     for hooks in (plain._forward_hooks, plain._forward_pre_hooks):
         hooks.clear()  # those of the whole stay around the graph
     with evaluating(plain), rehearsing(plain), plain_paths():
-        output = apply(plain, example)
+        try:
+            output = apply(plain, example)
+        except Exception as error:  # whatever the model says of what it cannot take
+            raise ValueError("example must be what the model takes, got a "
+                             f"{type(example).__name__}, on which {type(model).__name__} fails: "
+                             f"{error}") from error
         graph = _exported(plain, example, output)
     if weights == "int8":
         graph = _in_int8(graph)

@@ -23,7 +23,7 @@ def dtype_of(asked: "str | torch.dtype") -> torch.dtype:
     """
     name = str(asked).removeprefix("torch.")
     if name not in DTYPES:
-        raise UnknownName("floating-point type", name, DTYPES)
+        raise UnknownName("dtype", name, DTYPES)
     return DTYPES[name]
 
 

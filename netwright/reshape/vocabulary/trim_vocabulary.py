@@ -93,6 +93,10 @@ def trim_vocabulary(model: nn.Module, tokenizer: Any, texts: Sequence[str], *,
         raise ValueError("texts must be a list of at least one string, got "
                          f"{type(texts).__name__} of {len(texts)}; some thousand sentences are a "
                          "good number")
+    if not callable(getattr(tokenizer, "encode", None)) or isinstance(tokenizer, str):
+        raise TypeError("tokenizer must turn texts into numbers by its encode, as those of "
+                        f"transformers do, got {type(tokenizer).__name__}; "
+                        "AutoTokenizer.from_pretrained(folder) loads one")
     rows, embeddings, heads = _tables(model, tokenizer)
     kept = [i for i in kept_of(tokenizer, used(tokenizer, texts)) if i < rows]
     if len(kept) == rows:
