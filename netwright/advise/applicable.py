@@ -94,8 +94,8 @@ def applicable(model: nn.Module, example: Any, *, need: str | Sequence[str] = ()
     >>> from netwright.models import gpt
     >>> x = torch.zeros(2, 16, dtype=torch.long)
     >>> found = applicable(gpt(96, context=16), x, need="inference time", kind="reshape")
-    >>> found.names[:2], found[0].why
-    (['reshape.prune_sublayers', 'reshape.moefy'], '4 sublayers: 1.attention_out, 1.mlp_out, …')
+    >>> "reshape.moefy" in found.names, found[0].why
+    (True, '4 sublayers: 1.attention_out, 1.mlp_out, …')
     """
     seen = Seen(model.model if isinstance(model, Stages) else model, example)
     found = (judged(entry, seen) for entry in find(need=need, kind=kind, without=without)
