@@ -1,3 +1,4 @@
+import json
 import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -5,17 +6,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from netwright import checks
 from netwright.catalogue.facets import method
-from netwright.errors import NothingToReshape
+from netwright.errors import CorruptCheckpoint, NothingToReshape
 from netwright.masks import Masks
 from netwright.reshape.pruning._weights import weight_layers
 from netwright.runtime.files import flush
 
 __all__ = ["Ticket", "find_ticket"]
+
+SETTINGS = "settings.json"
 
 # Trains a model in place, its zeros held by `masks.hold(model, optimizer)`; it may yield once a
 # step, so that weights of early steps can be kept.
@@ -56,6 +60,7 @@ def find_ticket(make: Callable[[], nn.Module], train: Train, *, rounds: int, rat
         folder: where each round is kept; a call that was broken off goes on from there.
 
     Raises:
+        CorruptCheckpoint: what `folder` holds cannot be read, or is another call's.
         NothingToReshape: the network has no linear layer or convolution.
         TypeError: `rewind` is above 0 and `train` is no generator.
         ValueError: `rounds` is below 1, `rate` is not above 0 and below 1, `rewind` is below 0 or
@@ -84,14 +89,16 @@ def find_ticket(make: Callable[[], nn.Module], train: Train, *, rounds: int, rat
         raise NothingToReshape(f"{type(model).__name__} has no layer to prune")
     masks = Masks({name: torch.ones_like(model.get_parameter(name), dtype=torch.bool)
                    for name in names})
-    done, masks, initial = _known(folder, masks, initial)
+    settings = {"rate": rate, "rewind": rewind,
+                "weights": {name: list(mask.shape) for name, mask in masks.items()}}
+    done, masks, initial = _known(folder, settings, rounds, masks, initial)
     for number in range(done, rounds):
         model.load_state_dict(initial)
         masks.apply(model)
         early = _trained(model, train, masks, rewind if number == 0 else 0)
         initial = early or initial
         masks = _pruned(model, masks, names, rate, number + 1)
-        _keep(folder, number + 1, masks, initial)
+        _keep(folder, settings, number + 1, masks, initial)
     return Ticket(masks, {name: t * masks[name] if name in masks else t
                           for name, t in initial.items()})
 
@@ -130,25 +137,40 @@ def _pruned(model: nn.Module, masks: Masks, names: list[str], rate: float, numbe
     return Masks(found)
 
 
-def _known(folder: str | Path | None, masks: Masks, initial: dict[str, Tensor],
-           ) -> tuple[int, Masks, dict[str, Tensor]]:
-    """Return how many rounds `folder` holds, and what the last of them gave."""
-    if folder is None:
+def _known(folder: str | Path | None, settings: dict[str, Any], rounds: int, masks: Masks,
+           initial: dict[str, Tensor]) -> tuple[int, Masks, dict[str, Tensor]]:
+    """Return how many of the rounds `folder` holds, and what the last of them gave."""
+    place = Path(folder) if folder is not None else None
+    if place is None or not (place / SETTINGS).exists():
         return 0, masks, initial
-    rounds = [int(path.stem) for path in Path(folder).glob("*.masks")]
-    if not rounds:
-        return 0, masks, initial
-    last = max(rounds)
-    return last, Masks.load(Path(folder) / f"{last}.masks"), load_file(
-        Path(folder) / "initial.safetensors")
+    try:
+        before = dict(json.loads((place / SETTINGS).read_text(encoding="utf-8")))
+        other = [name for name, value in settings.items() if before.get(name) != value]
+        done = max((number for path in place.glob("*.masks")
+                    if (number := int(path.stem)) <= rounds), default=0)
+        found = (done, Masks.load(place / f"{done}.masks") if done else masks,
+                 load_file(place / "initial.safetensors") if done else initial)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise CorruptCheckpoint(f"folder: {place} cannot be read ({error}); remove it to begin "
+                                "anew") from error
+    if other:
+        raise CorruptCheckpoint(f"folder: {place} belongs to another call, with other "
+                                f"{' and '.join(other)}; name another folder, or remove it to "
+                                "begin anew")
+    return found
 
 
-def _keep(folder: str | Path | None, number: int, masks: Masks,
+def _keep(folder: str | Path | None, settings: dict[str, Any], number: int, masks: Masks,
           initial: dict[str, Tensor]) -> None:
     if folder is None:
         return
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
+    if not (place / SETTINGS).exists():
+        part = place / f"{SETTINGS}.part"
+        part.write_text(json.dumps(settings), encoding="utf-8")
+        flush(part)
+        part.replace(place / SETTINGS)
     if not (place / "initial.safetensors").exists():
         part = place / "initial.part"
         save_file({name: t.contiguous() for name, t in initial.items()}, part)

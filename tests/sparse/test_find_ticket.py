@@ -105,3 +105,14 @@ def test_bad_input_is_told():
         nw.sparse.find_ticket(make, whole, rounds=1, rewind=2)
     with pytest.raises(ValueError, match="did not reach"):
         nw.sparse.find_ticket(make, steps, rounds=1, rewind=200)
+
+
+def test_a_folder_of_another_call_is_refused_and_one_of_more_rounds_gives_those_asked(tmp_path):
+    nw.sparse.find_ticket(make, whole, rounds=3, folder=tmp_path)
+    fewer = nw.sparse.find_ticket(make, whole, rounds=1, folder=tmp_path)
+    assert int(fewer.masks["0.weight"].sum()) == 160
+    with pytest.raises(nw.errors.CorruptCheckpoint, match="another call, with other rate"):
+        nw.sparse.find_ticket(make, whole, rounds=3, rate=0.5, folder=tmp_path)
+    (tmp_path / "2.masks").write_bytes(b"half of it")
+    with pytest.raises(nw.errors.CorruptCheckpoint, match="cannot be read"):
+        nw.sparse.find_ticket(make, whole, rounds=2, folder=tmp_path)
