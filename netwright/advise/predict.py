@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import platform
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from netwright.compare.apply import apply as carry_out
 from netwright.errors import CorruptCheckpoint
 from netwright.measure._flops import flops
 from netwright.reshape.saved import stored_bytes
+from netwright.runtime.files import cache_folder
 from netwright.runtime.machine import machine
 from netwright.runtime.modes import evaluating, rehearsing
 from netwright.runtime.random_state import same_random_state
@@ -222,7 +222,7 @@ class Kernels:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.path = Path(folder or _folder()) / f"kernels-{_machine()}.json"
+        self.path = Path(folder or cache_folder()) / f"kernels-{_machine()}.json"
         self.known = self._read()
         self._new = False
 
@@ -272,11 +272,6 @@ class Kernels:
             return {}
         return {text: taken for text, taken in known.items() if taken is None
                 or isinstance(taken, float)} if isinstance(known, dict) else {}
-
-
-def _folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("NETWRIGHT_CACHE") or Path(base) / "netwright")
 
 
 def _machine() -> str:

@@ -79,3 +79,13 @@ def alone_in(folder: Path) -> Iterator[None]:
         if handle in _handles:  # it is not in a child, which has closed it
             _handles.remove(handle)
             os.close(handle)
+
+
+def cache_folder() -> Path:
+    """Return where measurements of this machine are kept: NETWRIGHT_CACHE, or the user's cache.
+
+    Raises:
+        RuntimeError: neither is known, nor a home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NETWRIGHT_CACHE") or Path(base) / "netwright")

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from netwright.blocks.quantized.grid import Grid
 from netwright.blocks.quantized.packing import unpacked
 from netwright.blocks.quantized.stored import QuantizedWeight
+from netwright.runtime.files import cache_folder
 from netwright.runtime.random_state import same_random_state
 
 __all__: list[str] = []
@@ -82,8 +83,8 @@ def _ordered(held: QuantizedWeight) -> tuple[Tensor, Tensor, int]:
 def packed_rows(bits: int, dtype: torch.dtype) -> int:
     """Return up to how many rows the kernel is faster than the dense product, 0 for none.
 
-    It is measured once on each machine and kept in the user's cache, so that another process
-    takes the same path and so gives the same numbers.
+    It is measured once on each machine and kept in a file (`NETWRIGHT_CACHE` names its folder), so
+    that another process takes the same path and so gives the same numbers.
     """
     try:
         path = _place(bits, dtype)
@@ -95,8 +96,7 @@ def packed_rows(bits: int, dtype: torch.dtype) -> int:
 def _place(bits: int, dtype: torch.dtype) -> Path:
     name = "-".join([f"packed-rows-{bits}", str(dtype), torch.__version__, platform.machine(),
                      torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())])
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "netwright" / name.replace(" ", "-")
+    return cache_folder() / name.replace(" ", "-")
 
 
 def _agreed(path: Path, rows: int) -> int:

@@ -85,6 +85,7 @@ def test_grids_without_a_kernel_take_the_dense_product(grid, monkeypatch):
 
 
 def test_how_many_rows_are_few_is_measured_once_and_kept(monkeypatch, tmp_path):
+    monkeypatch.delenv("NETWRIGHT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kernels.packed_rows.cache_clear()
     measured = kernels.packed_rows(4, torch.bfloat16)
